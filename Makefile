@@ -1,0 +1,53 @@
+# Needs Python 3.11 or newer, make, and g++ for the compiled part. Everything else goes into a
+# virtual environment, .venv, on first use.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+install: $(VENV)/.installed  ## make .venv and install the package with what it needs to run
+
+demo: $(VENV)/.installed  ## prune, heal and evaluate the bundled model
+	$(BIN)/interlace demo
+
+test: $(VENV)/.installed-dev  ## run all CPU tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --benchmark-disable $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.installed-dev  ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(VENV)/.installed-dev  ## time scoring against the published procedure
+	$(BIN)/python bench/score_speed.py
+
+clean:  ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist *.egg-info interlace/_C*.so .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "no python3 found; install Python 3.11 or newer"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	|| { echo "$(PYTHON) is too old; set PYTHON to Python 3.11 or newer"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python $(BUILD_INPUTS)
+	$(INSTALL) -e '.[eval]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python $(BUILD_INPUTS)
+	$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,136 @@
+"""Every op, on every backend, in every dtype, on every sample, against its own reference."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+import interlace.ops
+from interlace.ops._registry import OPS, Op
+from interlace.ops._selection import ORDER
+
+# backends that have to serve; a kernel that is skipped without a word must not look like success
+EXPECTED = {"cpu": {"layer_similarity": {"cpp", "torch"}}, "cuda": {"layer_similarity": {"torch"}}}
+
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+CASES = [
+    pytest.param(op, dtype, sample.name, id=f"{op.name}-{str(dtype).split('.')[1]}-{sample.name}")
+    for op in OPS.values()
+    for dtype in op.dtypes
+    for sample in op.samples(torch.device("cpu"), dtype)
+]
+ALL_OPS = [pytest.param(op, id=op.name) for op in OPS.values()]
+
+
+@functools.cache
+def samples(op: Op, device: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    return {sample.name: sample.args for sample in op.samples(torch.device(device), dtype)}
+
+
+def in_fp64(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, list | tuple):
+        return type(value)(in_fp64(each) for each in value)
+    return value
+
+
+def outputs(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def serving(op: Op, args: tuple[Any, ...]) -> list[str]:
+    return [name for name, reason in op.explain(*args) if reason is None]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_expected_backends_serve(op: Op, device: str) -> None:
+    if device == "cpu" and shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler, so no compiled kernels are expected")
+    args = samples(op, device, torch.float32)
+    reasons = op.explain(*next(iter(args.values())))
+    assert {name for name, reason in reasons if reason is None} == EXPECTED[device][op.name], (
+        reasons
+    )
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("op", "dtype", "name"), CASES)
+def test_within_error_budget(op: Op, device: str, dtype: torch.dtype, name: str) -> None:
+    args = samples(op, device, dtype)[name]
+    truth = outputs(op.reference(*in_fp64(args)))
+    plain = outputs(op.reference(*args))
+    for backend in serving(op, args):
+        first = outputs(op(*args, backend=backend))
+        for place, found in enumerate(zip(first, plain, truth, strict=True)):
+            excess = op.budget.excess(*found)
+            assert excess is None, f"output {place} of backend {backend} (sample {name}): {excess}"
+        if op.deterministic:
+            second = outputs(op(*args, backend=backend))
+            for one, other in zip(first, second, strict=True):
+                assert torch.equal(bits(one), bits(other)), (
+                    f"backend {backend} is not deterministic"
+                )
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    # so that NaN equals NaN
+    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor[None].view(torch.uint8)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_inputs_stay_as_they_are(op: Op, device: str) -> None:
+    for args in samples(op, device, torch.float32).values():
+        before = [tensor.clone() for tensor in interlace.ops._selection.tensors_in(args)]
+        for backend in serving(op, args):
+            op(*args, backend=backend)
+        after = interlace.ops._selection.tensors_in(args)
+        for one, other in zip(before, after, strict=True):
+            assert torch.equal(bits(one), bits(other.contiguous()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_opcheck(op: Op, device: str) -> None:
+    args = next(iter(samples(op, device, torch.float32).values()))
+    torch.library.opcheck(getattr(torch.ops.interlace, op.name).default, (*args, "auto"))
+
+
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_fake_tells_shapes_and_dtypes(op: Op) -> None:
+    for dtype in op.dtypes:
+        for args in samples(op, "cpu", dtype).values():
+            for real, fake in zip(outputs(op(*args)), outputs(op.fake(*args)), strict=True):
+                assert (real.shape, real.dtype, real.device) == (
+                    fake.shape,
+                    fake.dtype,
+                    fake.device,
+                )
+
+
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_refused_backends_say_why_and_raise(op: Op) -> None:
+    args = next(iter(samples(op, "cpu", torch.float32).values()))
+    table = op.explain(*args)
+    assert tuple(name for name, _ in table) == ORDER
+    for name, reason in table:
+        if reason is None:
+            continue
+        assert len(reason.split()) >= 3
+        with pytest.raises(interlace.errors.BackendError, match="was asked for and cannot serve"):
+            op(*args, backend=name)
+
+
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_costs_are_counted(op: Op) -> None:
+    args = next(iter(samples(op, "cpu", torch.float32).values()))
+    half = next(iter(samples(op, "cpu", torch.bfloat16).values()))
+    assert op.flops(*args) == op.flops(*half) > 0
+    assert op.bytes_moved(*half) < op.bytes_moved(*args)
