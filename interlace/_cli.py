@@ -1,0 +1,93 @@
+"""What the commands share: options of the same name and meaning, and small helpers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path  # noqa: TC003 (typer reads it at run time)
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from interlace.errors import ConfigError
+
+if TYPE_CHECKING:
+    from interlace.data.samples import Samples
+    from interlace.models import VLM
+    from interlace.records import Record
+
+Model = Annotated[str, typer.Argument(help="Folder, hub name, or bundled:NAME.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: as stored.")
+]
+Device = Annotated[str | None, typer.Option(help="Such as cuda or cpu. Default: cuda if present.")]
+Remote = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings along.")
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="scenes (built in), a conversation .json/.jsonl, a folder of images with captions, "
+        "or the name of a Hugging Face data set."
+    ),
+]
+Root = Annotated[
+    str | None, typer.Option(help="Folder that image paths start from. Default: the file's own.")
+]
+Count = Annotated[int, typer.Option(min=1, help="Number of samples.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+
+
+def say(text: str) -> None:
+    """Write a line to standard output."""
+    typer.echo(text)
+
+
+def split_names(text: str | None) -> tuple[str, ...] | None:
+    """Split a comma separated option; None stays None."""
+    if text is None:
+        return None
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Read a comma separated option of whole numbers.
+
+    Raises:
+        ConfigError: a part is no whole number.
+    """
+    try:
+        return tuple(int(part) for part in split_names(text) or ())
+    except ValueError as error:
+        raise ConfigError(f"{option} is {text!r}; give whole numbers such as 1,2,3.") from error
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raise ConfigError for an output file that exists, before any work is spent on it."""
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists already. Choose another name or add --overwrite.")
+
+
+def open_vlm(model: str, dtype: str | None, device: str | None, remote: bool) -> VLM:
+    """Open a model as the options say."""
+    from transformers.utils import logging as transformers_logging
+
+    from interlace.models import open_model
+
+    if not sys.stderr.isatty():
+        # a bar without a terminal fills logs with its every state
+        transformers_logging.disable_progress_bar()
+    return open_model(model, dtype=dtype, device=device, trust_remote_code=remote)
+
+
+def read_samples(data: str, root: str | None, vlm: VLM, **options: Any) -> Samples:
+    """Read samples for a model as the options say."""
+    from interlace.data.samples import samples
+
+    return samples(data, root=root, processor=vlm.processor, **options)
+
+
+def save_record(record: Record, path: Path) -> None:
+    """Save a record and say where."""
+    record.save(path)
+    say(f"Wrote {path}")

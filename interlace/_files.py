@@ -1,0 +1,187 @@
+"""Files and folders that are either written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interlace.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def sha256_of(value: Any) -> str:
+    """Return the SHA-256 (64 hex digits) of a JSON-able value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether an error means that the disk or the quota is full.
+
+    Writers in compiled libraries wrap the operating system's error into types of their own and
+    keep only its text, so the text counts as well.
+    """
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    return "no space left on device" in str(error).lower()
+
+
+def disk_full_message(path: str | os.PathLike[str]) -> str:
+    """Word the error for a disk that filled up while `path` was written."""
+    return (
+        f"The disk is full: could not write {os.fspath(path)}. Nothing was left behind there. "
+        "Free some space or choose another place, then run again."
+    )
+
+
+def _sibling(path: Path) -> Path:
+    # The same folder, hence the same file system: only there is a rename atomic.
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot create the folder {path.parent} ({error.strerror}). Choose another place."
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename survives a power cut only once the folder entry itself is on disk. Some file
+    # systems refuse to open or sync folders, which costs nothing but that guarantee.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write a file so that readers see either the old content or the new, never a part.
+
+    Args:
+        path: the file; missing parent folders are created, an existing file is replaced.
+        data: the whole content.
+
+    Returns:
+        The path.
+
+    Raises:
+        CheckpointError: the file cannot be written; an older file is untouched then.
+    """
+    target = Path(path)
+    _make_parent(target)
+    temporary = _sibling(target)
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise CheckpointError(disk_full_message(target)) from error
+        raise CheckpointError(
+            f"Cannot write {target} ({error.strerror}). Check the path and its permissions."
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+    return target
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a UTF-8 text file; see `atomic_write_bytes`."""
+    return atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def check_new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Refuse an output folder that exists, before any work is spent on filling it.
+
+    Args:
+        path: the folder that is to be made.
+        overwrite: allow an existing folder, which will then be replaced as a whole.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: the folder exists and `overwrite` is off, a file is in its place, or
+            replacing it would remove the working folder.
+    """
+    target = Path(path)
+    if not target.exists() and not target.is_symlink():
+        return target
+    if not overwrite:
+        raise ConfigError(
+            f"The output folder {target} exists already. Choose another one, remove it, "
+            "or allow overwriting (overwrite=True, --overwrite)."
+        )
+    if target.is_symlink() or not target.is_dir():
+        raise ConfigError(f"{target} is not a folder, so it cannot be replaced by one.")
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise ConfigError(
+            f"Refusing to replace {target}: it holds the working folder. Choose another one."
+        )
+    return target
+
+
+def _swap_in(temporary: Path, target: Path, overwrite: bool) -> None:
+    check_new_folder(target, overwrite=overwrite)
+    if not target.exists():
+        temporary.rename(target)
+        return
+    retired = _sibling(target)
+    target.rename(retired)
+    try:
+        temporary.rename(target)
+    except OSError:
+        retired.rename(target)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Fill a folder that appears under its name only once it is complete.
+
+    Yields a temporary folder beside `path`. It is renamed to `path` when the block ends well,
+    and removed with everything in it when the block raises or is interrupted.
+
+    Args:
+        path: the folder to make; missing parent folders are created.
+        overwrite: replace an existing folder as a whole, once the new one is complete.
+
+    Raises:
+        ConfigError: `path` exists and `overwrite` is off.
+        CheckpointError: the disk is full or the folder cannot be made.
+    """
+    target = check_new_folder(path, overwrite=overwrite)
+    _make_parent(target)
+    temporary = _sibling(target)
+    try:
+        temporary.mkdir()
+        yield temporary
+        _swap_in(temporary, target, overwrite)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if is_disk_full(error):
+            raise CheckpointError(disk_full_message(target)) from error
+        raise
+    _sync_folder(target.parent)

@@ -1,0 +1,1 @@
+"""The parts that `interlace.records` gathers under its name."""

@@ -1,0 +1,144 @@
+"""Plan: what happens to every layer of the original model; PruneRecord: what was done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from interlace._coerce import Checked
+from interlace._records.base import Record
+from interlace._records.plan_text import plan_text
+from interlace._records.shape import ModelShape  # noqa: TC001 (read at run time by Checked)
+from interlace.errors import PlanError, unknown_name
+
+Action = Literal["drop", "tune", "freeze", "keep"]
+
+
+@dataclass(frozen=True)
+class TowerPlan(Checked):
+    """The plan of one tower; all layers count in the original model.
+
+    Attributes:
+        num_layers: layers of the original tower.
+        drop: layers to remove, in selection order.
+        tune: layers to train when healing, in selection order.
+        freeze: anchors of the triplets, in selection order; kept and frozen.
+        layer_scores: the score each layer was judged by; None where the rule has none.
+        reasons: layer -> why it is dropped, tuned, frozen or protected, in words.
+    """
+
+    num_layers: int
+    drop: tuple[int, ...] = ()
+    tune: tuple[int, ...] = ()
+    freeze: tuple[int, ...] = ()
+    layer_scores: tuple[float | None, ...] = ()
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def _check(self) -> None:
+        named = [*self.drop, *self.tune, *self.freeze]
+        outside = sorted({each for each in named if not 0 <= each < self.num_layers})
+        if outside:
+            raise PlanError(
+                f"The tower has layers 0..{self.num_layers - 1}; the plan names {outside}."
+            )
+        twice = sorted({each for each in named if named.count(each) > 1})
+        if twice:
+            raise PlanError(f"The layers {twice} stand more than once in drop, tune and freeze.")
+        if len(self.drop) >= self.num_layers:
+            raise PlanError(f"The plan drops all {self.num_layers} layers of the tower.")
+        if not self.layer_scores:
+            object.__setattr__(self, "layer_scores", (None,) * self.num_layers)
+        if len(self.layer_scores) != self.num_layers:
+            raise PlanError(
+                f"layer_scores has {len(self.layer_scores)} values for {self.num_layers} layers."
+            )
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Layers that stay, ascending: position p of the student is original layer kept[p]."""
+        gone = set(self.drop)
+        return tuple(layer for layer in range(self.num_layers) if layer not in gone)
+
+    def action(self, layer: int) -> Action:
+        """Return what happens to a layer of the original tower."""
+        if not 0 <= layer < self.num_layers:
+            raise PlanError(f"The tower has layers 0..{self.num_layers - 1}, not {layer}.")
+        if layer in self.drop:
+            return "drop"
+        if layer in self.tune:
+            return "tune"
+        return "freeze" if layer in self.freeze else "keep"
+
+
+@dataclass(frozen=True)
+class Plan(Record):
+    """What happens to every layer of the planned towers; towers not named stay as they are.
+
+    Attributes:
+        towers: tower name -> its plan.
+        rule: name of the rule that chose the layers.
+        seed: seed of the rule, where it draws.
+        model_name: name or path the model was opened by.
+        shape: sizes of the original model, where known.
+        settings: the other arguments of the choice (any JSON values).
+    """
+
+    kind: ClassVar[str] = "plan"
+
+    towers: dict[str, TowerPlan]
+    rule: str = "by hand"
+    seed: int | None = None
+    model_name: str = ""
+    shape: ModelShape | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, tower: str) -> TowerPlan:
+        """Return one tower's plan."""
+        if tower not in self.towers:
+            raise PlanError(unknown_name("tower", tower, self.towers))
+        return self.towers[tower]
+
+    def __str__(self) -> str:
+        """Return the plan as a table, a strip per tower and what it saves."""
+        return plan_text(self)
+
+    @property
+    def dropped(self) -> dict[str, tuple[int, ...]]:
+        """Tower name -> layers to remove, in selection order."""
+        return {name: tower.drop for name, tower in self.towers.items()}
+
+
+@dataclass(frozen=True)
+class PruneRecord(Record):
+    """What surgery did to a model; also the manifest in its checkpoint, `interlace.json`.
+
+    Attributes:
+        plan_fingerprint: fingerprint of the plan that was carried out.
+        towers: tower name -> kept original layers, ascending; every tower of the model.
+        dropped: tower name -> removed original layers.
+        config_changes: dotted config key -> [before, after].
+        parameters_before: parameters of the original model.
+        parameters_after: parameters of the student.
+        standard: the checkpoint loads in plain transformers.
+        notes: anything a user of the student should know.
+    """
+
+    kind: ClassVar[str] = "prune"
+
+    plan_fingerprint: str
+    towers: dict[str, tuple[int, ...]]
+    dropped: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    config_changes: dict[str, list[Any]] = field(default_factory=dict)
+    parameters_before: int = 0
+    parameters_after: int = 0
+    standard: bool = True
+    notes: tuple[str, ...] = ()
+
+    def _check(self) -> None:
+        for name, gone in self.dropped.items():
+            both = sorted(set(gone) & set(self.towers.get(name, ())))
+            if both:
+                raise PlanError(f"Tower '{name}': the layers {both} are both kept and dropped.")
+        for key, change in self.config_changes.items():
+            if len(change) != 2:
+                raise PlanError(f"config_changes['{key}'] must be [before, after], got {change}.")

@@ -1,0 +1,285 @@
+"""Scores: what a model's layers measured on calibration data.
+
+L = number of layers of a tower; h_0 is the input of layer 0, h_i the input of layer i and h_L the
+output of the last layer, before any final norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from interlace._coerce import Checked
+from interlace._records.base import Record
+from interlace._records.shape import ModelShape  # noqa: TC001 (read at run time by Checked)
+from interlace.errors import ConfigError, DataError, PlanError, ShapeError, unknown_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+# Cosines of rounded vectors may leave [-1, 1] by this much.
+_COSINE_SLACK = 1e-3
+
+
+@dataclass(frozen=True)
+class TowerScores(Checked):
+    """The scores of one tower.
+
+    Attributes:
+        num_layers: L.
+        similarity: group -> pack p -> mean cosines of h_i and h_{i+p} for i = 0..L-p-1. The pair
+            that ends in h_L is not among them, as in the published code.
+        tail: group -> pack p -> mean cosine of h_{L-p} and h_L; may be empty.
+        metrics: other metrics by name, one value per layer.
+        pinned: layers that the model's family must keep, with the reason.
+        cross_attention_layers: the layers with cross-attention, where only some have it.
+        num_samples: number of calibration samples behind the means.
+        num_tokens: number of tokens per group.
+        group_samples: number of samples that have tokens of a group; `num_samples` where absent.
+    """
+
+    num_layers: int
+    similarity: dict[str, dict[int, tuple[float, ...]]] = field(default_factory=dict)
+    tail: dict[str, dict[int, float]] = field(default_factory=dict)
+    metrics: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    pinned: dict[int, str] = field(default_factory=dict)
+    cross_attention_layers: tuple[int, ...] | None = None
+    num_samples: int = 0
+    num_tokens: dict[str, int] = field(default_factory=dict)
+    group_samples: dict[str, int] = field(default_factory=dict)
+
+    def _check(self) -> None:
+        if self.num_layers < 1:
+            raise ShapeError(f"A tower has at least 1 layer, got num_layers={self.num_layers}.")
+        for group, packs in self.similarity.items():
+            for pack, values in packs.items():
+                self._check_pack(group, pack, values)
+        for group, ends in self.tail.items():
+            for pack, value in ends.items():
+                self._check_pack(group, pack, (value,), expected=1)
+        for name, values in self.metrics.items():
+            if len(values) != self.num_layers:
+                raise ShapeError(
+                    f"The metric '{name}' has {len(values)} values for {self.num_layers} layers."
+                )
+        named = [*self.pinned, *(self.cross_attention_layers or ())]
+        outside = sorted({layer for layer in named if not 0 <= layer < self.num_layers})
+        if outside:
+            raise ShapeError(f"The tower has layers 0..{self.num_layers - 1}, not {outside}.")
+
+    def _check_pack(
+        self, group: str, pack: int, values: tuple[float, ...], expected: int | None = None
+    ) -> None:
+        if not 1 <= pack <= self.num_layers:
+            raise ShapeError(f"Packs of {self.num_layers} layers are 1..L, got {pack}.")
+        wanted = self.num_layers - pack if expected is None else expected
+        if len(values) != wanted:
+            raise ShapeError(
+                f"Pack {pack} of {self.num_layers} layers has {wanted} values (L - p, the pair "
+                f"that ends in h_L is not scored), got {len(values)} for group '{group}'."
+            )
+        for layer, value in enumerate(values):
+            if not math.isfinite(value):
+                raise DataError(
+                    f"The similarity of group '{group}', pack {pack}, layer {layer} is {value}. "
+                    "The activations were not finite; score again in a wider dtype."
+                )
+            if abs(value) > 1 + _COSINE_SLACK:
+                raise DataError(
+                    f"The similarity of group '{group}', pack {pack}, layer {layer} is {value}, "
+                    "outside -1..1: it is no cosine."
+                )
+
+    def packs(self, pack: int, group: str = "all") -> tuple[float, ...]:
+        """Return the cosines of h_i and h_{i+pack}, i = 0..L-pack-1.
+
+        Raises:
+            PlanError: the group or the pack was not scored.
+        """
+        if group not in self.similarity:
+            raise PlanError(unknown_name("token group", group, self.similarity))
+        if pack not in self.similarity[group]:
+            have = ", ".join(str(each) for each in sorted(self.similarity[group])) or "none"
+            raise PlanError(
+                f"Pack {pack} of group '{group}' was not scored (scored: {have}). "
+                f"Score again with packs=(..., {pack}) or packs='all'."
+            )
+        return self.similarity[group][pack]
+
+
+@dataclass(frozen=True)
+class Scores(Record):
+    """The scores of a model, tower by tower.
+
+    Attributes:
+        towers: tower name -> scores.
+        shape: the sizes of the model, where known.
+        model_name: name or path the model was opened by.
+        settings: how it was scored (any JSON values).
+    """
+
+    kind: ClassVar[str] = "scores"
+
+    towers: dict[str, TowerScores]
+    shape: ModelShape | None = None
+    model_name: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, tower: str) -> TowerScores:
+        """Return one tower's scores."""
+        if tower not in self.towers:
+            raise PlanError(unknown_name("tower", tower, self.towers))
+        return self.towers[tower]
+
+    @classmethod
+    def from_similarity(
+        cls,
+        tower: str,
+        packs: Mapping[int, Sequence[float]],
+        num_layers: int,
+        pinned: Mapping[int, str] | None = None,
+        *,
+        group: str = "all",
+        tail: Mapping[int, float] | None = None,
+        cross_attention_layers: Sequence[int] | None = None,
+        num_samples: int = 0,
+        model_name: str = "",
+        shape: ModelShape | None = None,
+    ) -> Scores:
+        """Make scores of one tower from tables.
+
+        Args:
+            tower: name of the tower, such as "text".
+            packs: pack p -> the L - p mean cosines of h_i and h_{i+p}.
+            num_layers: L.
+            pinned: layers that must be kept, with the reason.
+            group: token group of the tables.
+            tail: pack p -> mean cosine of h_{L-p} and h_L, where known.
+            cross_attention_layers: layers with cross-attention, where only some have it.
+            num_samples: samples behind the means.
+            model_name: name of the model.
+            shape: sizes of the model.
+
+        Raises:
+            ShapeError: a table is not of length L - p.
+            DataError: a value is not finite or no cosine.
+        """
+        scores = TowerScores(
+            num_layers=num_layers,
+            similarity={group: {pack: tuple(values) for pack, values in packs.items()}},
+            tail={group: dict(tail)} if tail else {},
+            pinned=dict(pinned or {}),
+            cross_attention_layers=(
+                None if cross_attention_layers is None else tuple(cross_attention_layers)
+            ),
+            num_samples=num_samples,
+        )
+        return cls(towers={tower: scores}, shape=shape, model_name=model_name)
+
+    @staticmethod
+    def merge(*scores: Scores) -> Scores:
+        """Combine scores of one model: other towers, other metrics, or other samples.
+
+        A table that stands in several is averaged, weighted by its number of samples: merging
+        scores of the parts of a data set gives the scores of the whole.
+
+        Raises:
+            ConfigError: nothing to merge, or averaging without known numbers of samples.
+            ShapeError: the scores are of different models.
+        """
+        if not scores:
+            raise ConfigError("Scores.merge needs at least one Scores, got none.")
+        first = scores[0]
+        towers: dict[str, TowerScores] = {}
+        for each in scores:
+            if each.model_name != first.model_name:
+                raise ShapeError(
+                    f"The scores are of different models: '{first.model_name}' and "
+                    f"'{each.model_name}'. Merge scores of one model only."
+                )
+            for name, tower in each.towers.items():
+                towers[name] = _merge(name, towers[name], tower) if name in towers else tower
+        inputs = {f"scores{index}": each.fingerprint for index, each in enumerate(scores)}
+        if "model" in first.inputs:
+            inputs["model"] = first.inputs["model"]
+        shape = next((each.shape for each in scores if each.shape is not None), None)
+        return Scores(
+            towers=towers,
+            shape=shape,
+            model_name=first.model_name,
+            settings=first.settings,
+            inputs=inputs,
+        )
+
+
+def _tables(scores: TowerScores) -> dict[tuple[str, ...], tuple[float, ...]]:
+    tables: dict[tuple[str, ...], tuple[float, ...]] = {}
+    for group, packs in scores.similarity.items():
+        tables |= {("similarity", group, str(pack)): v for pack, v in packs.items()}
+    for group, ends in scores.tail.items():
+        tables |= {("tail", group, str(pack)): (value,) for pack, value in ends.items()}
+    return tables | {("metrics", name): values for name, values in scores.metrics.items()}
+
+
+def _merge(name: str, one: TowerScores, other: TowerScores) -> TowerScores:
+    fixed = ("num_layers", "pinned", "cross_attention_layers")
+    for what in fixed:
+        if getattr(one, what) != getattr(other, what):
+            raise ShapeError(
+                f"The scores of tower '{name}' differ in {what}: {getattr(one, what)} and "
+                f"{getattr(other, what)}. Merge scores of one model only."
+            )
+    ours, theirs = _tables(one), _tables(other)
+    shared = ours.keys() & theirs.keys()
+    if shared and ours.keys() != theirs.keys():
+        only = sorted("/".join(key) for key in ours.keys() ^ theirs.keys())
+        raise ShapeError(
+            f"The scores of tower '{name}' overlap in part; only one side has {', '.join(only)}. "
+            "Merge scores with the same tables (other samples) or with none in common."
+        )
+    merged = ours | theirs
+    for key in shared:
+        weights = [_weight(name, key, each) for each in (one, other)]
+        pairs = zip(ours[key], theirs[key], strict=True)
+        total = sum(weights)
+        merged[key] = tuple((a * weights[0] + b * weights[1]) / total for a, b in pairs)
+    similarity: dict[str, dict[int, tuple[float, ...]]] = {}
+    tail: dict[str, dict[int, float]] = {}
+    metrics: dict[str, tuple[float, ...]] = {}
+    for key, values in merged.items():
+        if key[0] == "similarity":
+            similarity.setdefault(key[1], {})[int(key[2])] = values
+        elif key[0] == "tail":
+            tail.setdefault(key[1], {})[int(key[2])] = values[0]
+        else:
+            metrics[key[1]] = values
+    return dataclasses.replace(
+        one,
+        similarity=similarity,
+        tail=tail,
+        metrics=metrics,
+        num_samples=_join(one.num_samples, other.num_samples, bool(shared)),
+        num_tokens=_join_dicts(one.num_tokens, other.num_tokens, bool(shared)),
+        group_samples=_join_dicts(one.group_samples, other.group_samples, bool(shared)),
+    )
+
+
+def _weight(name: str, key: tuple[str, ...], scores: TowerScores) -> int:
+    group = key[1] if key[0] != "metrics" else ""
+    weight = scores.group_samples.get(group, scores.num_samples)
+    if weight < 1:
+        raise ConfigError(
+            f"Averaging the scores of tower '{name}' needs to know how many samples stand behind "
+            f"each; one says {weight}. Set num_samples."
+        )
+    return weight
+
+
+def _join(one: int, other: int, other_samples: bool) -> int:
+    return one + other if other_samples else max(one, other)
+
+
+def _join_dicts(one: dict[str, int], other: dict[str, int], add: bool) -> dict[str, int]:
+    return {key: _join(one.get(key, 0), other.get(key, 0), add) for key in sorted({*one, *other})}

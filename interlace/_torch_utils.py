@@ -1,0 +1,121 @@
+"""Small torch helpers that several stages share: quiet models, moving batches, processes."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from interlace.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import nn
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Run a block in eval mode without gradients, and put every module's own mode back after it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Run a block without a KV cache in any part of a model, and restore every config after it."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", False)]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+def to_device(
+    batch: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Move the tensors of a batch; floating ones (pixels) also take `dtype` where it is given."""
+    moved: dict[str, Any] = {}
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            kind = dtype if value.is_floating_point() else None
+            moved[name] = value.to(device=device, dtype=kind, non_blocking=True)
+        else:
+            moved[name] = value
+    return moved
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Tell whether a model's forward names an argument."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def process_rank() -> tuple[int, int]:
+    """Return this process's number and how many there are; (0, 1) outside torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+@contextlib.contextmanager
+def joined_processes() -> Iterator[tuple[int, int]]:
+    """Join the processes that torchrun started, for the block only where nobody has joined yet.
+
+    Yields:
+        This process's number and how many there are.
+    """
+    own = dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized()
+    if own:
+        # Only small sums travel, so the processes need not talk through the GPUs.
+        dist.init_process_group("gloo")
+    try:
+        yield process_rank()
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a CPU tensor over all processes; every process calls it."""
+    if process_rank()[1] == 1:
+        return values
+    # NCCL knows tensors on a GPU only.
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = values.to(device, copy=True)
+    dist.all_reduce(total)
+    return total.to(values.device)
+
+
+def agree_on_failure(message: str) -> None:
+    """Stop all processes where one of them has failed; every process calls it.
+
+    Without it the healthy ones would wait for the sums of the failed one for ever.
+
+    Args:
+        message: what failed in this process; empty where nothing did.
+
+    Raises:
+        DataError: in the processes that are healthy, with the message of one that is not.
+    """
+    rank, world = process_rank()
+    if world == 1:
+        return
+    messages: list[str] = [""] * world
+    dist.all_gather_object(messages, message)
+    failed = [(other, each) for other, each in enumerate(messages) if each]
+    if failed and not message:
+        other, text = failed[0]
+        raise DataError(f"Process {other} of {world} failed, so process {rank} stops: {text}")

@@ -1,0 +1,355 @@
+"""Settings of every stage, and recipes: all of them in one TOML file.
+
+A recipe has one section per stage, named like it, with the fields of the classes below as keys:
+
+    [model]
+    path = "Qwen/Qwen3-VL-8B-Instruct"
+    [plan]
+    drop_fraction = 0.25
+
+Whatever is left out keeps its default. Unknown sections and keys are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from interlace._coerce import Checked, build, field_types, plain
+from interlace._files import sha256_of
+from interlace.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+DEFAULT_DROP_FRACTION = 0.25
+
+
+def _within(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
+    # `above` leaves the lower bound itself out.
+    return field(default=default, metadata={"low": low, "high": high, "above": above})
+
+
+def _range_text(low: float, high: float, above: bool) -> str:
+    if math.isinf(high):
+        return f"more than {low:g}" if above else f"at least {low:g}"
+    return f"above {low:g} and at most {high:g}" if above else f"within {low:g}..{high:g}"
+
+
+@dataclass(frozen=True)
+class Settings(Checked):
+    """Base of the settings of one stage: frozen, types and ranges checked on creation."""
+
+    def __post_init__(self) -> None:
+        """Check types, then ranges, then what the class itself demands."""
+        super().__post_init__()
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if "low" not in each.metadata or value is None:
+                continue
+            low, high, above = (each.metadata[key] for key in ("low", "high", "above"))
+            fits = low < value <= high if above else low <= value <= high
+            if not fits:
+                raise ConfigError(
+                    f"{type(self).__name__}.{each.name} must be {_range_text(low, high, above)}, "
+                    f"got {value!r}."
+                )
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise ConfigError where the fields contradict each other."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all values."""
+        return sha256_of(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON-able values."""
+        made: dict[str, Any] = plain(self)
+        return made
+
+    def replace(self, **overrides: Any) -> Self:
+        """Return a copy with some values changed.
+
+        Raises:
+            ConfigError: a name is no setting of this stage, or a value does not fit.
+        """
+        known = field_types(type(self))
+        for name in overrides:
+            if name not in known:
+                raise ConfigError(unknown_name(f"setting of {type(self).__name__}", name, known))
+        return dataclasses.replace(self, **overrides)
+
+
+@dataclass(frozen=True)
+class ModelSettings(Settings):
+    """Which model to open.
+
+    Attributes:
+        path: folder of the checkpoint or its name on the Hugging Face hub.
+        dtype: "float32", "bfloat16" or "float16"; default: as stored.
+        device: such as "cuda" or "cpu"; default: the GPU where there is one.
+        trust_remote_code: run code that the checkpoint brings along.
+    """
+
+    path: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
+
+    def _check_together(self) -> None:
+        if not self.path.strip():
+            raise ConfigError("ModelSettings.path is empty. Give a folder or a model name.")
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    """Which samples to score and heal with.
+
+    Attributes:
+        source: "scenes", a .json or .jsonl file, a folder, or the name of a data set.
+        root: folder that relative image paths start from; images outside are refused.
+        split: part of the data to score and heal with.
+        tasks: only samples of these tasks; default: all.
+        calibration_count: samples to score with.
+        heal_count: samples to heal with; default: all, or 4096 of the unlimited "scenes".
+        seed: seed of the choice of samples.
+        max_bad_fraction: share of unreadable samples that is skipped before it is an error.
+    """
+
+    source: str = "scenes"
+    root: str | None = None
+    split: str = "train"
+    tasks: tuple[Literal["chat", "vqa", "caption", "retrieval"], ...] | None = None
+    calibration_count: int = _within(256, 1)
+    heal_count: int | None = _within(None, 1)
+    seed: int = _within(0, 0)
+    max_bad_fraction: float = _within(0.01, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class ScoreSettings(Settings):
+    """How to score.
+
+    Attributes:
+        metrics: names of the metrics.
+        packs: distances p of the compared states h_i and h_{i+p}, or "all" of them.
+        towers: towers to score; default: all.
+        batch_size: samples per forward pass.
+        answers: also feed the answers, not the questions alone.
+        packed: pack batches of unequal length instead of padding them.
+    """
+
+    metrics: tuple[str, ...] = ("similarity",)
+    packs: Literal["all"] | tuple[int, ...] = (1, 2, 3)
+    towers: tuple[str, ...] | None = None
+    batch_size: int = _within(8, 1)
+    answers: bool = False
+    packed: bool = False
+
+    def _check_together(self) -> None:
+        if not self.metrics:
+            raise ConfigError("ScoreSettings.metrics is empty. Name at least one metric.")
+        if self.packs != "all" and (not self.packs or min(self.packs) < 1):
+            raise ConfigError(
+                f"ScoreSettings.packs must be 'all' or distances of at least 1, got {self.packs}."
+            )
+
+
+@dataclass(frozen=True)
+class PlanSettings(Settings):
+    """What to drop.
+
+    Attributes:
+        drop_fraction: share of the layers to drop, 0..1, or one per tower. Default: 0.25, unless
+            `num_drop` is given.
+        num_drop: number of layers to drop, or one per tower, instead of a fraction.
+        rule: name of the rule that chooses the layers.
+        protect: layers never to drop, or a table of them per tower, or "auto": those that the
+            scores recorded as pinned. An empty list gives the published rules unguarded.
+        seed: seed of the rules that draw.
+        weights: metric -> weight, to judge layers by a mix of metrics.
+        towers: towers to plan; default: the text tower where there is one, else all.
+        group: token group of the similarity: "all", "text" or "vision".
+    """
+
+    drop_fraction: float | dict[str, float] | None = None
+    num_drop: int | dict[str, int] | None = None
+    rule: str = "interlace"
+    protect: Literal["auto"] | tuple[int, ...] | dict[str, tuple[int, ...]] = "auto"
+    seed: int = _within(42, 0)
+    weights: dict[str, float] | None = None
+    towers: tuple[str, ...] | None = None
+    group: str = "all"
+
+    def _check_together(self) -> None:
+        if self.drop_fraction is not None and self.num_drop is not None:
+            raise ConfigError("Give either drop_fraction or num_drop in PlanSettings, not both.")
+        if self.drop_fraction is None and self.num_drop is None:
+            object.__setattr__(self, "drop_fraction", DEFAULT_DROP_FRACTION)
+        fractions, counts = self.drop_fraction, self.num_drop
+        for value in fractions.values() if isinstance(fractions, dict) else [fractions]:
+            if value is not None and not 0.0 < value < 1.0:
+                raise ConfigError(
+                    f"PlanSettings.drop_fraction must be above 0 and below 1, got {value!r}. "
+                    "0.25 drops a quarter of the layers."
+                )
+        for count in counts.values() if isinstance(counts, dict) else [counts]:
+            if count is not None and count < 1:
+                raise ConfigError(f"PlanSettings.num_drop must be at least 1, got {count}.")
+
+
+@dataclass(frozen=True)
+class PruneSettings(Settings):
+    """How to cut.
+
+    Attributes:
+        allow_pinned: also drop layers that the model's family pins, where surgery can.
+    """
+
+    allow_pinned: bool = False
+
+
+@dataclass(frozen=True)
+class HealSettings(Settings):
+    """How to heal.
+
+    Attributes:
+        epochs: passes over the data; 0 together with no max_steps skips healing.
+        max_steps: optimiser steps, instead of epochs.
+        learning_rate: peak learning rate of AdamW.
+        warmup_fraction: share of the steps with rising learning rate.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are clipped to this norm.
+        batch_size: samples per forward pass and process.
+        accumulation: forward passes per optimiser step.
+        ce_weight: weight of the task's own loss (cross-entropy, or contrastive).
+        hidden_weight: weight of the hidden-state distillation.
+        kl_weight: weight of the logit distillation.
+        temperature: of the logit distillation.
+        chunk_tokens: tokens whose teacher and student logits exist at once.
+        bf16: compute in bfloat16 (autocast).
+        gradient_checkpointing: recompute activations to save memory.
+        save_steps: steps between checkpoints; default: only at the end.
+        seed: seed of the order of samples.
+        num_workers: processes that prepare batches.
+        schedule: course of the learning rate after warm-up.
+    """
+
+    epochs: float = _within(1.0, 0.0)
+    max_steps: int | None = _within(None, 0)
+    learning_rate: float = _within(1e-5, 0.0, 1.0, above=True)
+    warmup_fraction: float = _within(0.03, 0.0, 1.0)
+    weight_decay: float = _within(0.0, 0.0, 1.0)
+    max_grad_norm: float = _within(1.0, 0.0, above=True)
+    batch_size: int = _within(16, 1)
+    accumulation: int = _within(1, 1)
+    ce_weight: float = _within(1.0, 0.0)
+    hidden_weight: float = _within(1.0, 0.0)
+    kl_weight: float = _within(1.0, 0.0)
+    temperature: float = _within(1.0, 0.0, above=True)
+    chunk_tokens: int = _within(2048, 1)
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    save_steps: int | None = _within(None, 1)
+    seed: int = _within(42, 0)
+    num_workers: int = _within(0, 0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+
+    def _check_together(self) -> None:
+        if self.ce_weight == self.hidden_weight == self.kl_weight == 0.0:
+            raise ConfigError(
+                "HealSettings: ce_weight, hidden_weight and kl_weight are all 0, "
+                "so there is nothing to train on. Set at least one above 0."
+            )
+
+
+@dataclass(frozen=True)
+class EvalSettings(Settings):
+    """What to measure.
+
+    Attributes:
+        tasks: names of the evaluations.
+        count: samples per task.
+        split: part of the data to measure on.
+        batch_size: samples per forward pass.
+        max_new_tokens: longest answer.
+        seed: seed of the choice of samples.
+    """
+
+    tasks: tuple[str, ...] = ("fidelity",)
+    count: int = _within(256, 1)
+    split: str = "test"
+    batch_size: int = _within(16, 1)
+    max_new_tokens: int = _within(64, 1)
+    seed: int = _within(0, 0)
+
+    def _check_together(self) -> None:
+        if not self.tasks:
+            raise ConfigError("EvalSettings.tasks is empty. Name at least one task.")
+
+
+@dataclass(frozen=True)
+class ExportSettings(Settings):
+    """How to write the result.
+
+    Attributes:
+        overwrite: replace an existing folder.
+        verify: reload the checkpoint in a fresh process and compare.
+    """
+
+    overwrite: bool = False
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class Recipe(Settings):
+    """The settings of the whole flow, one section per stage."""
+
+    model: ModelSettings
+    data: DataSettings = field(default_factory=DataSettings)
+    score: ScoreSettings = field(default_factory=ScoreSettings)
+    plan: PlanSettings = field(default_factory=PlanSettings)
+    prune: PruneSettings = field(default_factory=PruneSettings)
+    heal: HealSettings = field(default_factory=HealSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+        """Make a recipe from nested mappings, as read from TOML.
+
+        Raises:
+            ConfigError: an unknown section or key (the nearest valid name is given), a missing
+                model, or a value of the wrong type or out of range.
+        """
+        for name in values:
+            if name not in field_types(cls):
+                message = unknown_name("recipe section", name, field_types(cls))
+                raise ConfigError(f"{source}: {message}")
+        made: dict[str, Any] = {}
+        for name, kind in field_types(cls).items():
+            if name in values:
+                made[name] = build(kind, values[name], f"{source}, [{name}]", "recipe key")
+        if "model" not in made:
+            raise ConfigError(f"{source}: no model. Add a section [model] with path = '...'.")
+        return cls(**made)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read a recipe from a TOML file; see `from_dict` for the errors."""
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"There is no recipe at {path}. Check the path.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"Cannot read the recipe {path} ({error}).") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"The recipe {path} is not valid TOML: {error}.") from error
+        return cls.from_dict(values, source=str(path))

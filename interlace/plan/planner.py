@@ -1,0 +1,226 @@
+"""make_plan: from scores to a plan, by a named rule."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from interlace.errors import ConfigError, PlanError, unknown_name
+from interlace.plan.protection import protected_layers, repair, resolve
+from interlace.plan.rules import USE_LAYER_SCORES, Problem, find_rule
+from interlace.plan.weights import combined_scores
+from interlace.records import Plan, Provenance, Scores, TowerPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from interlace.plan.protection import Protect
+    from interlace.plan.rules import Choice, Loss
+
+# A tower of one layer has no neighbour to train and nothing left to compare.
+MIN_LAYERS_LEFT = 2
+
+
+def _tower_names(
+    scores: Scores, towers: Sequence[str] | str | None, amounts: Mapping[str, Any] | None
+) -> list[str]:
+    named = [towers] if isinstance(towers, str) else None if towers is None else list(towers)
+    if amounts is not None:
+        if named is not None and set(named) != set(amounts):
+            raise ConfigError(
+                f"towers={named} and the towers of the amounts to drop {sorted(amounts)} differ. "
+                "Give one of the two, or the same towers in both."
+            )
+        named = list(amounts)
+    if named is None:
+        named = ["text"] if "text" in scores.towers else list(scores.towers)
+    if not named:
+        raise ConfigError("No tower to plan. Name at least one in towers or drop_fraction.")
+    for name in named:
+        if name not in scores.towers:
+            raise PlanError(unknown_name("tower", name, scores.towers))
+    return named
+
+
+def _from_fraction(fraction: Any, tower: str, num_layers: int) -> int:
+    if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real):
+        raise ConfigError(f"drop_fraction must be a number in 0..1, got {fraction!r}.")
+    fraction = float(fraction)
+    if not 0.0 <= fraction <= 1.0:
+        raise ConfigError(
+            f"drop_fraction must be in 0..1, got {fraction!r}. 0.25 drops a quarter of the layers."
+        )
+    # Published as int(L * fraction), rounding error included: 100 layers * 0.29 give 28.
+    count = int(num_layers * fraction)
+    if count == 0:
+        raise PlanError(
+            f"drop_fraction={fraction:g} of the {num_layers} layers of the tower '{tower}' is "
+            f"{num_layers * fraction:.2f}, which rounds down to none. The smallest fraction that "
+            f"drops a layer is {math.ceil(1e4 / num_layers) / 1e4:g}; or leave the tower out."
+        )
+    return count
+
+
+def _from_number(number: Any, tower: str) -> int:
+    try:
+        count = -1 if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        count = -1
+    if count < 1:
+        raise ConfigError(
+            f"num_drop must be a whole number of at least 1, got {number!r} for tower '{tower}'."
+        )
+    return count
+
+
+def _how_many(
+    drop_fraction: Any, num_drop: Any, tower: str, num_layers: int, protected: Mapping[int, str]
+) -> int:
+    amount = drop_fraction if num_drop is None else num_drop
+    amount = amount[tower] if isinstance(amount, Mapping) else amount
+    if num_drop is None:
+        count, given = _from_fraction(amount, tower, num_layers), f"drop_fraction={amount:g}"
+    else:
+        count = _from_number(amount, tower)
+        given = f"num_drop={count}"
+    left = num_layers - count
+    if left < MIN_LAYERS_LEFT:
+        raise PlanError(
+            f"{given} leaves {max(left, 0)} of the {num_layers} layers of the tower '{tower}', "
+            f"but at least {MIN_LAYERS_LEFT} must stay. Drop at most "
+            f"{max(num_layers - MIN_LAYERS_LEFT, 0)}."
+        )
+    free = num_layers - len(protected)
+    if count > free:
+        raise PlanError(
+            f"{given} drops {count} of the {num_layers} layers of the tower '{tower}', but "
+            f"{len(protected)} are protected {sorted(protected)}, so only {free} may go. "
+            "Drop fewer layers or protect fewer."
+        )
+    return count
+
+
+def _tower_plan(problem: Problem, choice: Choice) -> TowerPlan:
+    table = choice.layer_scores
+    if table is None:
+        scored = problem.layer_scores is not None or 1 in problem.scores.similarity.get(
+            problem.group, {}
+        )
+        table = problem.score_table() if scored else (None,) * problem.num_layers
+    reasons = dict(choice.reasons)
+    for layer, why in problem.protected.items():
+        note = f"protected: {why}"
+        reasons[layer] = f"{reasons[layer]}; {note}" if layer in reasons else note
+    return TowerPlan(
+        num_layers=problem.num_layers,
+        drop=choice.drop,
+        tune=choice.tune,
+        freeze=choice.freeze,
+        layer_scores=table,
+        reasons=dict(sorted(reasons.items())),
+    )
+
+
+def make_plan(
+    scores: Scores,
+    *,
+    drop_fraction: float | Mapping[str, float] | None = None,
+    num_drop: int | Mapping[str, int] | None = None,
+    rule: str = "interlace",
+    protect: Protect = (),
+    seed: int = 42,
+    weights: Mapping[str, float] | None = None,
+    towers: Sequence[str] | str | None = None,
+    loss: Loss | None = None,
+    group: str = "all",
+) -> Plan:
+    """Choose the layers to drop, tune and freeze.
+
+    Args:
+        scores: what was measured.
+        drop_fraction: share of a tower's layers to drop, 0..1, or a dict of them per tower. The
+            number is int(L * fraction), as published.
+        num_drop: the number itself, or a dict per tower, instead of a fraction.
+        rule: name of the rule; see `rule_names()`.
+        protect: layers never to drop: numbers (for every planned tower), a dict of them per tower,
+            "auto" (what the scores recorded as pinned), or () for the exact published rule. They
+            may still be tuned or be anchors. With any protection, a choice that the model's
+            configuration could not express (cross-attention in every f-th layer) is replaced by
+            the best one that it can, and `consecutive` looks only at blocks that fit.
+        seed: seed of the rules that draw.
+        weights: metric -> weight: judge single layers by the weighted sum of the metrics' z-scores
+            ("similarity" is s_1) instead of s_1 alone. Distances over two and three layers, which
+            rank pairs and triplets, always stay those of the similarity: no mean of single-layer
+            scores says how much a whole triplet changes the hidden state.
+        towers: towers to plan. Default: those of the dict given, else the text tower where there
+            is one, else all that were scored.
+        loss: callback (tower, dropped layers in selection order) -> loss of the model without
+            them; for the rule `sleb`.
+        group: token group of the similarity: "all" (published), "text" or "vision".
+
+    Returns:
+        The plan; `print(plan)` shows it.
+
+    Raises:
+        ConfigError: an unknown rule, or an argument that cannot be used.
+        PlanError: no plan exists: too few layers, too many protected, packs not scored, or the
+            published rule fails here.
+    """
+    if not isinstance(scores, Scores):
+        raise ConfigError(
+            f"make_plan needs Scores, got {type(scores).__name__}. Use what score() returned, "
+            "Scores.load(path), or Scores.from_similarity(...)."
+        )
+    choose = find_rule(rule)
+    if (drop_fraction is None) == (num_drop is None):
+        raise ConfigError(
+            "Give either drop_fraction (such as 0.25) or num_drop (such as 9), and not both; got "
+            f"drop_fraction={drop_fraction!r} and num_drop={num_drop!r}."
+        )
+    if weights is not None and rule not in USE_LAYER_SCORES:
+        raise ConfigError(
+            f"The rule '{rule}' does not judge single layers by a score, so weights would change "
+            f"nothing. Leave weights out, or use one of {', '.join(sorted(USE_LAYER_SCORES))}."
+        )
+    amounts = drop_fraction if num_drop is None else num_drop
+    names = _tower_names(scores, towers, amounts if isinstance(amounts, Mapping) else None)
+    guards = resolve(protect, scores)
+    planned: dict[str, TowerPlan] = {}
+    for name in names:
+        tower = scores[name]
+        protected, guarded = protected_layers(guards, scores, name)
+        count = _how_many(drop_fraction, num_drop, name, tower.num_layers, protected)
+        problem = Problem(
+            tower=name,
+            scores=tower,
+            num_drop=count,
+            protected=protected,
+            guarded=guarded,
+            group=group,
+            seed=seed,
+            layer_scores=combined_scores(tower, weights, group, name) if weights else None,
+            loss=loss,
+        )
+        choice = choose(problem)
+        planned[name] = _tower_plan(problem, repair(problem, choice) if guarded else choice)
+    inputs = {"scores": scores.fingerprint}
+    inputs |= {key: scores.inputs[key] for key in ("model", "data") if key in scores.inputs}
+    return Plan(
+        towers=planned,
+        rule=rule,
+        seed=seed,
+        model_name=scores.model_name,
+        shape=scores.shape,
+        settings={
+            "drop_fraction": drop_fraction,
+            "num_drop": num_drop,
+            "protect": guards,
+            "weights": weights,
+            "group": group,
+        },
+        inputs=inputs,
+        provenance=Provenance.collect(seed),
+    )

@@ -1,0 +1,178 @@
+"""What a rule is, and the list of them.
+
+L = number of layers; h_i = input of layer i, h_L = output of the last layer;
+s_p(i) = mean cosine of h_i and h_{i+p}, i = 0..L-p-1.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from interlace.errors import ConfigError, PlanError, unknown_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from interlace.records import TowerScores
+
+    Loss = Callable[[str, tuple[int, ...]], float]
+    Rule = Callable[["Problem"], "Choice"]
+
+# Rule name -> "module:function". Adding a rule is adding a function and its line here.
+RULES: dict[str, str] = {
+    "interlace": "interlace.plan.published:interlace",
+    "interlace_oa": "interlace.plan.published:interlace_oa",
+    "interlace_tn": "interlace.plan.published:interlace_tn",
+    "random": "interlace.plan.published:random",
+    "consecutive": "interlace.plan.published:consecutive",
+    "triplet_optimal": "interlace.plan.optimal:triplet_optimal",
+    "shortgpt": "interlace.plan.baselines:shortgpt",
+    "uidl": "interlace.plan.baselines:uidl",
+    "last": "interlace.plan.baselines:last",
+    "uniform": "interlace.plan.baselines:uniform",
+    "sleb": "interlace.plan.baselines:sleb",
+}
+
+# The rules that judge single layers by a score, so that another score can take its place.
+USE_LAYER_SCORES = frozenset(
+    {"interlace", "interlace_tn", "consecutive", "triplet_optimal", "shortgpt"}
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a rule is given: one tower, and how many layers to drop.
+
+    Attributes:
+        tower: name of the tower.
+        scores: what was measured.
+        num_drop: n, the number of layers to drop, at least 1.
+        protected: layers never to drop, with the reason. They may be tuned or be anchors.
+        guarded: the caller asked for a plan that can be carried out; off for the exact
+            published behaviour, which may fail.
+        group: token group of the similarity.
+        seed: seed of rules that draw.
+        layer_scores: score per layer by which single layers are judged, higher = more redundant;
+            s_1 unless weights were given; None where a layer has none (h_L is not scored).
+        loss: callback (tower, dropped layers) -> loss of the model without them.
+    """
+
+    tower: str
+    scores: TowerScores
+    num_drop: int
+    protected: Mapping[int, str] = field(default_factory=dict)
+    guarded: bool = False
+    group: str = "all"
+    seed: int = 42
+    layer_scores: tuple[float | None, ...] | None = None
+    loss: Loss | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.scores.num_layers
+
+    @property
+    def candidates(self) -> list[int]:
+        """Layers that may be dropped, ascending."""
+        return [layer for layer in range(self.num_layers) if layer not in self.protected]
+
+    def packs(self, pack: int) -> tuple[float, ...]:
+        """Return s_pack; see `TowerScores.packs`."""
+        return self.scores.packs(pack, self.group)
+
+    def score_table(self) -> tuple[float | None, ...]:
+        """Return the layer scores, L of them.
+
+        Raises:
+            PlanError: pack 1 was not scored.
+        """
+        if self.layer_scores is not None:
+            return self.layer_scores
+        return (*self.packs(1), None)
+
+    def scored(self, *, with_tail: bool = False) -> dict[int, float]:
+        """Return the layer scores of the layers that have one.
+
+        Args:
+            with_tail: also that of the last layer, where it was recorded apart. The published
+                rules leave it out.
+        """
+        scores = {i: value for i, value in enumerate(self.score_table()) if value is not None}
+        tail = self.scores.tail.get(self.group, {}).get(1)
+        if with_tail and tail is not None and self.layer_scores is None:
+            scores[self.num_layers - 1] = tail
+        return scores
+
+    def shortage(self, found: int, of_what: str, advice: str) -> PlanError:
+        """Word the error of a rule that cannot find enough layers to drop."""
+        guard = ""
+        if self.protected:
+            guard = f" with {len(self.protected)} layers protected {sorted(self.protected)}"
+        return PlanError(
+            f"Tower '{self.tower}': {self.num_drop} of {self.num_layers} layers are to be "
+            f"dropped, but only {found} {of_what} can be found{guard}. {advice}"
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a rule answers.
+
+    Attributes:
+        drop: layers to remove, in selection order.
+        tune: layers to train, in selection order.
+        freeze: anchors, in selection order.
+        reasons: layer -> why, in words.
+        layer_scores: what the rule judged the layers by, where that is not the layer scores.
+    """
+
+    drop: tuple[int, ...]
+    tune: tuple[int, ...]
+    freeze: tuple[int, ...] = ()
+    reasons: dict[int, str] = field(default_factory=dict)
+    layer_scores: tuple[float | None, ...] | None = None
+
+
+def rule_names() -> tuple[str, ...]:
+    """Return the names of all rules, the published ones first."""
+    return tuple(RULES)
+
+
+def find_rule(name: str) -> Rule:
+    """Return a rule by its name.
+
+    Raises:
+        ConfigError: there is no such rule; the message has the nearest name.
+    """
+    if name not in RULES:
+        raise ConfigError(unknown_name("rule", name, RULES))
+    module, function = RULES[name].split(":")
+    rule: Rule = getattr(importlib.import_module(module), function)
+    return rule
+
+
+def by_score(scores: Iterable[tuple[int, float]]) -> list[int]:
+    """Return indices by falling score, ties to the lower index."""
+    return [index for index, _ in sorted(scores, key=lambda pair: (-pair[1], pair[0]))]
+
+
+def nearest_kept(problem: Problem, drop: Iterable[int]) -> tuple[int, ...]:
+    """Choose as many layers to tune as are dropped: the neighbours of the gaps.
+
+    Every dropped layer, in selection order, claims the nearest layer that is kept and not claimed
+    yet; of two equally near the later one, as the published rules train the next layer. Where
+    fewer layers are kept than dropped, all kept ones are tuned.
+    """
+    gone = tuple(drop)
+    free = [layer for layer in range(problem.num_layers) if layer not in gone]
+    tune: list[int] = []
+    for layer in gone:
+        if not free:
+            break
+        near = min(free, key=lambda other, layer=layer: (abs(other - layer), -other))  # type: ignore[misc]
+        tune.append(near)
+        free.remove(near)
+    return tuple(tune)

@@ -1,0 +1,113 @@
+"""The records that the stages hand on: Scores, Plan, PruneRecord, HealReport, EvalReport.
+
+Every record is frozen, equals its own copy read back from JSON, names the fingerprints of what it
+was made from, and is refused on loading when its content no longer matches its fingerprint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from interlace._records.base import (
+    Provenance,
+    Record,
+    parse_object,
+    read_record_text,
+)
+from interlace._records.plan import Action, Plan, PruneRecord, TowerPlan
+from interlace._records.scores import Scores, TowerScores
+from interlace._records.shape import ModelShape, TowerShape
+from interlace.errors import CheckpointError, unknown_name
+
+if TYPE_CHECKING:
+    import os
+
+__all__ = [
+    "Action",
+    "EvalReport",
+    "HealReport",
+    "ModelShape",
+    "Plan",
+    "Provenance",
+    "PruneRecord",
+    "Record",
+    "Scores",
+    "TowerPlan",
+    "TowerScores",
+    "TowerShape",
+    "load_record",
+]
+
+
+@dataclass(frozen=True)
+class HealReport(Record):
+    """How healing went.
+
+    Attributes:
+        steps: optimiser steps.
+        num_samples: samples seen, repeats counted.
+        tokens: tokens seen, padding left out.
+        trainable_parameters: parameters that were trained.
+        total_parameters: all parameters of the student.
+        losses: one dict per logged step: "step" and the loss terms by name.
+        final: the last values by name.
+        seconds: wall-clock time of training.
+        objective: "chat", "contrastive", "caption" or "vqa".
+        settings: the settings of the run (any JSON values).
+    """
+
+    kind: ClassVar[str] = "heal"
+
+    steps: int
+    num_samples: int
+    tokens: int
+    trainable_parameters: int
+    total_parameters: int
+    losses: tuple[dict[str, Any], ...] = ()
+    final: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    objective: str = "chat"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvalReport(Record):
+    """What a model measured on tasks, beside a baseline where one was given.
+
+    Attributes:
+        metrics: task -> metric -> value.
+        baseline: the same of the baseline; None without one.
+        retention: task -> metric -> value / baseline value, or baseline value / value where lower
+            is better; None without a baseline.
+        num_samples: task -> samples.
+        details: anything else (any JSON values).
+        model_name: name or path the model was opened by.
+    """
+
+    kind: ClassVar[str] = "eval"
+
+    metrics: dict[str, dict[str, float]]
+    baseline: dict[str, dict[str, float]] | None = None
+    retention: dict[str, dict[str, float]] | None = None
+    num_samples: dict[str, int] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    model_name: str = ""
+
+
+_KINDS: dict[str, type[Record]] = {
+    kind.kind: kind for kind in (Scores, Plan, PruneRecord, HealReport, EvalReport)
+}
+
+
+def load_record(path: str | os.PathLike[str]) -> Record:
+    """Read a record of whatever kind the file says it is, and verify it.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, altered or no record of a known kind.
+    """
+    text = read_record_text(path)
+    kind = parse_object(text, str(path)).get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise CheckpointError(f"{path}: {unknown_name('kind of record', kind, _KINDS)}")
+    return _KINDS[kind].from_json(text, source=str(path))

@@ -1,0 +1,296 @@
+"""Figures made from records: the plan as a strip, similarities as a map, retention as a chart.
+
+Every function returns a matplotlib Figure and touches no global state: no pyplot, no window, no
+style of the caller. Colours are those of Okabe and Ito, told apart with any colour vision; what is
+dropped is hatched as well.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from interlace._files import atomic_write_bytes
+from interlace.errors import ConfigError, PlanError, unknown_name
+
+if TYPE_CHECKING:
+    import os
+
+    from matplotlib.axes import Axes
+
+    from interlace.records import Action, Plan, Scores, TowerScores
+
+ACTION_COLOURS: dict[Action, str] = {
+    "drop": "#D55E00",
+    "tune": "#0072B2",
+    "freeze": "#56B4E9",
+    "keep": "#E4E4E4",
+}
+_ACTION_WORDS: dict[Action, str] = {
+    "drop": "drop",
+    "tune": "tune",
+    "freeze": "freeze (anchor)",
+    "keep": "keep",
+}
+_SERIES_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+_SERIES_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_FORMATS = ("png", "svg", "pdf")
+
+# Whole similarity maps are annotated with numbers only while these stay readable.
+_ANNOTATED_CELLS = 200
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plan_strip(plan: Plan) -> Figure:
+    """Draw every planned tower as a row of layers: drop, tune, freeze, keep.
+
+    Args:
+        plan: the plan.
+
+    Returns:
+        The figure, with a legend.
+
+    Raises:
+        PlanError: the plan has no tower.
+    """
+    if not plan.towers:
+        raise PlanError("The plan has no tower, so there is no strip to draw.")
+    longest = max(tower.num_layers for tower in plan.towers.values())
+    rows = len(plan.towers)
+    figure = _figure(max(5.0, 0.28 * longest + 1.2), 0.62 * rows + 1.1)
+    axes = figure.add_subplot()
+    for row, tower in enumerate(plan.towers.values()):
+        for layer in range(tower.num_layers):
+            action = tower.action(layer)
+            axes.add_patch(
+                Rectangle(
+                    (layer - 0.46, row - 0.38),
+                    0.92,
+                    0.76,
+                    facecolor=ACTION_COLOURS[action],
+                    edgecolor="white" if action == "drop" else "#555555",
+                    linewidth=0.6,
+                    hatch="////" if action == "drop" else None,
+                )
+            )
+    axes.set_xlim(-0.7, longest - 0.3)
+    axes.set_ylim(rows - 0.5, -0.5)
+    step = 1 if longest <= 24 else 4
+    axes.set_xticks(range(0, longest, step))
+    axes.set_xlabel("layer of the original model")
+    axes.set_yticks(
+        range(rows),
+        [f"{name}: {len(t.kept)} of {t.num_layers}" for name, t in plan.towers.items()],
+    )
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(f"Plan by rule '{plan.rule}'")
+    keys = [
+        Patch(
+            facecolor=colour,
+            edgecolor="white" if action == "drop" else "#555555",
+            hatch="////" if action == "drop" else None,
+            label=_ACTION_WORDS[action],
+        )
+        for action, colour in ACTION_COLOURS.items()
+    ]
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False)
+    return figure
+
+
+def _whole_matrix(tower: TowerScores, group: str) -> list[list[float]]:
+    # rows and columns are h_0 .. h_{L-1}, and h_L where the tails were recorded too
+    layers = tower.num_layers
+    packs, tail = tower.similarity[group], tower.tail.get(group, {})
+    states = layers + 1 if all(pack in tail for pack in range(1, layers + 1)) else layers
+    matrix = [[1.0 if i == j else math.nan for j in range(states)] for i in range(states)]
+    for pack, values in packs.items():
+        for start, value in enumerate(values):
+            matrix[start][start + pack] = matrix[start + pack][start] = value
+    if states == layers + 1:
+        for pack in range(1, layers + 1):
+            matrix[layers - pack][layers] = matrix[layers][layers - pack] = tail[pack]
+    return matrix
+
+
+def _pack_rows(tower: TowerScores, group: str) -> tuple[list[int], list[list[float]]]:
+    packs, tail = tower.similarity[group], tower.tail.get(group, {})
+    shown = sorted(packs)
+    rows: list[list[float]] = []
+    for pack in shown:
+        row = [*packs[pack], tail.get(pack, math.nan)]
+        rows.append(row + [math.nan] * (tower.num_layers - len(row)))
+    return shown, rows
+
+
+def _annotate(axes: Axes, rows: list[list[float]], low: float) -> None:
+    for y, row in enumerate(rows):
+        for x, value in enumerate(row):
+            if not math.isnan(value):
+                dark = value < (1 + low) / 2
+                text = f"{value:.2f}".removeprefix("0")
+                colour = "white" if dark else "black"
+                axes.text(x, y, text, ha="center", va="center", fontsize=6.5, color=colour)
+
+
+def similarity_map(scores: Scores, tower: str | None = None, group: str = "all") -> Figure:
+    """Draw the cosine similarities of a tower's hidden states as a heat map.
+
+    Where every pack was scored this is the whole symmetric matrix of hidden states; otherwise one
+    row per pack p, whose column i is the similarity of h_i and h_{i+p}.
+
+    Args:
+        scores: what was measured.
+        tower: name of the tower; default: "text" where there is one, else the first.
+        group: token group.
+
+    Returns:
+        The figure.
+
+    Raises:
+        PlanError: there is no such tower, or the group has no similarities.
+    """
+    name = tower or ("text" if "text" in scores.towers else next(iter(scores.towers), ""))
+    measured = scores[name]
+    if not measured.similarity.get(group):
+        raise PlanError(unknown_name("token group", group, measured.similarity))
+    layers = measured.num_layers
+    if all(pack in measured.similarity[group] for pack in range(1, layers)):
+        rows = _whole_matrix(measured, group)
+        side = min(9.0, 2.2 + 0.2 * len(rows))
+        figure = _figure(side + 1.0, side)
+        axes = figure.add_subplot()
+        axes.set_xlabel("hidden state (input of layer)")
+        axes.set_ylabel("hidden state (input of layer)")
+        aspect: Literal["equal", "auto"] = "equal"
+    else:
+        shown, rows = _pack_rows(measured, group)
+        figure = _figure(max(5.0, 0.36 * layers + 1.6), 0.5 * len(rows) + 1.5)
+        axes = figure.add_subplot()
+        axes.set_yticks(range(len(rows)), [f"over {p} layer{'s' * (p > 1)}" for p in shown])
+        axes.set_xlabel("first layer")
+        aspect = "auto"
+    known = [value for row in rows for value in row if not math.isnan(value)]
+    low = min(known, default=0.0)
+    image = axes.imshow(rows, cmap="cividis", vmin=low, vmax=1.0, aspect=aspect)
+    if aspect == "auto" and len(known) <= _ANNOTATED_CELLS:
+        _annotate(axes, rows, low)
+    axes.set_title(f"Cosine similarity of hidden states: {name}, {group} tokens")
+    figure.colorbar(image, ax=axes, shrink=0.9)
+    return figure
+
+
+def _mean_and_spread(value: float | Sequence[float]) -> tuple[float, float]:
+    if isinstance(value, Sequence):
+        if not value:
+            return math.nan, 0.0
+        spread = statistics.stdev(value) if len(value) > 1 else 0.0
+        return statistics.fmean(value), spread
+    return float(value), 0.0
+
+
+def retention_chart(
+    values: Mapping[str, Mapping[str, float | Sequence[float]]],
+    *,
+    kind: Literal["bars", "lines"] = "bars",
+    title: str = "Retention",
+    y_label: str = "share of the dense model's result",
+) -> Figure:
+    """Draw how much of the dense model's results is retained.
+
+    Args:
+        values: series (such as "before healing") -> label on the x-axis (such as a rule or a
+            number of layers) -> retention, 1.0 = all; or one value per seed, drawn as their mean
+            with the standard deviation as error bar. A label that a series lacks is left out.
+        kind: "bars" to compare labels, "lines" where labels have an order.
+        title: of the chart.
+        y_label: of the y-axis.
+
+    Returns:
+        The figure, with a dashed line at 1.0.
+
+    Raises:
+        ConfigError: nothing to draw, or an unknown kind.
+    """
+    if kind not in ("bars", "lines"):
+        raise ConfigError(unknown_name("kind of chart", kind, ("bars", "lines")))
+    labels = list(dict.fromkeys(label for series in values.values() for label in series))
+    if not labels:
+        raise ConfigError("There is nothing to draw: give at least one series with one value.")
+    figure = _figure(max(5.0, 0.28 * len(labels) * (len(values) + 1) + 1.5), 3.8)
+    axes = figure.add_subplot()
+    width = 0.8 / len(values)
+    for index, (name, series) in enumerate(values.items()):
+        places = [place for place, label in enumerate(labels) if label in series]
+        pairs = [_mean_and_spread(series[labels[place]]) for place in places]
+        means, spreads = [mean for mean, _ in pairs], [spread for _, spread in pairs]
+        colour = _SERIES_COLOURS[index % len(_SERIES_COLOURS)]
+        if kind == "bars":
+            shifted = [place + (index - (len(values) - 1) / 2) * width for place in places]
+            errors = spreads if any(spreads) else None
+            axes.bar(
+                shifted, means, width * 0.92, yerr=errors, capsize=2.5, label=name, color=colour
+            )
+        else:
+            axes.errorbar(
+                places,
+                means,
+                yerr=spreads,
+                capsize=2.5,
+                label=name,
+                color=colour,
+                marker=_SERIES_MARKERS[index % len(_SERIES_MARKERS)],
+            )
+    axes.axhline(1.0, color="#555555", linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(len(labels)), labels, rotation=20 if len(labels) > 4 else 0)
+    if kind == "bars":
+        axes.set_ylim(bottom=0.0)
+    axes.set_ylabel(y_label)
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=min(4, len(values)), frameon=False)
+    return figure
+
+
+def figure_bytes(figure: Figure, file_format: str = "png", dpi: int = 150) -> bytes:
+    """Return a figure as a file's content; the same figure gives the same bytes.
+
+    Args:
+        figure: the figure.
+        file_format: "png", "svg" or "pdf".
+        dpi: dots per inch of a PNG.
+
+    Raises:
+        ConfigError: an unknown format.
+    """
+    if file_format not in _FORMATS:
+        raise ConfigError(unknown_name("figure format", file_format, _FORMATS))
+    # Dates and program versions would make equal figures differ.
+    dateless = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=file_format, dpi=dpi, metadata=dateless[file_format])
+    return buffer.getvalue()
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:
+    """Write a figure to a .png, .svg or .pdf file, whole or not at all.
+
+    Raises:
+        ConfigError: the file's ending is none of these.
+        CheckpointError: the file cannot be written.
+    """
+    target = Path(path)
+    return atomic_write_bytes(target, figure_bytes(figure, target.suffix.lower().lstrip("."), dpi))

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from PIL import Image
+
+from interlace.errors import ConfigError, PlanError
+from interlace.plan import make_plan
+from interlace.records import Plan, Scores
+from interlace.report.plots import (
+    ACTION_COLOURS,
+    figure_bytes,
+    plan_strip,
+    retention_chart,
+    save_figure,
+    similarity_map,
+)
+
+S1 = [0.9, 0.8, 0.7, 0.9, 0.8, 0.7, 0.6]
+
+
+@pytest.fixture
+def scores():
+    packs = {1: S1, 2: [0.8] * 6, 3: [0.7] * 5}
+    return Scores.from_similarity("text", packs, 8)
+
+
+def test_strip_has_one_cell_per_layer_in_the_colour_of_its_action(scores):
+    plan = make_plan(scores, num_drop=2)
+    figure = plan_strip(plan)
+    from matplotlib.colors import to_hex
+
+    (axes,) = figure.axes
+    colours = [to_hex(cell.get_facecolor()).upper() for cell in axes.patches]
+    assert colours == [ACTION_COLOURS[plan["text"].action(layer)] for layer in range(8)]
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words == ["drop", "tune", "freeze (anchor)", "keep"]
+    with pytest.raises(PlanError, match="no tower"):
+        plan_strip(Plan({}))
+
+
+def test_map_shows_packs_or_the_whole_matrix(scores):
+    figure = similarity_map(scores)
+    shown = figure.axes[0].images[0].get_array()
+    assert shown.shape == (3, 8)
+    assert shown[0].compressed().tolist() == S1
+    packs = {p: [1 - 0.1 * p] * (4 - p) for p in (1, 2, 3)}
+    whole = Scores.from_similarity("vision", packs, 4)
+    shown = similarity_map(whole).axes[0].images[0].get_array()
+    assert shown.shape == (4, 4)
+    assert shown.T.tolist() == shown.tolist()
+    assert shown[0].tolist() == pytest.approx([1, 0.9, 0.8, 0.7])
+    tails = dict.fromkeys((1, 2, 3, 4), 0.5)
+    ends = Scores.from_similarity("vision", packs, 4, tail=tails)
+    shown = similarity_map(ends).axes[0].images[0].get_array()
+    assert shown[4].tolist() == [0.5, 0.5, 0.5, 0.5, 1.0]
+    with pytest.raises(PlanError, match="token group 'text'"):
+        similarity_map(scores, group="text")
+
+
+@pytest.mark.parametrize("kind", ["bars", "lines"])
+def test_chart_draws_means_with_spread(kind):
+    values = {"before": {"a": [0.5, 0.7], "b": 0.4}, "after": {"a": 0.9}}
+    figure = retention_chart(values, kind=kind)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+    if kind == "bars":
+        assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.6, 0.4, 0.9])
+    else:
+        assert axes.containers[0][0].get_ydata().tolist() == pytest.approx([0.6, 0.4])
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        retention_chart({})
+    with pytest.raises(ConfigError, match="Did you mean 'lines'"):
+        retention_chart(values, kind="line")
+
+
+def test_files_are_whole_images_and_repeat(scores, tmp_path):
+    plan = make_plan(scores, num_drop=2)
+    path = save_figure(plan_strip(plan), tmp_path / "deep" / "strip.png")
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG"
+        assert image.width > 400
+    assert path.read_bytes() == figure_bytes(plan_strip(plan))
+    assert b"<svg" in figure_bytes(plan_strip(plan), "svg")
+    assert Image.open(io.BytesIO(figure_bytes(similarity_map(scores)))).width > 400
+    with pytest.raises(ConfigError, match="figure format 'gif'"):
+        save_figure(plan_strip(plan), tmp_path / "strip.gif")
+    assert not (tmp_path / "strip.gif").exists()
