@@ -1,0 +1,216 @@
+"""Conversations as text: the chat template, its prompt, and which characters the assistant says.
+
+Nothing here tokenises: a rendered conversation still holds one image token per image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from interlace.data.samples import IMAGE_PLACEHOLDER
+from interlace.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from interlace.data.samples import Sample, Turn
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text.
+
+    Attributes:
+        text: The whole text, one image token per image.
+        spans: Character ranges [start, end) that the assistant says, end-of-turn token included.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+class ChatText:
+    """Renders conversations the way a processor's model expects them.
+
+    Three formats, in this order: the chat template of the processor, that of its tokenizer, and
+    where there is neither, `USER: question ASSISTANT: answer` with the end-of-text token.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        """Look up the template and the image token of `processor`."""
+        self._processor = processor
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self.image_token = str(getattr(processor, "image_token", None) or IMAGE_PLACEHOLDER)
+        self._own = bool(getattr(processor, "chat_template", None))
+        self._plain = not self._own and not getattr(self._tokenizer, "chat_template", None)
+
+    def prompt(self, sample: Sample) -> str:
+        """Give everything up to the last user turn, and what makes the assistant speak."""
+        last = max((i for i, turn in enumerate(sample.turns) if turn.role == "user"), default=-1)
+        if last < 0:
+            raise DataError(f"Sample {sample.id!r} has no user turn; nothing can be asked.")
+        return self._render(sample, sample.turns[: last + 1], ask=True)
+
+    def conversation(self, sample: Sample) -> Rendered:
+        """Give the whole conversation and the ranges of the assistant's turns.
+
+        A range starts where the prompt for that turn ends and stops behind the end-of-turn token.
+        Where a template closes the last turn with no special token, the end-of-text token is added,
+        so that the model learns to stop.
+
+        Raises:
+            DataError: No assistant turn, or a template that renders a turn differently when others
+                follow, so that no range of the text is certain.
+        """
+        turns = sample.turns
+        text = self._render(sample, turns, ask=False)
+        spans: list[tuple[int, int]] = []
+        for number, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            before = self._render(sample, turns[:number], ask=True)
+            upto = text
+            if number + 1 < len(turns):
+                upto = self._render(sample, turns[: number + 1], ask=False)
+            if not (text.startswith(before) and text.startswith(upto) and len(upto) >= len(before)):
+                raise DataError(
+                    f"Sample {sample.id!r}: the chat template renders turn {number} differently "
+                    "when more turns follow, so its answer cannot be located. Keep one answer "
+                    "per sample."
+                )
+            # Blanks behind the end-of-turn token belong to the template, not to the answer.
+            spans.append((len(before), len(before) + len(upto[len(before) :].rstrip())))
+        if not spans:
+            raise DataError(
+                f"Sample {sample.id!r} has no assistant turn; training needs an answer. "
+                "Add one, or use answers=False."
+            )
+        return self._closed(text, spans, answered=turns[-1].role == "assistant")
+
+    def _closed(self, text: str, spans: list[tuple[int, int]], *, answered: bool) -> Rendered:
+        special = [token for token in self._tokenizer.all_special_tokens if token]
+        stop = self._tokenizer.eos_token
+        start, end = spans[-1]
+        if answered and stop and not text[:end].endswith(tuple(special)):
+            text = text[:end] + stop
+            spans[-1] = (start, len(text))
+        return Rendered(text, tuple(spans))
+
+    def _render(self, sample: Sample, turns: Sequence[Turn], *, ask: bool) -> str:
+        if self._plain:
+            return self._in_words(sample, turns, ask=ask)
+        messages = [{"role": turn.role, "content": self._content(sample, turn)} for turn in turns]
+        renderer = self._processor if self._own else self._tokenizer
+        try:
+            text = renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"Sample {sample.id!r}: the chat template refuses the roles "
+                f"{', '.join(turn.role for turn in turns)}: {error}"
+            ) from error
+        return str(text)
+
+    def _in_words(self, sample: Sample, turns: Sequence[Turn], *, ask: bool) -> str:
+        names = {"system": "", "user": "USER: ", "assistant": "ASSISTANT: "}
+        stop = self._tokenizer.eos_token or ""
+        parts = []
+        for turn in turns:
+            text = "".join(
+                self.image_token + "\n" if part is None else part
+                for part in self._pieces(sample, turn)
+            )
+            end = stop if turn.role == "assistant" else " "
+            parts.append(names[turn.role] + text + end)
+        return "".join(parts) + ("ASSISTANT:" if ask else "")
+
+    def _content(self, sample: Sample, turn: Turn) -> str | list[dict[str, str]]:
+        pieces = self._pieces(sample, turn)
+        if not self._own:
+            return "".join(self.image_token if piece is None else piece for piece in pieces)
+        return [
+            {"type": "image"} if piece is None else {"type": "text", "text": piece}
+            for piece in pieces
+        ]
+
+    def _pieces(self, sample: Sample, turn: Turn) -> list[str | None]:
+        """Texts of a turn with None for every image; blanks next to an image are the template's."""
+        texts = turn.text.split(IMAGE_PLACEHOLDER) if turn.role == "user" else [turn.text]
+        pieces: list[str | None] = []
+        for number, text in enumerate(texts):
+            if number:
+                pieces.append(None)
+            kept = text.strip() if len(texts) > 1 else text
+            if self.image_token in kept or (turn.role != "user" and IMAGE_PLACEHOLDER in kept):
+                raise DataError(
+                    f"Sample {sample.id!r}: a {turn.role} turn holds {self.image_token!r} as text, "
+                    "which the model would take for an image. Remove it."
+                )
+            if kept or len(texts) == 1:
+                pieces.append(kept)
+        return pieces
+
+
+def spoken_tokens(
+    tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], special: bool
+) -> tuple[list[int], list[bool]]:
+    """Tokenise a text and tell which tokens start inside one of the character ranges.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        text: The text before images are expanded.
+        spans: Character ranges [start, end).
+        special: Whether the tokenizer adds its own special tokens; these are never spoken.
+
+    Returns:
+        The token ids, and for each whether it is spoken.
+
+    Raises:
+        DataError: A tokenizer without character offsets.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"{type(tokenizer).__name__} gives no character offsets, which labels need; load the "
+            "fast tokenizer of the model."
+        )
+    found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+    spoken = [
+        first < last and any(start <= first < end for start, end in spans)
+        for first, last in found["offset_mapping"]
+    ]
+    return list(found["input_ids"]), spoken
+
+
+def expanded_positions(
+    ids: Sequence[int], expanded: Sequence[int], image_id: int | None
+) -> list[int | None] | None:
+    """Find every token again after each image token became a run of them.
+
+    Args:
+        ids: Tokens with one image token per image.
+        expanded: The same tokens, every run of image tokens at least as long.
+        image_id: The image token.
+
+    Returns:
+        The position of each token (None for image tokens), or None if the two do not match.
+    """
+    positions: list[int | None] = []
+    place = 0
+    for index, token in enumerate(ids):
+        if token == image_id:
+            positions.append(None)
+            if index and ids[index - 1] == image_id:
+                continue
+            start = place
+            while place < len(expanded) and expanded[place] == image_id:
+                place += 1
+            if place == start:
+                return None
+        else:
+            if place >= len(expanded) or expanded[place] != token:
+                return None
+            positions.append(place)
+            place += 1
+    return positions if place == len(expanded) else None

@@ -1,0 +1,346 @@
+"""Samples to batches that `model(**batch)` accepts, for every kind of model.
+
+Legend: B batch, T tokens (padding included), -100 a label that the loss ignores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from interlace.data.chat import ChatText, expanded_positions, spoken_tokens
+from interlace.data.samples import IMAGE_PLACEHOLDER, Sample
+from interlace.errors import ConfigError, DataError, unknown_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from interlace.data.chat import Rendered
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+OBJECTIVES = ("chat", "contrastive", "caption", "vqa")
+# Tokenizers without a limit of their own report a number far above any real length.
+_NO_LIMIT = 10**6
+
+Batch = dict[str, Any]
+
+
+class Collator:
+    """Makes batches of samples with a model's own processor.
+
+    What a batch holds, by objective:
+    - chat: the whole conversation padded on the right, `labels` [B, T] int64 with the tokens of the
+      assistant's turns, end-of-turn token included. Without answers: everything up to the last user
+      turn and the prompt for the answer, padded on the left.
+    - contrastive: images and one caption each; SigLIP is padded to its full length and gets no
+      attention mask, as it was trained.
+    - caption: BLIP gets its caption with labels, without answers the images alone. BLIP-2 gets a
+      prompt in front ("Question: ... Answer:", nothing for captions) and labels of the answer.
+    - vqa: `input_ids` are the question; decoder ids and labels are the answer.
+
+    Args:
+        processor: The processor that came with the model.
+        objective: `family.objective` of the model.
+        answers: Whether the batch holds answers and labels (training), or prompts (generation).
+        max_length: Longest sequence in tokens, images included. Never cut: a longer sample is left
+            out of a training batch with a warning, and refused where there are no answers.
+            Captions alone are cut, to what the tokenizer states where this is None.
+        seed: Which of several captions a sample trains with; fixed per sample and seed.
+        start_token_id: First token of BLIP's decoder (`config.text_config.bos_token_id`), where it
+            is another than the one the tokenizer puts in front.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        objective: str,
+        *,
+        answers: bool = True,
+        max_length: int | None = None,
+        seed: int = 0,
+        start_token_id: int | None = None,
+    ) -> None:
+        if objective not in OBJECTIVES:
+            raise ConfigError(unknown_name("objective", objective, OBJECTIVES))
+        if processor is None:
+            raise ConfigError("No processor is given; open the model with its processor.")
+        if max_length is not None and max_length < 1:
+            raise ConfigError(f"max_length is {max_length}; give a number of tokens of at least 1.")
+        self._processor = processor
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._objective = objective
+        self._answers = answers
+        self._max_length = max_length
+        self._seed = seed
+        self._start_token_id = start_token_id
+        self._chat = ChatText(processor)
+        self._blip2 = "Blip2" in type(processor).__name__
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Make one batch on the CPU.
+
+        Raises:
+            DataError: A sample that the objective or the processor cannot take, too long without
+                being allowed to leave it out, or an image that cannot be read.
+        """
+        if not samples:
+            raise DataError("A batch of no samples cannot be made; give at least one.")
+        make: Callable[[Sequence[Sample]], Batch] = {
+            "chat": self._chat_batch,
+            "contrastive": self._contrastive_batch,
+            "caption": self._blip2_batch if self._blip2 else self._caption_batch,
+            "vqa": self._vqa_batch,
+        }[self._objective]
+        batch = make(samples)
+        return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+    def prompts(self, samples: Sequence[Sample]) -> list[str]:
+        """Give the text that each sample is asked with, images as one token each."""
+        if self._objective == "chat":
+            return [self._chat.prompt(sample) for sample in samples]
+        if self._objective == "vqa":
+            return [_question(sample) for sample in samples]
+        if self._objective == "caption" and self._blip2:
+            return [_blip2_prompt(sample) for sample in samples]
+        return ["" for _ in samples]
+
+    def _chat_batch(self, samples: Sequence[Sample]) -> Batch:
+        rendered = None
+        if self._answers:
+            rendered = [self._chat.conversation(sample) for sample in samples]
+            texts = [item.text for item in rendered]
+        else:
+            texts = [self._chat.prompt(sample) for sample in samples]
+        # One list per sample: LLaVA-OneVision treats several images of one sample differently.
+        images = [[image.open() for image in item.images] for item in samples if item.images]
+        options: dict[str, Any] = {"padding_side": "right" if self._answers else "left"}
+        bos = self._tokenizer.bos_token
+        if bos and texts[0].startswith(bos):
+            options["add_special_tokens"] = False
+        batch = self._process(samples, text=texts, images=images or None, padding=True, **options)
+        kept = self._short_enough(samples, batch["attention_mask"])
+        if len(kept) < len(samples):
+            return self._chat_batch(kept)
+        if rendered is not None:
+            batch["labels"] = self._chat_labels(samples, rendered, batch, options)
+        return batch
+
+    def _chat_labels(
+        self,
+        samples: Sequence[Sample],
+        rendered: Sequence[Rendered],
+        batch: Batch,
+        options: Mapping[str, Any],
+    ) -> Tensor:
+        labels = torch.full_like(batch["input_ids"], IGNORED)
+        image_id = self._tokenizer.convert_tokens_to_ids(self._chat.image_token)
+        special = options.get("add_special_tokens", True)
+        for row, (sample, item) in enumerate(zip(samples, rendered, strict=True)):
+            ids, spoken = spoken_tokens(self._tokenizer, item.text, item.spans, special)
+            valid = batch["attention_mask"][row].bool()
+            expanded = batch["input_ids"][row][valid].tolist()
+            where = expanded_positions(ids, expanded, image_id)
+            if where is None:
+                raise DataError(
+                    f"Sample {sample.id!r}: the tokens of its text are not found again behind the "
+                    "expanded images, so its answer cannot be located. The processor "
+                    f"{type(self._processor).__name__} is not supported for training."
+                )
+            columns = valid.nonzero().flatten()
+            for token, position in enumerate(where):
+                if position is not None and spoken[token]:
+                    labels[row, columns[position]] = ids[token]
+            if not any(spoken):
+                raise DataError(f"Sample {sample.id!r}: its answers hold no tokens. Remove it.")
+        return labels
+
+    def _contrastive_batch(self, samples: Sequence[Sample]) -> Batch:
+        siglip = "Siglip" in type(self._processor).__name__
+        limit = self._text_limit()
+        if siglip and limit is None:
+            raise DataError(
+                "SigLIP is padded to its full length, which this tokenizer does not state; give it "
+                "as max_length (config.text_config.max_position_embeddings)."
+            )
+        batch = self._process(
+            samples,
+            text=[self._caption(sample) for sample in samples],
+            images=_single_images(samples),
+            padding="max_length" if siglip else True,
+            **({} if limit is None else {"truncation": True, "max_length": limit}),
+        )
+        if siglip:
+            batch.pop("attention_mask", None)
+        return batch
+
+    def _caption_batch(self, samples: Sequence[Sample]) -> Batch:
+        images = _single_images(samples)
+        if not self._answers:
+            return self._process(samples, images=images)
+        batch = self._process(samples, images=images, **self._text(map(self._caption, samples)))
+        self._start(batch["input_ids"])
+        batch["labels"] = _targets(batch["input_ids"], batch["attention_mask"])
+        return batch
+
+    def _vqa_batch(self, samples: Sequence[Sample]) -> Batch:
+        images = _single_images(samples)
+        # The question is encoded with absolute positions, so it is never padded on the left.
+        batch = self._process(samples, images=images, **self._text(map(_question, samples)))
+        if self._answers:
+            answer = self._tokenizer(return_tensors="pt", **self._text(map(_answer, samples)))
+            self._start(answer["input_ids"])
+            batch["decoder_input_ids"] = answer["input_ids"]
+            batch["decoder_attention_mask"] = answer["attention_mask"]
+            batch["labels"] = _targets(answer["input_ids"], answer["attention_mask"])
+        return batch
+
+    def _blip2_batch(self, samples: Sequence[Sample]) -> Batch:
+        images = _single_images(samples)
+        prompts = [_blip2_prompt(sample) for sample in samples]
+        encoder_decoder = "T5" in type(self._tokenizer).__name__
+        if encoder_decoder or not self._answers:
+            side = "right" if encoder_decoder else "left"
+            batch = self._process(
+                samples, text=prompts, images=images, padding=True, padding_side=side
+            )
+            self._short_enough(samples, batch["attention_mask"], may_drop=False)
+            if self._answers:
+                texts = self._text(map(self._reply, samples))
+                reply = self._tokenizer(return_tensors="pt", **texts)
+                batch["labels"] = _targets(reply["input_ids"], reply["attention_mask"])
+            return batch
+        stop = self._blip2_stop()
+        replies = [self._reply(sample) + stop for sample in samples]
+        full = [
+            f"{prompt} {reply}".strip(" ") for prompt, reply in zip(prompts, replies, strict=True)
+        ]
+        batch = self._process(samples, text=full, images=images, padding=True, padding_side="right")
+        kept = self._short_enough(samples, batch["attention_mask"])
+        if len(kept) < len(samples):
+            return self._blip2_batch(kept)
+        labels = torch.full_like(batch["input_ids"], IGNORED)
+        for row, (prompt, text) in enumerate(zip(prompts, full, strict=True)):
+            ids, spoken = spoken_tokens(self._tokenizer, text, ((len(prompt), len(text)),), True)
+            end = int(batch["attention_mask"][row].sum())
+            marked = [i if said else IGNORED for i, said in zip(ids, spoken, strict=True)]
+            # The query tokens stand in front of the text, so the text ends where the row ends.
+            labels[row, end - len(ids) : end] = torch.tensor(marked)
+        batch["labels"] = labels
+        return batch
+
+    def _blip2_stop(self) -> str:
+        """A line break where the vocabulary has one, as BLIP-2's OPT models were trained to end."""
+        ids = self._tokenizer("\n", add_special_tokens=False)["input_ids"]
+        if len(ids) == 1 and ids[0] != self._tokenizer.unk_token_id:
+            return "\n"
+        return self._tokenizer.eos_token or ""
+
+    def _process(self, samples: Sequence[Sample], **inputs: Any) -> Batch:
+        try:
+            batch = dict(self._processor(**inputs, return_tensors="pt"))
+        except (ValueError, TypeError, IndexError, OSError) as error:
+            names = ", ".join(repr(sample.id) for sample in samples[:8])
+            raise DataError(
+                f"The processor {type(self._processor).__name__} refuses a batch with the samples "
+                f"{names}: {error}"
+            ) from error
+        kinds = batch.get("token_type_ids")
+        if kinds is not None and not kinds.any():
+            # All zero for single texts, and most models do not take them.
+            del batch["token_type_ids"]
+        if "input_ids" in batch:
+            # A batch of empty prompts would come out as floats.
+            batch["input_ids"] = batch["input_ids"].long()
+        return batch
+
+    def _short_enough(
+        self, samples: Sequence[Sample], mask: Tensor, *, may_drop: bool = True
+    ) -> list[Sample]:
+        if self._max_length is None:
+            return list(samples)
+        lengths = mask.sum(dim=1).tolist()
+        pairs = list(zip(samples, lengths, strict=True))
+        long = [(sample.id, length) for sample, length in pairs if length > self._max_length]
+        kept = [sample for sample, length in pairs if length <= self._max_length]
+        if not long:
+            return kept
+        names = ", ".join(f"{name!r} ({length} tokens)" for name, length in long[:5])
+        if not kept or not self._answers or not may_drop:
+            raise DataError(
+                f"Longer than max_length={self._max_length}: {names}. Raise max_length, make the "
+                "images smaller, or remove the samples; a cut would go through images or answers."
+            )
+        logger.warning("left out, longer than %d tokens: %s", self._max_length, names)
+        return kept
+
+    def _text_limit(self) -> int | None:
+        limit = self._max_length or self._tokenizer.model_max_length
+        return int(limit) if limit and limit < _NO_LIMIT else None
+
+    def _text(self, texts: Iterable[str]) -> dict[str, Any]:
+        """Arguments for texts that may be cut: captions, and questions without images in them."""
+        limit = self._text_limit()
+        cut = {} if limit is None else {"truncation": True, "max_length": limit}
+        return {"text": list(texts), "padding": True, "padding_side": "right", **cut}
+
+    def _start(self, input_ids: Tensor) -> None:
+        if self._start_token_id is not None:
+            input_ids[:, 0] = self._start_token_id
+
+    def _caption(self, sample: Sample) -> str:
+        """One caption of a sample: of several, always the same one for this seed."""
+        if sample.task == "vqa":
+            return f"{_question(sample)} {_answer(sample)}"
+        choices = sample.references or tuple(
+            turn.text for turn in sample.turns if turn.role == "assistant"
+        )
+        if not choices:
+            raise DataError(f"Sample {sample.id!r} has no caption; add one.")
+        digest = hashlib.sha256(f"{self._seed}:{sample.id}".encode()).digest()
+        return choices[int.from_bytes(digest[:8], "big") % len(choices)]
+
+    def _reply(self, sample: Sample) -> str:
+        return self._caption(sample) if _is_caption(sample) else _answer(sample)
+
+
+def _is_caption(sample: Sample) -> bool:
+    return sample.task in ("caption", "retrieval")
+
+
+def _question(sample: Sample) -> str:
+    text = next((turn.text for turn in sample.turns if turn.role == "user"), None)
+    if text is None:
+        raise DataError(f"Sample {sample.id!r} has no user turn; add a question.")
+    return text.replace(IMAGE_PLACEHOLDER, "").strip()
+
+
+def _answer(sample: Sample) -> str:
+    text = next((turn.text for turn in sample.turns if turn.role == "assistant"), None)
+    if text is None:
+        raise DataError(f"Sample {sample.id!r} has no assistant turn; add an answer.")
+    return text
+
+
+def _blip2_prompt(sample: Sample) -> str:
+    return "" if _is_caption(sample) else f"Question: {_question(sample)} Answer:"
+
+
+def _single_images(samples: Sequence[Sample]) -> list[Any]:
+    for sample in samples:
+        if len(sample.images) != 1:
+            raise DataError(
+                f"Sample {sample.id!r} has {len(sample.images)} images; "
+                "this model takes exactly one."
+            )
+    return [sample.images[0].open() for sample in samples]
+
+
+def _targets(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    return input_ids.masked_fill(attention_mask == 0, IGNORED)

@@ -1,0 +1,277 @@
+"""The one shape every data source is turned into, and the seeded choice of samples from a source.
+
+A :class:`Sample` holds images that are opened when they are needed, a conversation, and reference
+answers. :func:`samples` reads any supported source and gives a :class:`Samples` sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+
+from interlace.errors import ConfigError, DataError, unknown_name
+
+if TYPE_CHECKING:
+    from interlace.data.images import ImageSource
+
+TASKS = ("chat", "vqa", "caption", "retrieval")
+IMAGE_PLACEHOLDER = "<image>"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation.
+
+    Attributes:
+        role: `"system"`, `"user"` or `"assistant"`.
+        text: What is said; a user text holds one `<image>` per image of the sample, in order.
+    """
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record: images, a conversation about them, and what counts as a right answer.
+
+    Attributes:
+        id: Name of the record inside its source.
+        task: One of :data:`TASKS`.
+        images: Anything with `open()` that gives an RGB PIL image.
+        turns: The conversation; a system turn first if there is one, then user and assistant in
+            turn. A caption is the answer to a request for a description.
+        references: Accepted answers (vqa) or reference captions (caption, retrieval).
+        group: Sub-task such as `"colour"` or `"count"`; empty if there is none.
+    """
+
+    id: str
+    task: str
+    images: tuple[ImageSource, ...]
+    turns: tuple[Turn, ...]
+    references: tuple[str, ...] = ()
+    group: str = ""
+
+
+class RecordReader(Protocol):
+    """What a source offers to the choice of samples: a length and random access."""
+
+    name: str
+
+    def __len__(self) -> int:
+        """Give the number of records."""
+
+    def read(self, index: int) -> Sample:
+        """Parse record `index`; its images are not opened yet. Raises DataError."""
+
+
+class Samples(Sequence[Sample]):
+    """An immutable sequence of samples that knows where it comes from.
+
+    Attributes:
+        source: The file, folder or data set that the samples were taken from.
+        seed: Seed of the choice.
+        num_skipped: Records left out because an image of theirs could not be read.
+        processor: The processor of the model the samples are meant for, if given.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Sample],
+        *,
+        source: str = "memory",
+        seed: int = 0,
+        num_skipped: int = 0,
+        processor: Any = None,
+    ) -> None:
+        """Hold `items`; nothing is opened or copied."""
+        self._items = tuple(items)
+        self.source = source
+        self.seed = seed
+        self.num_skipped = num_skipped
+        self.processor = processor
+
+    def __len__(self) -> int:
+        """Give the number of samples."""
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Samples: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | Samples:
+        """Give one sample, or for a slice another :class:`Samples`."""
+        if isinstance(index, slice):
+            return self._with(self._items[index])
+        return self._items[index]
+
+    def __repr__(self) -> str:
+        """Name the source and the size."""
+        return f"Samples({len(self)} from {self.source!r}, seed={self.seed})"
+
+    def subset(self, num_samples: int) -> Samples:
+        """Give the first `num_samples` samples (all of them if there are fewer)."""
+        if num_samples < 1:
+            raise ConfigError(f"subset of {num_samples} samples: give a number of at least 1.")
+        return self._with(self._items[:num_samples])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over ids, tasks, texts, references and image contents, in order."""
+        from interlace.data.images import identity_of
+
+        digest = hashlib.sha256()
+        for sample in self._items:
+            content = [
+                sample.id,
+                sample.task,
+                [[turn.role, turn.text] for turn in sample.turns],
+                list(sample.references),
+                sample.group,
+                [identity_of(image) for image in sample.images],
+            ]
+            digest.update(json.dumps(content, ensure_ascii=True).encode("ascii"))
+            digest.update(b"\n")
+        return digest.hexdigest()
+
+    def _with(self, items: Sequence[Sample]) -> Samples:
+        return Samples(
+            items,
+            source=self.source,
+            seed=self.seed,
+            num_skipped=self.num_skipped,
+            processor=self.processor,
+        )
+
+
+def samples(
+    source: Any,
+    *,
+    count: int | None = None,
+    fraction: float | None = None,
+    seed: int = 0,
+    split: str = "train",
+    tasks: Sequence[str] | None = None,
+    root: str | Path | None = None,
+    processor: Any = None,
+    max_bad_fraction: float = 0.01,
+    streaming: bool = False,
+) -> Samples:
+    """Read samples from any supported source.
+
+    Which records are taken is drawn by `seed` with equal probability for all, and is the same in
+    every process. Every image taken is decoded once; a record with a bad one is left out, counted,
+    and replaced by a further one where the source has more.
+
+    Args:
+        source: `"scenes"` (the built-in data), a .json or .jsonl file, a folder of images with
+            captions, a Hugging Face data set (name, `name:subset`, folder, parquet file or object),
+            or a sequence of :class:`Sample`.
+        count: Number of samples; all if neither this nor `fraction` is given.
+        fraction: Fraction of the source in 0..1, instead of `count`.
+        seed: Seed of the choice.
+        split: Split of a data set that has several; files and image folders have one.
+        tasks: Wanted tasks (see :data:`TASKS`). Captions serve retrieval and the reverse, a chat of
+            one question and one answer serves vqa; records that serve none are passed over.
+        root: Folder that image paths start from and may not leave; the folder of the file if not
+            given.
+        processor: Processor of the model the samples are for; kept on the result.
+        max_bad_fraction: Largest fraction of the wanted samples that may be skipped because of
+            images that are missing, empty, truncated or not readable.
+        streaming: Read a data set of the hub as a stream, keeping a seeded reservoir of encoded
+            rows; needs `count`.
+
+    Raises:
+        ConfigError: An argument out of range.
+        DataError: The source is missing, empty, not understood, or holds too many bad images.
+    """
+    _check_arguments(count, fraction, tasks, max_bad_fraction)
+    if isinstance(source, str) and source == "scenes":
+        items = _scenes(count, seed, split, tasks)
+        return Samples(items, source=source, seed=seed, processor=processor)
+    # The readers and the choice make samples, and so import this module.
+    from interlace.data.sampling import take
+
+    base = None if root is None else Path(root).expanduser()
+    reader = _open(source, split, base, count, seed, streaming)
+    if not len(reader):
+        raise DataError(f"{reader.name}: holds no samples; give a source with at least one.")
+    items, num_skipped = take(reader, count, fraction, seed, tasks, max_bad_fraction)
+    return Samples(
+        items, source=reader.name, seed=seed, num_skipped=num_skipped, processor=processor
+    )
+
+
+def _check_arguments(
+    count: int | None,
+    fraction: float | None,
+    tasks: Sequence[str] | None,
+    max_bad_fraction: float,
+) -> None:
+    if count is not None and fraction is not None:
+        raise ConfigError(f"count={count} and fraction={fraction} are both given; give one.")
+    if count is not None and count < 1:
+        raise ConfigError(f"count is {count}; give a number of samples of at least 1.")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ConfigError(f"fraction is {fraction}; give a number above 0 and at most 1.")
+    if not 0 <= max_bad_fraction <= 1:
+        raise ConfigError(f"max_bad_fraction is {max_bad_fraction}; give a number in 0..1.")
+    if tasks is not None and (isinstance(tasks, str) or not tasks):
+        raise ConfigError(f"tasks is {tasks!r}; give a sequence of {', '.join(TASKS)}.")
+    for task in tasks or ():
+        if task not in TASKS:
+            raise ConfigError(unknown_name("task", task, TASKS))
+
+
+def _scenes(
+    count: int | None, seed: int, split: str, tasks: Sequence[str] | None
+) -> Sequence[Sample]:
+    from interlace.data.scenes import make_scenes
+
+    if count is None:
+        raise ConfigError("The built-in scenes have no end; say how many samples with count=.")
+    if split not in ("train", "test"):
+        raise DataError(unknown_name("split of scenes", split, ("train", "test")))
+    chosen: Literal["train", "test"] = "train" if split == "train" else "test"
+    return make_scenes(count, tasks=tuple(tasks or ("vqa", "caption")), seed=seed, split=chosen)
+
+
+def _open(
+    source: Any, split: str, root: Path | None, count: int | None, seed: int, streaming: bool
+) -> RecordReader:
+    from interlace.data import conversations, folders, hub
+    from interlace.data.sampling import SampleList
+
+    if hub.is_dataset(source):
+        return hub.open_object(source, split=split, root=root, count=count, seed=seed)
+    if isinstance(source, Sequence) and not isinstance(source, str | bytes):
+        return SampleList(source)
+    if not isinstance(source, str | Path):
+        raise DataError(
+            f"A {type(source).__name__} is no source of samples; give 'scenes', a file, a folder, "
+            "a data set or a sequence of Sample."
+        )
+    path = Path(source).expanduser()
+    kind = path.suffix.lower()
+    if path.is_dir():
+        if hub.is_dataset_folder(path):
+            return hub.open_saved(path, split=split, root=root, count=count, seed=seed)
+        return folders.open_folder(path, root)
+    if path.is_file():
+        if kind == ".parquet":
+            return hub.open_saved(path, split=split, root=root, count=count, seed=seed)
+        if kind in (".json", ".jsonl"):
+            return conversations.open_annotations(path, root)
+        raise DataError(f"{path}: a {kind or 'nameless'} file; expected .json, .jsonl or .parquet.")
+    if kind in (".json", ".jsonl", ".parquet") or str(source).startswith(("/", ".", "~")):
+        raise DataError(f"{path}: no such file or folder; check the path.")
+    return hub.open_hub(
+        str(source), split=split, root=root, count=count, seed=seed, streaming=streaming
+    )

@@ -1,0 +1,120 @@
+"""The seeded, unbiased choice of samples from a source, with every image looked at once."""
+
+from __future__ import annotations
+
+import logging
+import random
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from interlace._progress import bar
+from interlace.data.samples import TASKS, Sample, Samples
+from interlace.data.schemas import as_task
+from interlace.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from interlace.data.samples import RecordReader
+
+logger = logging.getLogger(__name__)
+
+_NAMED_IN_ERRORS = 5
+_CHUNK = 256
+_CHECK_THREADS = 4
+
+
+class SampleList:
+    """Samples that the caller made."""
+
+    def __init__(self, items: Sequence[Sample]) -> None:
+        wrong = next((item for item in items if not isinstance(item, Sample)), None)
+        if wrong is not None:
+            raise DataError(
+                f"A sequence with a {type(wrong).__name__} is no source of samples; give Sample "
+                "objects, or the name of a file, folder or data set."
+            )
+        self.name = items.source if isinstance(items, Samples) else "memory"
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def read(self, index: int) -> Sample:
+        """Give sample `index` as it is."""
+        return self._items[index]
+
+
+def take(
+    reader: RecordReader,
+    count: int | None,
+    fraction: float | None,
+    seed: int,
+    tasks: Sequence[str] | None,
+    max_bad_fraction: float,
+) -> tuple[list[Sample], int]:
+    """Walk the records in seeded order until enough good ones are found."""
+    total = len(reader)
+    order: Sequence[int] = range(total)
+    wanted = total
+    if count is not None or fraction is not None:
+        # A permutation, so that a bad record is replaced by the next one in the same order.
+        order = random.Random(seed).sample(order, total)
+        wanted = min(total, count or max(1, int(total * (fraction or 1.0))))
+    if count is not None and count > total:
+        logger.warning("%s has %d records, fewer than the %d wanted", reader.name, total, count)
+    allowed = int(max_bad_fraction * wanted)
+    waiting = iter(order)
+    good: list[Sample] = []
+    bad: list[str] = []
+    with bar("Checking images", wanted) as advance, ThreadPoolExecutor(_CHECK_THREADS) as pool:
+        while len(good) < wanted:
+            drawn = [
+                reader.read(index) for index in islice(waiting, min(_CHUNK, wanted - len(good)))
+            ]
+            if not drawn:
+                break
+            fitting = [sample for sample in (as_task(item, tasks) for item in drawn) if sample]
+            if count is None:
+                # A fraction is one of all records; only bad images are replaced.
+                wanted -= len(drawn) - len(fitting)
+            for sample, problem in zip(fitting, pool.map(_problem, fitting), strict=True):
+                if problem:
+                    bad.append(problem)
+                else:
+                    good.append(sample)
+                    advance()
+            if len(bad) > allowed:
+                raise _too_many_bad(reader.name, bad, allowed, max_bad_fraction)
+    if not good:
+        if bad:
+            raise _too_many_bad(reader.name, bad, allowed, max_bad_fraction)
+        raise DataError(
+            f"{reader.name}: none of its {total} records serves the tasks "
+            f"{', '.join(tasks or TASKS)}; choose others with tasks=."
+        )
+    if bad:
+        logger.warning(
+            "%s: skipped %d samples with bad images, first: %s", reader.name, len(bad), bad[0]
+        )
+    return good, len(bad)
+
+
+def _problem(sample: Sample) -> str | None:
+    try:
+        for image in sample.images:
+            image.open()
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def _too_many_bad(name: str, bad: Sequence[str], allowed: int, fraction: float) -> DataError:
+    shown = "; ".join(bad[:_NAMED_IN_ERRORS])
+    more = f"; and {len(bad) - _NAMED_IN_ERRORS} more" if len(bad) > _NAMED_IN_ERRORS else ""
+    return DataError(
+        f"{name}: {len(bad)} samples with bad images so far, {allowed} allowed "
+        f"(max_bad_fraction={fraction}). {shown}{more}. Repair or remove them, or raise "
+        "max_bad_fraction."
+    )

@@ -1,0 +1,270 @@
+"""What is special about a family of models, as data: names, pinned layers, maps of indices.
+
+Towers are found generically (see discovery.py). A family adds only what the module tree cannot
+tell: which class means which objective, which layers something else refers to by number, and how
+those numbers change when layers go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from interlace.errors import FamilyError, PlanError, unknown_name
+from interlace.models.discovery import (
+    PER_LAYER_KEYS,
+    DepthSite,
+    Stack,
+    find_towers,
+    has_cross_attention,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Objective = Literal["chat", "contrastive", "caption", "vqa"]
+# Dotted config key -> (before, after).
+Changes = dict[str, tuple[Any, Any]]
+
+
+class Pins(Protocol):
+    """Layers of a tower that something refers to: position in this model -> reason in words."""
+
+    def __call__(self, model: PreTrainedModel, tower_name: str) -> dict[int, str]:
+        """Return the layers; empty where the tower has none."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One tower after its layers were taken out, for the family to bring its index maps in line.
+
+    Attributes:
+        model: the student; its module list and depth fields are already cut. Only this object may
+            be changed.
+        config: the student's top config.
+        tower_name: the tower that was cut.
+        kept: positions, in the model before the cut, of the layers that stayed; ascending.
+        layers: the modules before the cut, for what a removed layer held for all; not to be
+            changed.
+        allow_pinned: the caller accepts that layers other parts refer to are gone.
+    """
+
+    model: PreTrainedModel
+    config: PreTrainedConfig
+    tower_name: str
+    kept: tuple[int, ...]
+    layers: Sequence[nn.Module]
+    allow_pinned: bool
+
+    @property
+    def num_layers(self) -> int:
+        """Depth before the cut."""
+        return len(self.layers)
+
+    def below(self, position: int) -> int:
+        """How many kept layers stand below `position`, a position before the cut."""
+        return sum(1 for kept in self.kept if kept < position)
+
+
+class Remap(Protocol):
+    """Brings a family's index maps in line with a cut and returns the config keys it changed."""
+
+    def __call__(self, cut: Cut) -> Changes:
+        """Change `cut.model` and `cut.config` in place.
+
+        Raises:
+            PlanError: the family cannot express the cut, in words.
+        """
+
+
+def no_pins(model: PreTrainedModel, tower_name: str) -> dict[int, str]:
+    """Pin nothing."""
+    return {}
+
+
+def no_remap(cut: Cut) -> Changes:
+    """Change nothing."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models.
+
+    Attributes:
+        name: the family's name, as in `Family 'qwen3_vl'`.
+        model_types: values of `config.model_type` it covers.
+        objective: what its models are trained for: "chat", "contrastive", "caption" or "vqa".
+        architectures: model classes it covers; the first one is built where a checkpoint names
+            none.
+        tower_names: end of a module path -> tower name, where the path alone does not tell.
+        bidirectional: towers whose tokens see later ones too.
+        index_keys: config fields that number layers and that `remapping` handles.
+        shared_depth: groups of towers whose depth is one config field, so that they must stay
+            equally deep.
+        bound: layers that other parts read from or write to by number; dropping one must be asked
+            for.
+        advised: further layers that are better kept; dropping them is allowed.
+        unread: layers whose output nothing reads, so that they may go for free.
+        remapping: what else must change when layers of a tower go.
+        generic: True for a model of unknown type that passed the self-check.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    objective: Objective
+    architectures: tuple[str, ...] = ()
+    tower_names: Mapping[str, str] = field(default_factory=dict)
+    bidirectional: tuple[str, ...] = ("vision", "qformer", "text_encoder")
+    index_keys: tuple[str, ...] = ()
+    shared_depth: tuple[tuple[str, ...], ...] = ()
+    bound: Pins = no_pins
+    advised: Pins = no_pins
+    unread: Pins = no_pins
+    remapping: Remap = no_remap
+    generic: bool = False
+
+    def stacks(self, model: PreTrainedModel) -> dict[str, Stack]:
+        """Find the towers of a model of this family.
+
+        Raises:
+            FamilyError: a tower's depth is not the one its config states.
+        """
+        return find_towers(model, self.tower_names)
+
+    def pinned(self, model: PreTrainedModel, tower_name: str) -> dict[int, str]:
+        """Layers that protection keeps: position in this model -> reason.
+
+        These are the bound and the advised ones, and the last layer, whose output the final norm
+        and head were trained on, unless nothing reads it.
+        """
+        last = len(self.stack(model, tower_name).layers) - 1
+        unread = self.unread(model, tower_name)
+        pins = (
+            {} if last in unread else {last: "last layer: the final norm and head read its output"}
+        )
+        pins |= self.advised(model, tower_name) | self.bound(model, tower_name)
+        return dict(sorted(pins.items()))
+
+    def stack(self, model: PreTrainedModel, tower_name: str) -> Stack:
+        """Find one tower by name.
+
+        Raises:
+            FamilyError: the model has no such tower.
+        """
+        stacks = self.stacks(model)
+        if tower_name not in stacks:
+            raise FamilyError(unknown_name(f"tower of {type(model).__name__}", tower_name, stacks))
+        return stacks[tower_name]
+
+    def depth_sites(self, model: PreTrainedModel, tower_name: str) -> tuple[DepthSite, ...]:
+        """Every config field that holds a tower's depth, copies inside the model included."""
+        return self.stack(model, tower_name).sites
+
+    def per_layer_lists(self, model: PreTrainedModel, tower_name: str) -> tuple[DepthSite, ...]:
+        """Every config list with one entry per layer of a tower, to be cut with its layers."""
+        stack = self.stack(model, tower_name)
+        return tuple(
+            DepthSite(site.config, key, site.path.removesuffix(site.key) + key)
+            for site in {id(site.config): site for site in stack.sites}.values()
+            for key in PER_LAYER_KEYS
+            if isinstance(getattr(site.config, key, None), (list, tuple))
+            and len(getattr(site.config, key)) == len(stack.layers)
+        )
+
+    def check_depths(self, depths: Mapping[str, int]) -> None:
+        """Refuse depths that one shared config field cannot hold.
+
+        Args:
+            depths: tower name -> number of layers after the cut, for every tower of the model.
+
+        Raises:
+            PlanError: towers that share a depth field would differ in depth.
+        """
+        for group in self.shared_depth:
+            found = {name: depths[name] for name in group if name in depths}
+            if len(set(found.values())) > 1:
+                stated = ", ".join(f"{name} {depth}" for name, depth in found.items())
+                raise PlanError(
+                    f"Family '{self.name}' states the depth of {' and '.join(found)} in one config "
+                    f"field, but the plan leaves them with different depths ({stated}). Drop the "
+                    "same number of layers from each."
+                )
+
+    def remap(
+        self,
+        model: PreTrainedModel,
+        config: PreTrainedConfig,
+        tower_name: str,
+        kept: tuple[int, ...],
+        *,
+        layers: Sequence[nn.Module],
+        allow_pinned: bool = False,
+    ) -> Changes:
+        """Bring the family's index maps in line after the layers of one tower were cut.
+
+        To be called once per cut tower, in any order, after the module list and the depth fields
+        were cut.
+
+        Args:
+            model: the student, changed in place.
+            config: its top config, changed in place.
+            tower_name: the tower that was cut.
+            kept: positions of the kept layers before the cut, ascending.
+            layers: the tower's modules before the cut.
+            allow_pinned: accept that bound layers are gone, as far as the family can express it.
+
+        Returns:
+            Dotted config key -> (before, after) of what changed.
+
+        Raises:
+            PlanError: a bound layer is gone and `allow_pinned` is False, or the family cannot
+                express the cut.
+        """
+        return self.remapping(Cut(model, config, tower_name, kept, layers, allow_pinned))
+
+    def image_token_id(self, model: PreTrainedModel) -> int | None:
+        """The token id that stands for an image's features in `input_ids`; None without one."""
+        return self._token_id(model, "image")
+
+    def video_token_id(self, model: PreTrainedModel) -> int | None:
+        """The token id that stands for a video's features in `input_ids`; None without one."""
+        return self._token_id(model, "video")
+
+    @staticmethod
+    def _token_id(model: PreTrainedModel, kind: str) -> int | None:
+        for key in (f"{kind}_token_id", f"{kind}_token_index"):
+            value = getattr(model.config, key, None)
+            if isinstance(value, int):
+                return value
+        return None
+
+    def cross_attention_layers(
+        self, model: PreTrainedModel, tower_name: str
+    ) -> tuple[int, ...] | None:
+        """Positions of the layers with cross-attention, or None where all layers are alike."""
+        layers = self.stack(model, tower_name).layers
+        crossing = tuple(i for i, layer in enumerate(layers) if has_cross_attention(layer))
+        return crossing if 0 < len(crossing) < len(layers) else None
+
+
+def refuse_bound(cut: Cut, gone: Mapping[int, str]) -> None:
+    """Raise for bound layers that a cut took away, unless the caller allowed it.
+
+    Args:
+        cut: the cut.
+        gone: position before the cut -> what refers to it.
+
+    Raises:
+        PlanError: `gone` is not empty and the caller did not allow it.
+    """
+    if gone and not cut.allow_pinned:
+        listed = "; ".join(f"layer {position}: {reason}" for position, reason in gone.items())
+        raise PlanError(
+            f"The plan drops layers of the {cut.tower_name} tower that other parts refer to "
+            f"({listed}). Protect them (protect='auto' when planning), or allow it with "
+            "allow_pinned=True."
+        )

@@ -1,0 +1,296 @@
+"""VLM: a model with processor, family and towers; Tower: one stack of layers and its numbering."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from interlace.errors import CheckpointError, FamilyError, ShapeError, unknown_name
+from interlace.models.discovery import has_cross_attention
+from interlace.records import ModelShape, TowerShape
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from interlace.models.discovery import DepthSite, Stack
+    from interlace.models.family import Family
+    from interlace.records import Plan, PruneRecord
+
+# Config entries that change without the model changing: where it lies, how it is run, who wrote it.
+_VOLATILE = frozenset(
+    {
+        "_name_or_path",
+        "name_or_path",
+        "architectures",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "output_hidden_states",
+        "output_attentions",
+        "return_dict",
+    }
+)
+# Values of each parameter that go into the fingerprint one by one, so that their order counts.
+_NUM_SAMPLED = 64
+_WORD = 8
+# Bounds the copy that a parameter whose memory is not aligned to words needs.
+_CHUNK_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One stack of equal transformer layers of a model.
+
+    Attributes:
+        name: "text", "text_encoder", "vision", "qformer", ...
+        path: dotted path of the module list in the model.
+        layers: the module list itself.
+        config: the nearest config that states its depth.
+        sites: every config field that states its depth.
+        original: original layer number of every position.
+        pinned: ORIGINAL layer -> why protection keeps it.
+        bound: the part of `pinned` that other parts refer to by number; dropping one must be asked
+            for.
+        unread: ORIGINAL layers whose output nothing reads; they may go for free.
+        cross_attention_layers: ORIGINAL layers with cross-attention; None where all layers are
+            alike.
+        causal: tokens see only earlier ones.
+    """
+
+    name: str
+    path: str
+    layers: nn.ModuleList
+    config: PreTrainedConfig
+    sites: tuple[DepthSite, ...]
+    original: tuple[int, ...]
+    pinned: dict[int, str]
+    bound: dict[int, str]
+    unread: tuple[int, ...]
+    cross_attention_layers: tuple[int, ...] | None
+    causal: bool
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers the tower has now."""
+        return len(self.layers)
+
+    def position(self, layer: int) -> int:
+        """Return where an original layer stands now.
+
+        Raises:
+            ShapeError: the layer was removed or never existed.
+        """
+        if layer not in self.original:
+            raise ShapeError(
+                f"Tower '{self.name}' has no layer {layer}: it holds the original layers "
+                f"{list(self.original)}."
+            )
+        return self.original.index(layer)
+
+
+class VLM:
+    """A vision-language model as every stage takes it.
+
+    Attributes:
+        model: the transformers model.
+        processor: its processor, or None.
+        family: what is special about it.
+        name: the name or path it was opened by.
+        record: how it was pruned, or None for an unpruned model.
+        plan: the plan that `prune` carried out on it, or None; healing reads which layers train
+            from it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        *,
+        processor: Any = None,
+        name: str = "",
+        record: PruneRecord | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        """Wrap a model of a known family.
+
+        Args:
+            model: the model.
+            family: its family; `interlace.models.registry.family_of` finds it.
+            processor: its processor, where there is one.
+            name: the name or path it was opened by; its class name if empty.
+            record: the manifest of a pruned model, which gives its layers their original numbers.
+            plan: the plan that was carried out.
+
+        Raises:
+            FamilyError: the towers do not have the depths that the configs state.
+            CheckpointError: the manifest does not fit the model.
+        """
+        self.model = model
+        self.processor = processor
+        self.family = family
+        self.name = name or type(model).__name__
+        self.record = record
+        self.plan = plan
+        self.towers: dict[str, Tower] = {
+            stack.name: self._tower(stack) for stack in family.stacks(model).values()
+        }
+
+    def __repr__(self) -> str:
+        """Name the model, its family and its towers."""
+        towers = ", ".join(
+            f"{name}: {tower.num_layers} layers" for name, tower in self.towers.items()
+        )
+        return f"VLM({self.name!r}, family '{self.family.name}', {towers})"
+
+    def _tower(self, stack: Stack) -> Tower:
+        num_layers = len(stack.layers)
+        original = tuple(range(num_layers))
+        if self.record is not None:
+            original = tuple(self.record.towers.get(stack.name, original))
+        if len(original) != num_layers:
+            raise CheckpointError(
+                f"{self.name}: the manifest says that tower '{stack.name}' keeps {len(original)} "
+                f"layers, but the model has {num_layers}. The manifest and the weights are not of "
+                "the same checkpoint."
+            )
+
+        def numbered(pins: Mapping[int, str]) -> dict[int, str]:
+            return {original[i]: reason for i, reason in sorted(pins.items()) if i < num_layers}
+
+        crossing = tuple(i for i, layer in enumerate(stack.layers) if has_cross_attention(layer))
+        mixed = 0 < len(crossing) < num_layers
+        return Tower(
+            name=stack.name,
+            path=stack.path,
+            layers=stack.layers,
+            config=stack.sites[0].config,
+            sites=stack.sites,
+            original=original,
+            pinned=numbered(self.family.pinned(self.model, stack.name)),
+            bound=numbered(self.family.bound(self.model, stack.name)),
+            unread=tuple(numbered(self.family.unread(self.model, stack.name))),
+            cross_attention_layers=tuple(original[i] for i in crossing) if mixed else None,
+            causal=stack.name not in self.family.bidirectional,
+        )
+
+    def tower(self, name: str) -> Tower:
+        """Return a tower by name.
+
+        Raises:
+            FamilyError: the model has no such tower.
+        """
+        if name not in self.towers:
+            raise FamilyError(unknown_name("tower", name, self.towers))
+        return self.towers[name]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of most parameters, counted by value (BLIP-2 keeps its Q-Former in fp32)."""
+        sizes: dict[torch.dtype, int] = {}
+        for parameter in self.model.parameters():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def num_parameters(self) -> int:
+        """Number of parameters; shared ones count once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def shape(self) -> ModelShape:
+        """Return the sizes that planning needs."""
+        return ModelShape(
+            towers={name: tower_shape(tower) for name, tower in self.towers.items()},
+            total_parameters=self.num_parameters(),
+            bytes_per_parameter=self.dtype.itemsize,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 (hex) over the config and every parameter: name, shape, checksum, samples.
+
+        Values count as rounded to bfloat16, so that a model opened in another dtype is the same
+        model. Computed anew on every access, since weights change under training; equal on every
+        device.
+        """
+        digest = hashlib.sha256()
+        config = _stable(self.model.config.to_dict())
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, parameter in sorted(self.model.named_parameters()):
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            if parameter.device.type != "meta":
+                digest.update(_values(parameter.detach()))
+        return digest.hexdigest()
+
+
+def _stable(value: Any) -> Any:
+    """Drop the entries of a config dict that may change without the model changing."""
+    if isinstance(value, dict):
+        return {
+            str(key): _stable(inner)
+            for key, inner in value.items()
+            if key not in _VOLATILE and not str(key).startswith("_attn")
+        }
+    return [_stable(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _values(tensor: torch.Tensor) -> bytes:
+    """Sum all bit patterns as integers, which is exact in any order, and sample some values."""
+    if tensor.is_floating_point():
+        # the same bits whatever floating-point dtype the model was opened in
+        tensor = tensor.to(torch.bfloat16).view(torch.int16)
+    flat = tensor.reshape(-1)
+    step = max(1, flat.numel() // _NUM_SAMPLED)
+    total = flat.sum(dtype=torch.int64).reshape(1)
+    return torch.cat([total, flat[::step].to(torch.int64)]).cpu().numpy().tobytes()
+
+
+def tower_shape(tower: Tower) -> TowerShape:
+    """Return the sizes of a tower, read from its config whatever the family calls them."""
+    config: Any = tower.config
+
+    def first(*keys: str) -> int | None:
+        for key in keys:
+            value = getattr(config, key, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+        return None
+
+    # Where a config gives the feed-forward width as a ratio, `embed_dim` is the width of its layers
+    # and `hidden_size` that of its output (Qwen2-VL's vision tower).
+    ratio = getattr(config, "mlp_ratio", None)
+    by_ratio = isinstance(ratio, (int, float)) and first("embed_dim") is not None
+    hidden = first("embed_dim") if by_ratio else first("hidden_size", "d_model", "n_embd")
+    heads = first("num_attention_heads", "num_heads", "decoder_attention_heads", "n_head")
+    if hidden is None or heads is None:
+        raise FamilyError(
+            f"Tower '{tower.name}': {type(config).__name__} states neither hidden_size nor "
+            "d_model, or no number of attention heads, so its cost cannot be computed."
+        )
+    inner = first("intermediate_size", "ffn_dim", "d_ff", "decoder_ffn_dim")
+    if inner is None:
+        inner = int(hidden * ratio) if isinstance(ratio, (int, float)) else 4 * hidden
+    return TowerShape(
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=first("num_key_value_heads") or heads,
+        head_dim=first("head_dim", "d_kv") or hidden // heads,
+        intermediate_size=inner,
+        layer_parameters=tuple(
+            sum(p.numel() for p in layer.parameters()) for layer in tower.layers
+        ),
+        causal=tower.causal,
+        cross_attention=any(has_cross_attention(layer) for layer in tower.layers),
+    )

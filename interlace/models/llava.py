@@ -1,0 +1,99 @@
+"""LLaVA 1.5, NeXT and OneVision: image features are hidden states of the vision tower, by number.
+
+`vision_feature_layer` counts hidden states: 0 is the input of layer 0, f the output of layer f - 1,
+negative numbers count from the end. The state is taken before the tower's final norm. With -2 the
+last layer runs for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from interlace.errors import PlanError
+from interlace.models.family import Changes, Cut, Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_KEY = "vision_feature_layer"
+# Towers whose last hidden state is the raw output of the last layer, so that -1 reads what -2 read
+# before.
+_RAW_LAST = ("clip_vision_model", "siglip_vision_model")
+
+
+def _as_list(value: int | list[int] | tuple[int, ...]) -> list[int]:
+    return [value] if isinstance(value, int) else list(value)
+
+
+def _states(model: PreTrainedModel, num_layers: int) -> list[int]:
+    """The hidden states that are read, counted from 0 (the input of layer 0) to num_layers."""
+    config: Any = model.config
+    return [f if f >= 0 else num_layers + 1 + f for f in _as_list(config.vision_feature_layer)]
+
+
+def _depth(model: PreTrainedModel) -> int:
+    config: Any = model.config
+    return int(config.vision_config.num_hidden_layers)
+
+
+def _advised(model: PreTrainedModel, tower_name: str) -> dict[int, str]:
+    if tower_name != "vision":
+        return {}
+    states = _states(model, _depth(model))
+    return {
+        f - 1: f"vision_feature_layer reads the output of vision layer {f - 1}" for f in states if f
+    }
+
+
+def _unread(model: PreTrainedModel, tower_name: str) -> dict[int, str]:
+    if tower_name != "vision":
+        return {}
+    depth = _depth(model)
+    first = max(_states(model, depth))
+    return dict.fromkeys(range(first, depth), "above vision_feature_layer, read by nothing")
+
+
+def _remap(cut: Cut) -> Changes:
+    if cut.tower_name != "vision":
+        return {}
+    config: Any = cut.config
+    before = config.vision_feature_layer
+    states = _states(cut.model, cut.num_layers)
+    new = [cut.below(state) for state in states]
+    depth = len(cut.kept)
+    # A dropped layer passes its input through: its output is that of the nearest kept layer below.
+    for state, now in zip(states, new, strict=True):
+        kind = config.vision_config.model_type
+        if now == depth and state < cut.num_layers and kind not in _RAW_LAST:
+            raise PlanError(
+                f"The plan drops every vision layer above hidden state {state}, which {_KEY} "
+                f"reads. The last state of a '{kind}' tower passes its final norm, the one read so "
+                "far does not. Keep the last layer."
+            )
+    after_list = [
+        now if given >= 0 else now - (depth + 1)
+        for given, now in zip(_as_list(before), new, strict=True)
+    ]
+    after = after_list[0] if isinstance(before, int) else after_list
+    if after == before:
+        return {}
+    setattr(config, _KEY, after)
+    return {_KEY: (before, after)}
+
+
+def _family(name: str, architecture: str) -> Family:
+    return Family(
+        name=name,
+        model_types=(name,),
+        objective="chat",
+        architectures=(architecture,),
+        index_keys=(_KEY,),
+        advised=_advised,
+        unread=_unread,
+        remapping=_remap,
+    )
+
+
+LLAVA = _family("llava", "LlavaForConditionalGeneration")
+LLAVA_NEXT = _family("llava_next", "LlavaNextForConditionalGeneration")
+LLAVA_ONEVISION = _family("llava_onevision", "LlavaOnevisionForConditionalGeneration")

@@ -1,0 +1,101 @@
+"""Qwen3-VL: DeepStack ties vision layers to text layers by number.
+
+The vision tower hands out a feature after each layer in `deepstack_visual_indexes`, through a
+merger of its own; the text tower adds feature j to the image tokens after layer j, BY INDEX. So the
+first text layers and the tapped vision layers are bound.
+Source: Meng et al. 2024, "DeepStack", and the Qwen3-VL technical report.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from interlace.errors import PlanError
+from interlace.models.family import Changes, Cut, Family, refuse_bound
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_KEY = "deepstack_visual_indexes"
+
+
+def _indexes(model: PreTrainedModel) -> list[int]:
+    config: Any = model.config
+    return list(getattr(config.vision_config, _KEY, ()) or ())
+
+
+def _bound(model: PreTrainedModel, tower_name: str) -> dict[int, str]:
+    indexes = _indexes(model)
+    if tower_name == "vision":
+        return {i: f"DeepStack takes a vision feature after vision layer {i}" for i in indexes}
+    if tower_name == "text":
+        return {
+            j: f"DeepStack adds the feature of vision layer {i} after text layer {j}"
+            for j, i in enumerate(indexes)
+        }
+    return {}
+
+
+def _set(cut: Cut, before: list[int], after: list[int]) -> Changes:
+    """Write the new indexes into the config and into every module that keeps a copy."""
+    if after == before:
+        return {}
+    config: Any = cut.config
+    setattr(config.vision_config, _KEY, after)
+    for module in cut.model.modules():
+        if _KEY in vars(module):
+            setattr(module, _KEY, list(after))
+    return {f"vision_config.{_KEY}": (before, after)}
+
+
+def _remap(cut: Cut) -> Changes:
+    before = _indexes(cut.model)
+    if cut.tower_name == "text":
+        gone = {
+            j: f"the feature of vision layer {i} is added after it"
+            for j, i in enumerate(before)
+            if j < cut.num_layers and j not in cut.kept
+        }
+        refuse_bound(cut, gone)
+        # A feature goes with the text layer it belongs to: the others then still stand at their own
+        # layers, since the kept ones among the first len(before) layers come first, in order.
+        rest = [j for j in range(len(before)) if j not in gone]
+        for module in cut.model.modules() if gone else ():
+            if "deepstack_merger_list" in dict(module.named_children()):
+                mergers: Any = module.deepstack_merger_list
+                module.deepstack_merger_list = nn.ModuleList([mergers[j] for j in rest])
+        return _set(cut, before, [before[j] for j in rest])
+    if cut.tower_name == "vision":
+        refuse_bound(
+            cut, {i: "DeepStack takes a feature after it" for i in before if i not in cut.kept}
+        )
+        # A dropped layer passes its input through, so its feature is read after the nearest kept
+        # layer below.
+        after = [cut.below(i + 1) - 1 for i in before]
+        if min(after, default=0) < 0:
+            raise PlanError(
+                f"The plan drops vision layers 0..{min(before)}, so the DeepStack feature of layer "
+                f"{min(before)} would be taken before the first layer, which Qwen3-VL cannot "
+                "state. Keep one of them."
+            )
+        if len(set(after)) < len(after):
+            raise PlanError(
+                f"The plan would have two DeepStack features ({before}) taken after the same kept "
+                f"vision layer (positions {after}), which Qwen3-VL cannot state. Keep a vision "
+                "layer between them."
+            )
+        return _set(cut, before, after)
+    return {}
+
+
+QWEN3_VL = Family(
+    name="qwen3_vl",
+    model_types=("qwen3_vl",),
+    objective="chat",
+    architectures=("Qwen3VLForConditionalGeneration",),
+    index_keys=(_KEY,),
+    bound=_bound,
+    remapping=_remap,
+)
