@@ -1,0 +1,289 @@
+"""How much of a model's ability every rule keeps: python bench/retention.py [--preset small|full].
+
+For each bundled model, rule, fraction and seed: score, plan, prune, measure, heal, measure again.
+Every rule is given the same calibration samples, the same healing samples and steps, and trains the
+same number of layers. The seed changes the calibration samples, the healing samples and what the
+rules draw; the held-out samples stay the same. One JSON line per cell is written as soon as it is
+known, and cells that are there already are skipped, so a run can be stopped and continued.
+
+`--table` prints the Markdown table of a results file instead of running anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import interlace as il
+from interlace.config import HealSettings
+from interlace.errors import PlanError
+from interlace.records import Provenance
+
+log = logging.getLogger("retention")
+
+PUBLISHED = ("interlace", "interlace_oa", "interlace_tn", "random", "consecutive")
+OTHERS = ("triplet_optimal", "shortgpt", "uidl", "last", "uniform")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A bundled model, the towers that are pruned, and what it is measured on."""
+
+    name: str
+    towers: tuple[str, ...]
+    tasks: dict[str, tuple[str, ...]]
+    data_tasks: tuple[str, ...]
+    learning_rate: float
+
+
+SUBJECTS = {
+    "qwen3-vl": Subject(
+        "qwen3-vl",
+        ("text",),
+        {"vqa": ("accuracy",), "caption": ("cider",)},
+        ("vqa", "caption"),
+        5e-4,
+    ),
+    "clip": Subject(
+        "clip",
+        ("text", "vision"),
+        {"retrieval": ("image_to_text_r1", "text_to_image_r1")},
+        ("retrieval",),
+        5e-4,
+    ),
+    "blip": Subject("blip", ("text",), {"caption": ("cider", "exact_match")}, ("caption",), 5e-4),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much is measured."""
+
+    rules: tuple[str, ...]
+    fractions: tuple[float, ...]
+    seeds: tuple[int, ...]
+    calibration: int
+    heal_samples: int
+    heal_batch: int
+    held_out: int
+
+
+PRESETS = {
+    "smoke": Preset(("interlace", "random"), (0.25,), (0,), 16, 64, 16, 32),
+    "small": Preset((*PUBLISHED, "triplet_optimal"), (0.25,), (0, 1, 2), 128, 2048, 32, 384),
+    "full": Preset(
+        (*PUBLISHED, *OTHERS), (0.10, 0.15, 0.20, 0.25, 0.33), (0, 1, 2), 256, 4096, 32, 512
+    ),
+}
+
+
+def _headline(subject: Subject, metrics: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {
+        f"{task}/{name}": metrics[task][name]
+        for task, names in subject.tasks.items()
+        for name in names
+    }
+
+
+def _cell(
+    subject: Subject, vlm: Any, rule: str, fraction: float, seed: int, preset: Preset, test: Any
+) -> dict[str, Any]:
+    data = {
+        what: il.samples(
+            "scenes",
+            count=count,
+            tasks=subject.data_tasks,
+            seed=1000 * (seed + 1) + number,
+            processor=vlm.processor,
+        )
+        for number, (what, count) in enumerate(
+            {"calibration": preset.calibration, "healing": preset.heal_samples}.items()
+        )
+    }
+    scores = il.score(vlm, data["calibration"], packs="all", towers=subject.towers, batch_size=32)
+    plan = il.make_plan(
+        scores,
+        drop_fraction=fraction,
+        rule=rule,
+        protect="auto",
+        seed=seed,
+        towers=subject.towers,
+    )
+    student = il.prune(vlm, plan)
+
+    def measure() -> dict[str, float]:
+        report = il.evaluate(
+            student, tasks=tuple(subject.tasks), data=test, batch_size=64, max_new_tokens=56
+        )
+        return _headline(subject, report.metrics)
+
+    raw = measure()
+    started = time.monotonic()
+    il.heal(
+        student,
+        teacher=vlm,
+        data=data["healing"],
+        settings=HealSettings(
+            epochs=1.0,
+            batch_size=preset.heal_batch,
+            learning_rate=subject.learning_rate,
+            warmup_fraction=0.1,
+            seed=seed,
+        ),
+    )
+    return {
+        "dropped": {name: list(tower.drop) for name, tower in plan.towers.items()},
+        "parameters": student.num_parameters(),
+        "raw": raw,
+        "heal_seconds": round(time.monotonic() - started, 1),
+        "healed": measure(),
+    }
+
+
+def _speed(subject: Subject, vlm: Any, fraction: float) -> dict[str, Any]:
+    """Dense against pruned in one run; which layers go does not matter for speed."""
+    calibration = il.samples("scenes", count=16, tasks=subject.data_tasks, processor=vlm.processor)
+    scores = il.score(vlm, calibration, towers=subject.towers)
+    plan = il.make_plan(
+        scores, drop_fraction=fraction, rule="uniform", protect="auto", towers=subject.towers
+    )
+    report = il.evaluate(il.prune(vlm, plan), tasks=("speed",), baseline=vlm, count=64)
+    return {"pruned": report.metrics["speed"], "dense": (report.baseline or {})["speed"]}
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def measure_all(subjects: list[str], preset: Preset, path: Path) -> None:
+    """Fill the results file cell by cell."""
+    done = {json.dumps(row["cell"]) for row in _read(path)}
+    provenance = {
+        "versions": {
+            key: getattr(Provenance.collect(), key)
+            for key in ("package_version", "commit", "python", "torch", "transformers", "device")
+        },
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+    def keep(cell: list[Any], make: Any) -> None:
+        if json.dumps(cell) in done:
+            return
+        started = time.monotonic()
+        try:
+            result = make()
+        except PlanError as error:
+            # a rule that has no plan at this fraction is a result, not a failure of the run
+            result = {"no_plan": str(error)}
+        _append(path, {"cell": cell, **result, **provenance})
+        log.info("%s: %.0f s", cell, time.monotonic() - started)
+
+    for name in subjects:
+        subject = SUBJECTS[name]
+        vlm = il.open_model(f"bundled:{name}", dtype="float32")
+        test = {
+            task: il.samples(
+                "scenes",
+                count=preset.held_out,
+                tasks=(task,),
+                split="test",
+                processor=vlm.processor,
+            )
+            for task in subject.tasks
+        }
+
+        def dense(subject: Subject = subject, vlm: Any = vlm, test: Any = test) -> dict[str, Any]:
+            report = il.evaluate(
+                vlm, tasks=tuple(subject.tasks), data=test, batch_size=64, max_new_tokens=56
+            )
+            return {
+                "raw": _headline(subject, report.metrics),
+                "parameters": vlm.num_parameters(),
+                "held_out": preset.held_out,
+            }
+
+        keep([name, "dense"], dense)
+        for fraction in preset.fractions:
+            keep(
+                [name, "speed", fraction],
+                lambda s=subject, v=vlm, f=fraction: {"speed": _speed(s, v, f)},
+            )
+            for seed in preset.seeds:
+                for rule in preset.rules:
+                    keep(
+                        [name, rule, fraction, seed],
+                        lambda s=subject, v=vlm, r=rule, f=fraction, n=seed, t=test: _cell(
+                            s, v, r, f, n, preset, t
+                        ),
+                    )
+
+
+def _mean_spread(values: list[float]) -> str:
+    mean = statistics.fmean(values)
+    spread = (max(values) - min(values)) / 2
+    return f"{100 * mean:.1f} ± {100 * spread:.1f}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: retention in percent of the dense model, mean and half the range over seeds."""
+    dense = {row["cell"][0]: row for row in rows if row["cell"][1] == "dense"}
+    cells: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if len(row["cell"]) == 4:
+            name, rule, fraction, _ = row["cell"]
+            cells.setdefault((name, fraction, rule), []).append(row)
+    lines = [
+        "| model | dropped | rule | metric | dense | before healing, % | after healing, % |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (name, fraction, rule), group in cells.items():
+        done = [row for row in group if "raw" in row]
+        for metric, full in dense[name]["raw"].items():
+            head = f"| {name} | {fraction:.0%} | {rule} | {metric} | {full:.3f} |"
+            if not done:
+                lines.append(f"{head} no plan | no plan |")
+                continue
+            raw, healed = (
+                _mean_spread([row[when][metric] / full for row in done])
+                for when in ("raw", "healed")
+            )
+            lines.append(f"{head} {raw} | {healed} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=sorted(SUBJECTS), default=list(SUBJECTS))
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("interlace").setLevel(logging.WARNING)
+    path = arguments.output or Path(f"bench/results/cpu/retention-{arguments.preset}.jsonl")
+    if not arguments.table:
+        measure_all(arguments.models, PRESETS[arguments.preset], path)
+    sys.stdout.write(table(_read(path)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What every evaluation task shares: settings, results, batches, a model held still."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from interlace.data.collate import Collator
+from interlace.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import nn
+
+    from interlace.data.samples import Sample
+    from interlace.models.handle import VLM
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of one evaluation.
+
+    Attributes:
+        batch_size: samples per batch, at least 1. No quality metric depends on it.
+        max_new_tokens: longest answer in tokens, at least 1.
+        whose: added to what progress bars say, such as " (baseline)".
+    """
+
+    batch_size: int = 16
+    max_new_tokens: int = 64
+    whose: str = ""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What one task measured on one model.
+
+    Attributes:
+        metrics: name -> value; fractions in 0..1 unless the task says otherwise.
+        details: everything needed to read the metrics (counts, conventions, examples), JSON-able.
+    """
+
+    metrics: dict[str, float]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def batches(samples: Sequence[Sample], batch_size: int) -> list[list[Sample]]:
+    """Cut samples into lists of `batch_size`, the last one shorter."""
+    return [
+        [samples[index] for index in range(start, min(start + batch_size, len(samples)))]
+        for start in range(0, len(samples), batch_size)
+    ]
+
+
+def to_model(batch: dict[str, Any], vlm: VLM) -> dict[str, Any]:
+    """Move the tensors of a batch to the model: its device, and its dtype where they are float."""
+    moved: dict[str, Any] = {}
+    for name, value in batch.items():
+        if not isinstance(value, torch.Tensor):
+            moved[name] = value
+        elif value.is_floating_point():
+            moved[name] = value.to(device=vlm.device, dtype=vlm.dtype)
+        else:
+            moved[name] = value.to(vlm.device)
+    return moved
+
+
+@contextlib.contextmanager
+def held_still(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside the block; every module's own mode afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        # not inference_mode: rotary tables rebuilt inside it could not be trained through later
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def processor_of(vlm: VLM) -> Any:
+    """Give the model's processor.
+
+    Raises:
+        ConfigError: the model was opened without one.
+    """
+    if vlm.processor is None:
+        raise ConfigError(
+            f"{vlm.name} was opened without a processor, so it cannot be given images and text. "
+            "Open it from a folder that holds one, or pass processor= to open_model."
+        )
+    return vlm.processor
+
+
+def collator_for(vlm: VLM, *, answers: bool) -> Collator:
+    """Make the collator of a model that predicts tokens."""
+    text_config = getattr(vlm.model.config, "text_config", None)
+    start = getattr(text_config, "bos_token_id", None)
+    return Collator(
+        processor_of(vlm),
+        vlm.family.objective,
+        answers=answers,
+        start_token_id=start if vlm.family.objective in ("caption", "vqa") else None,
+    )
+
+
+def tokenizer_of(vlm: VLM) -> Any:
+    """Give the tokenizer of the model's processor (or the processor itself if it is one)."""
+    processor = processor_of(vlm)
+    return getattr(processor, "tokenizer", processor)

@@ -1,0 +1,114 @@
+"""Embeddings of images and texts, from models that match the two (CLIP, SigLIP).
+
+Legend: M images, K texts, D embedding size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from interlace._progress import track
+from interlace.errors import FamilyError
+from interlace.evaluate._common import batches, held_still, processor_of, to_model, tokenizer_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from interlace.data.samples import Sample
+    from interlace.evaluate._common import Options
+    from interlace.models.handle import VLM
+
+__all__ = ["embed_images", "embed_texts", "image_batch", "text_batch"]
+
+
+def _pooled(output: Any) -> Tensor:
+    embedding: Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
+    return functional.normalize(embedding.float(), dim=-1).cpu()
+
+
+def _encoder(vlm: VLM, name: str) -> Any:
+    method = getattr(vlm.model, name, None)
+    if method is None:
+        raise FamilyError(
+            f"{vlm.name} ({type(vlm.model).__name__}) has no {name}, so it cannot embed. "
+            "Retrieval works with models such as CLIP and SigLIP."
+        )
+    return method
+
+
+def image_batch(vlm: VLM, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Batch the first image of every sample for the image encoder, on the model's device."""
+    processor = processor_of(vlm)
+    read = getattr(processor, "image_processor", processor)
+    pictures = [sample.images[0].open() for sample in samples]
+    return to_model(dict(read(images=pictures, return_tensors="pt")), vlm)
+
+
+def text_batch(vlm: VLM, texts: Sequence[str]) -> dict[str, Any]:
+    """Batch texts for the text encoder, padded as the family was trained, on its device."""
+    processor = processor_of(vlm)
+    siglip = "Siglip" in type(processor).__name__
+    batch = dict(
+        processor(
+            text=list(texts),
+            # SigLIP pools at the last position and was trained on full length without a mask
+            padding="max_length" if siglip else True,
+            truncation=True,
+            max_length=_text_limit(vlm),
+            return_tensors="pt",
+        )
+    )
+    unused = ("token_type_ids", "attention_mask") if siglip else ("token_type_ids",)
+    return to_model({name: value for name, value in batch.items() if name not in unused}, vlm)
+
+
+def _text_limit(vlm: VLM) -> int:
+    """Longest text in tokens: what the tokenizer states, and the positions that the model has."""
+    config = vlm.model.config.get_text_config()
+    return int(min(config.max_position_embeddings, tokenizer_of(vlm).model_max_length))
+
+
+def embed_images(vlm: VLM, samples: Sequence[Sample], options: Options) -> Tensor:
+    """Embed the image of every sample.
+
+    Returns:
+        [M, D] fp32 on the CPU, every row of length 1.
+
+    Raises:
+        FamilyError: the model has no image encoder of its own.
+    """
+    encode = _encoder(vlm, "get_image_features")
+    with held_still(vlm.model):
+        parts = [
+            _pooled(encode(**image_batch(vlm, chunk)))
+            for chunk in track(
+                batches(samples, options.batch_size),
+                description=f"embedding images{options.whose}",
+            )
+        ]
+    return torch.cat(parts)
+
+
+def embed_texts(vlm: VLM, texts: Sequence[str], options: Options) -> Tensor:
+    """Embed texts.
+
+    Returns:
+        [K, D] fp32 on the CPU, every row of length 1.
+
+    Raises:
+        FamilyError: the model has no text encoder of its own.
+    """
+    encode = _encoder(vlm, "get_text_features")
+    size = options.batch_size
+    chunks = [texts[start : start + size] for start in range(0, len(texts), size)]
+    with held_still(vlm.model):
+        parts = [
+            _pooled(encode(**text_batch(vlm, chunk)))
+            for chunk in track(chunks, description=f"embedding captions{options.whose}")
+        ]
+    return torch.cat(parts)

@@ -1,0 +1,76 @@
+"""Load checkpoints with transformers alone and write down what they compute.
+
+Run as a script in a fresh process, with the path of a JSON list of requests; it imports nothing of
+this package. A request has the keys `folder`, `architecture`, `device`, `attention`, `threads`,
+`inputs` and `outputs` (safetensors files) and `report` (a JSON file to write).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def run(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return every floating tensor that a forward gives, by its dotted name; not the KV cache."""
+    extra = (
+        {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    )
+    with torch.no_grad():
+        return flatten(model(**inputs, **extra))
+
+
+def flatten(output: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """Collect the floating tensors of a nested output."""
+    if isinstance(output, torch.Tensor):
+        # cloned, since safetensors refuses tensors that share memory
+        return (
+            {name: output.detach().cpu().contiguous().clone()} if output.is_floating_point() else {}
+        )
+    if isinstance(output, dict):
+        items: Any = (
+            (str(key), value) for key, value in output.items() if key != "past_key_values"
+        )
+    elif isinstance(output, (list, tuple)):
+        items = ((str(i), value) for i, value in enumerate(output))
+    else:
+        return {}
+    found: dict[str, torch.Tensor] = {}
+    for key, value in items:
+        found |= flatten(value, f"{name}.{key}" if name else key)
+    return found
+
+
+def answer(request: dict[str, Any]) -> None:
+    """Load one checkpoint, run it on the given inputs, and write its outputs and how it loaded."""
+    import transformers
+
+    torch.set_num_threads(request["threads"])
+    model, loading = getattr(transformers, request["architecture"]).from_pretrained(
+        request["folder"],
+        attn_implementation=request["attention"],
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    model.to(request["device"]).eval()
+    inputs = {
+        name: value.to(request["device"]) for name, value in load_file(request["inputs"]).items()
+    }
+    save_file(run(model, inputs), request["outputs"])
+    report = {
+        "transformers": transformers.__version__,
+        "package_loaded": "interlace" in sys.modules,
+        **{key: sorted(map(str, names)) for key, names in loading.items() if key.endswith("_keys")},
+    }
+    Path(request["report"]).write_text(json.dumps(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    for each in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        answer(each)

@@ -1,0 +1,133 @@
+"""Writing a model out: a checkpoint with manifest, records and card, verified or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from interlace._files import atomic_folder, check_new_folder, is_disk_full
+from interlace.errors import CheckpointError, ConfigError
+from interlace.export.card import model_card
+from interlace.export.verify import verify_checkpoint
+from interlace.models.checkpoint import MANIFEST
+from interlace.records import Plan, PruneRecord, Record
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping
+
+    import torch
+
+    from interlace.models.handle import VLM
+
+
+def export(
+    vlm: VLM,
+    folder: str | os.PathLike[str],
+    *,
+    records: Iterable[Record | None] = (),
+    overwrite: bool = False,
+    verify: bool = True,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write a model as a standard transformers checkpoint, with what is known about it.
+
+    The folder holds config, weights (safetensors), generation settings, the processor where there
+    is one, `interlace.json` (the manifest of the cut), one JSON file per record and a model card.
+    It appears under its name only when it is complete and verified.
+
+    Args:
+        vlm: the model; a student with its plan and manifest, or any other model.
+        folder: where to write; must not exist, unless `overwrite`.
+        records: records to put beside it, in any order; None entries are skipped. The plan of the
+            student is added.
+        overwrite: replace an existing folder, once the new one is complete.
+        verify: reload the folder in a fresh process with transformers alone and compare outputs.
+        inputs: forward inputs to compare on; default: synthetic ones.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: the folder exists; a record is none, or of another cut.
+        CheckpointError: the disk is full, the folder cannot be written, or the checkpoint failed
+            its verification. Nothing is left behind.
+    """
+    target = check_new_folder(Path(folder), overwrite=overwrite)
+    named = _file_names(_complete(vlm, records))
+    try:
+        with atomic_folder(target, overwrite=overwrite) as made:
+            _save(vlm, made)
+            if vlm.record is not None:
+                vlm.record.save(made / MANIFEST)
+            for name, record in named.items():
+                record.save(made / name)
+            proof = verify_checkpoint(vlm, made, inputs=inputs) if verify else None
+            card = model_card(vlm, tuple(named.values()), verification=proof)
+            (made / "README.md").write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot write the checkpoint {target} ({error.strerror or error}). Check the path and "
+            "its permissions."
+        ) from error
+    return target
+
+
+def _complete(vlm: VLM, records: Iterable[Record | None]) -> list[Record]:
+    """Check the given records and add the student's plan."""
+    given = [record for record in records if record is not None]
+    for record in given:
+        if not isinstance(record, Record):
+            raise ConfigError(
+                "records takes Scores, Plan, HealReport and EvalReport records, got "
+                f"{type(record).__name__}."
+            )
+    plans = [record for record in given if isinstance(record, Plan)]
+    if vlm.record is not None and plans:
+        wanted = {vlm.record.plan_fingerprint}
+        wanted |= {vlm.plan.fingerprint} if vlm.plan is not None else set()
+        if not wanted & {plan.fingerprint for plan in plans}:
+            raise ConfigError(
+                "The plan among the records is not the one that the model was pruned by "
+                f"(fingerprint {vlm.record.plan_fingerprint[:12]}...). Give that plan, or none: "
+                "the student knows its own."
+            )
+    elif vlm.plan is not None and not plans:
+        given.insert(0, vlm.plan)
+    if any(isinstance(record, PruneRecord) and record != vlm.record for record in given):
+        raise ConfigError(
+            "The manifest among the records is of another cut. Leave it out: it is written from "
+            "the model itself."
+        )
+    return [record for record in given if not isinstance(record, PruneRecord)]
+
+
+def _file_names(records: Iterable[Record]) -> dict[str, Record]:
+    """Name each record's file after its kind; the second of a kind is numbered 2."""
+    named: dict[str, Record] = {}
+    for record in records:
+        number = sum(1 for other in named.values() if other.kind == record.kind) + 1
+        named[f"{record.kind}{'' if number == 1 else f'_{number}'}.json"] = record
+    return named
+
+
+def _save(vlm: VLM, folder: Path) -> None:
+    try:
+        vlm.model.save_pretrained(folder)
+        if vlm.processor is not None:
+            vlm.processor.save_pretrained(folder)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        if is_disk_full(error):
+            # worded by the folder's own context, which knows the final name
+            raise
+        raise CheckpointError(
+            f"transformers cannot save {type(vlm.model).__name__} ({type(error).__name__}: "
+            f"{_first_line(error)}). Check the model's weights and its generation settings."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines: Any = str(error).strip().splitlines()
+    return str(lines[0]) if lines else "no message"

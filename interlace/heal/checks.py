@@ -1,0 +1,118 @@
+"""What healing refuses before it starts, in words, and what a run is known by."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interlace.data.samples import Samples
+from interlace.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from interlace.config import HealSettings
+    from interlace.data.samples import Sample
+    from interlace.models import VLM
+    from interlace.records import Plan
+
+# These change how a run is carried out, not what comes out of it but for rounding.
+FREE_SETTINGS = ("num_workers", "save_steps", "chunk_tokens", "gradient_checkpointing")
+
+
+def world_size() -> int:
+    """Return the number of processes of the run, as its launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Tell whether this is the process that writes and reports."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def output_folder(output: str | os.PathLike[str] | None, *, resume: bool) -> Path | None:
+    """Check the folder for checkpoints.
+
+    Raises:
+        ConfigError: it exists and the run does not resume, it is a file, or a run that is to be
+            resumed has none.
+    """
+    if output is None:
+        if resume:
+            raise ConfigError("To resume, give the output folder that holds the checkpoints.")
+        return None
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder. Give a folder for the checkpoints.")
+    # The first process makes the folder, so no other can tell whether it was there before.
+    if folder.exists() and not resume and is_first_process():
+        raise ConfigError(
+            f"The output folder {folder} exists already. Resume the run in it (resume=True, "
+            "--resume), remove it, or choose another one."
+        )
+    return folder
+
+
+def check_device(student: VLM) -> None:
+    """Refuse a GPU that a single process would not train on.
+
+    Raises:
+        ConfigError: the student is on another GPU than the first.
+    """
+    device = student.device
+    if world_size() == 1 and device.type == "cuda" and device.index not in (None, 0):
+        raise ConfigError(
+            f"The student is on {device}, but a single process trains on cuda:0. Choose the GPU "
+            f"with CUDA_VISIBLE_DEVICES={device.index} and open the model on 'cuda'."
+        )
+
+
+def check_teacher(student: VLM, teacher: VLM) -> None:
+    """Refuse a teacher that cannot teach this student.
+
+    Raises:
+        ConfigError: it is the student itself, or of another family.
+    """
+    if teacher is student or teacher.model is student.model:
+        raise ConfigError(
+            "Teacher and student are the same model. Give the model before the cut as the teacher."
+        )
+    if teacher.family.name != student.family.name:
+        raise ConfigError(
+            f"The teacher is of the family '{teacher.family.name}', the student of "
+            f"'{student.family.name}'. Give the model that the student was pruned from as the "
+            "teacher."
+        )
+
+
+def inputs_of(
+    student: VLM, teacher: VLM | None, plan: Plan, data: Samples | Sequence[Sample]
+) -> dict[str, str]:
+    """Return the fingerprints of what a run starts from."""
+    samples = data if isinstance(data, Samples) else Samples(data, source="a sequence")
+    inputs = {
+        "plan": plan.fingerprint,
+        "data": samples.fingerprint,
+        "student": student.fingerprint,
+    }
+    if teacher is not None:
+        inputs["teacher"] = teacher.fingerprint
+    return inputs
+
+
+def identity_of(inputs: dict[str, str], settings: HealSettings, num_samples: int) -> dict[str, Any]:
+    """Return what must be the same for a run to be continued.
+
+    Args:
+        inputs: from `inputs_of`.
+        settings: of the run.
+        num_samples: samples of the whole run, repeats counted.
+    """
+    bound = {key: value for key, value in settings.to_dict().items() if key not in FREE_SETTINGS}
+    return {
+        **inputs,
+        "settings": bound,
+        "num_processes": world_size(),
+        "num_samples": num_samples,
+    }

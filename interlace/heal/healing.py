@@ -1,0 +1,260 @@
+"""heal: the verb. It checks, makes shells of both models, trains, and hands over the result."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from interlace._progress import bar, quiet
+from interlace.config import HealSettings
+from interlace.data.collate import Collator
+from interlace.errors import ConfigError, DataError
+from interlace.heal import checkpoints, checks
+from interlace.heal.anchors import find_anchors, plan_of, tuned_parameters
+from interlace.heal.arguments import count_steps, training_arguments
+from interlace.heal.model import CONTRASTIVE, HealModel
+from interlace.heal.order import ShuffledRepeats
+from interlace.heal.shell import HALF, hand_over, make_shell, move_together
+from interlace.heal.trainer import HealTrainer
+from interlace.records import HealReport, Provenance
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import nn
+    from transformers import TrainingArguments
+
+    from interlace.data.samples import Sample, Samples
+    from interlace.models import VLM
+    from interlace.records import Plan
+
+    Collate = Callable[[Sequence[Sample]], dict[str, torch.Tensor]]
+
+logger = logging.getLogger(__name__)
+
+
+def heal(
+    student: VLM,
+    *,
+    teacher: VLM | None = None,
+    data: Samples | Sequence[Sample],
+    settings: HealSettings | None = None,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    collate: Collate | None = None,
+    **overrides: Any,
+) -> HealReport:
+    """Train the plan's `tune` layers of a student, in place.
+
+    All other parameters stay frozen. The loss is the task's own (cross-entropy of the answer
+    tokens, or the contrastive loss of CLIP and SigLIP) and, with a teacher, the normalised squared
+    distance of the hidden states at the anchors and at the end of each pruned tower, and the
+    divergence of the predictions. The student changes only when everything went well.
+
+    Works under torchrun, accelerate launch, FSDP2 and DeepSpeed ZeRO 1 and 2; `batch_size` then
+    counts per process, and each process compares the images and texts of its own batch only. Layers
+    stored in half precision are trained in fp32 under bfloat16 autocast.
+
+    Source: which layers train and the training setup (AdamW, cosine, warm-up, clipping): INTERLACE,
+    arXiv 2511.19676. Distillation of the last hidden state: arXiv 2507.20749.
+
+    Args:
+        student: what `prune` returned; it carries the plan. Left on the training device.
+        teacher: the model before the cut; without one there is no distillation. Its weights are not
+            changed; it is left on the training device as well.
+        data: samples to train on.
+        settings: default: `HealSettings()`.
+        output: folder for checkpoints, made by this call; without it none are written.
+        resume: continue from the newest complete checkpoint in `output`, or start where there is
+            none. The student must be the one the run was started with, before healing.
+        collate: makes a batch on the CPU out of samples; default: `Collator` with the student's
+            processor.
+        overrides: single settings, such as `max_steps=100`.
+
+    Returns:
+        The report. Its losses hold the weighted "loss" and the terms "ce" (the task's own),
+        "hidden" and "kl" before weighting, each averaged over the steps since the entry before.
+
+    Raises:
+        ConfigError: no plan, nothing to tune, a teacher that does not match, an output folder that
+            exists, or a setting that does not exist or fit.
+        DataError: no samples, or a loss that is not finite.
+        CheckpointError: the checkpoints belong to another run, or the disk is full.
+    """
+    chosen = (settings or HealSettings()).replace(**overrides)
+    plan = plan_of(student)
+    names = tuned_parameters(student, plan)
+    if len(data) == 0:
+        raise DataError("There are no samples to heal with. Give at least one.")
+    folder = checks.output_folder(output, resume=resume)
+    checks.check_device(student)
+    if teacher is not None:
+        checks.check_teacher(student, teacher)
+    # Read before training changes the weights.
+    inputs = checks.inputs_of(student, teacher, plan, data)
+    sizes = _sizes(student.model, names)
+    total = _total_samples(len(data), chosen)
+    if total == 0:
+        logger.info("Healing is skipped: the settings ask for no steps.")
+        return _report(student, chosen, inputs, sizes, None)
+    collate = collate or _collator(student, chosen)
+    identity = checks.identity_of(inputs, chosen, total)
+    steps = count_steps(total, chosen, checks.world_size())
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            made = stack.enter_context(tempfile.TemporaryDirectory(prefix="interlace-heal-"))
+        else:
+            stack.callback(_remove_if_empty, folder)
+        work = folder or Path(made)
+        stack.enter_context(_own_randomness())
+        if not checks.is_first_process():
+            stack.enter_context(quiet())
+        found = checkpoints.newest(work) if resume else None
+        if found is not None:
+            checkpoints.check_identity(found[0], found[1].identity, identity)
+        extra = _device_arguments(student, plan, chosen)
+        args = training_arguments(
+            chosen, steps=steps, folder=work, save=folder is not None, **extra
+        )
+        advance = stack.enter_context(bar("healing", steps))
+        if found is not None:
+            advance(found[1].step)
+        trainer = HealTrainer(
+            _model(student, teacher, plan, names, chosen, args),
+            args,
+            dataset=ShuffledRepeats(data, total, chosen.seed),
+            collate=collate,
+            identity=identity,
+            advance=advance,
+        )
+        trainer.train(resume_from_checkpoint=str(found[0]) if found is not None else None)
+        trainer.close()
+        hand_over(student.model, names, trainer.trained_values())
+    return _report(student, chosen, inputs, sizes, trainer)
+
+
+def _collator(student: VLM, settings: HealSettings) -> Collate:
+    text: Any = getattr(student.model.config, "text_config", None)
+    contrastive = student.family.objective == CONTRASTIVE
+    return Collator(
+        student.processor,
+        student.family.objective,
+        max_length=getattr(text, "max_position_embeddings", None) if contrastive else None,
+        seed=settings.seed,
+        start_token_id=getattr(text, "bos_token_id", None),
+    )
+
+
+def _total_samples(num_samples: int, settings: HealSettings) -> int:
+    if settings.max_steps is None:
+        return round(settings.epochs * num_samples)
+    per_step = settings.batch_size * settings.accumulation * checks.world_size()
+    return settings.max_steps * per_step
+
+
+@contextlib.contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Keep the seeding of the run away from the caller's random numbers."""
+    before = checkpoints.rng_state()
+    try:
+        yield
+    finally:
+        checkpoints.set_rng_state(before)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    # A run that failed before its first checkpoint leaves nothing behind.
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _device_arguments(student: VLM, plan: Plan, settings: HealSettings) -> dict[str, Any]:
+    alone_on_cpu = student.device.type == "cpu" and checks.world_size() == 1
+    return {
+        "bf16": settings.bf16 or student.dtype in HALF,
+        "use_cpu": alone_on_cpu or not torch.accelerator.is_available(),
+        # Batches without images leave the other towers out.
+        "ddp_find_unused_parameters": any(
+            tower.tune for name, tower in plan.towers.items() if name != "text"
+        ),
+    }
+
+
+def _model(
+    student: VLM,
+    teacher: VLM | None,
+    plan: Plan,
+    names: tuple[str, ...],
+    settings: HealSettings,
+    args: TrainingArguments,
+) -> HealModel:
+    models = [vlm.model for vlm in (student, teacher) if vlm is not None]
+    move_together(models, args.device)
+    shell = make_shell(student.model, own=names)
+    if settings.gradient_checkpointing:
+        _recompute_activations(shell)
+    extra: dict[str, Any] = {}
+    if teacher is not None and (settings.hidden_weight or settings.kl_weight):
+        extra = {
+            "teacher": make_shell(teacher.model),
+            "teacher_paths": {name: tower.path for name, tower in teacher.towers.items()},
+            "anchors": find_anchors(student, teacher, plan),
+        }
+    return HealModel(
+        shell,
+        objective=student.family.objective,
+        settings=settings,
+        paths={name: tower.path for name, tower in student.towers.items()},
+        **extra,
+    )
+
+
+def _recompute_activations(shell: nn.Module) -> None:
+    model: Any = shell
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            f"{type(model).__name__} cannot recompute its activations. Set gradient_checkpointing "
+            "to false and lower batch_size instead."
+        )
+    options = {"use_reentrant": False}
+    # The older name warns since the newer one exists.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _sizes(model: nn.Module, names: tuple[str, ...]) -> tuple[int, int]:
+    trained = sum(model.get_parameter(name).numel() for name in names)
+    return trained, sum(parameter.numel() for parameter in model.parameters())
+
+
+def _report(
+    student: VLM,
+    settings: HealSettings,
+    inputs: dict[str, str],
+    sizes: tuple[int, int],
+    trainer: HealTrainer | None,
+) -> HealReport:
+    losses = trainer.losses() if trainer is not None else ()
+    progress = trainer.progress if trainer is not None else {}
+    return HealReport(
+        steps=trainer.state.global_step if trainer is not None else 0,
+        num_samples=int(progress.get("num_samples", 0)),
+        tokens=int(progress.get("tokens", 0)),
+        trainable_parameters=sizes[0],
+        total_parameters=sizes[1],
+        losses=losses,
+        final=dict(losses[-1]) if losses else {},
+        seconds=progress.get("seconds", 0.0),
+        objective=student.family.objective,
+        settings=settings.to_dict(),
+        inputs=inputs,
+        provenance=Provenance.collect(settings.seed),
+    )

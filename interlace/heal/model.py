@@ -1,0 +1,242 @@
+"""The module that is trained: the student, the teacher beside it, and the loss between them.
+
+Legend: B batch, T tokens, D hidden size, V vocabulary, N tokens to predict.
+
+The whole loss is computed inside `forward`, so that wrappers that watch a module's forward pass
+(DistributedDataParallel, FSDP2, autocast) see everything that needs gradients.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from interlace.errors import ConfigError
+from interlace.heal.batches import (
+    IGNORED,
+    aligned,
+    count_items,
+    is_encoder_decoder,
+    model_inputs,
+    num_rows,
+    targets_of,
+    token_masks,
+)
+from interlace.heal.losses import head_terms, normalised_error, similarity_divergence
+from interlace.heal.reading import Reader
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from interlace.config import HealSettings
+    from interlace.heal.anchors import Anchor
+
+TERMS = ("loss", "ce", "hidden", "kl")
+
+CONTRASTIVE = "contrastive"
+
+
+class HealModel(nn.Module):
+    """A student in training. Its forward pass gives the loss terms of a batch.
+
+    Only the student is a submodule: the teacher is neither trained nor saved nor sharded.
+    """
+
+    # The Trainer asks: the loss is normalised over the accumulated batch in here.
+    accepts_loss_kwargs = True
+
+    def __init__(
+        self,
+        student: nn.Module,
+        *,
+        objective: str,
+        settings: HealSettings,
+        paths: Mapping[str, str],
+        teacher: nn.Module | None = None,
+        teacher_paths: Mapping[str, str] | None = None,
+        anchors: Sequence[Anchor] = (),
+    ) -> None:
+        """Set the hooks on both models.
+
+        Args:
+            student: shell of the student; exactly its trainable parameters require a gradient.
+            objective: "chat", "caption", "vqa" (cross-entropy) or "contrastive".
+            settings: weights, temperature and chunk size.
+            paths: tower name -> dotted path of its layers in the student.
+            teacher: shell of the teacher, if there is one.
+            teacher_paths: the same as `paths` in the teacher.
+            anchors: where the two are compared.
+
+        Raises:
+            ConfigError: student and teacher have different vocabularies.
+        """
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.settings = settings
+        self.anchors = tuple(anchors) if settings.hidden_weight else ()
+        with_head = objective != CONTRASTIVE
+        own = [(anchor.tower, anchor.position) for anchor in self.anchors]
+        self._reader = Reader(student, own, paths, with_head=with_head)
+        self._teacher: Reader | None = None
+        if teacher is not None:
+            other = [(anchor.tower, anchor.teacher_position) for anchor in self.anchors]
+            self._teacher = Reader(teacher, other, teacher_paths or paths, with_head=with_head)
+            _check_same_vocabulary(self._reader, self._teacher)
+        self._has_decoder = is_encoder_decoder(self._reader.owner) or objective == "vqa"
+        self._shift = not is_encoder_decoder(self._reader.owner)
+        # FSDP makes one unit of every layer of these classes.
+        layers = (student.get_submodule(f"{path}.0") for path in paths.values())
+        self._no_split_modules = sorted({type(layer).__name__ for layer in layers})
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Return the student's input embedding, which sharding treats apart."""
+        found: nn.Module | None = getattr(self.student, "get_input_embeddings", lambda: None)()
+        return found
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the student's head, which sharding treats apart."""
+        found: nn.Module | None = getattr(self.student, "get_output_embeddings", lambda: None)()
+        return found
+
+    def tie_weights(self) -> None:
+        """Tie the student's weights again after a wrapper has replaced them."""
+        tie: Any = getattr(self.student, "tie_weights", None)
+        if tie is not None:
+            tie()
+
+    def train(self, mode: bool = True) -> HealModel:
+        """Switch the student; running statistics stay still, the teacher stays in eval mode."""
+        super().train(mode)
+        for module in self.student.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def count(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """Count what the terms of a batch are averaged over; counts of several batches add up."""
+        return count_items(batch, has_decoder=self._has_decoder, shift=self._shift)
+
+    def forward(self, counts: dict[str, float] | None = None, **batch: Any) -> dict[str, Tensor]:
+        """Compute the loss terms of one batch.
+
+        Args:
+            counts: what the terms are averaged over, summed over all batches and processes of the
+                optimiser step; default: this batch alone.
+            batch: what the collator gave.
+
+        Returns:
+            "loss", which carries the gradient, and detached "ce" (the task's own loss), "hidden"
+            and "kl": the batch's SHARE of each average, so that shares of one step add up.
+        """
+        whole = counts if counts is not None else self.count(batch)
+        if self.objective == CONTRASTIVE:
+            loss, terms = self._contrastive(batch, whole)
+        else:
+            loss, terms = self._predictive(batch, whole)
+        hidden = self._hidden(batch, whole)
+        if hidden is not None:
+            loss = loss + self.settings.hidden_weight * hidden
+            terms["hidden"] = hidden.detach()
+        self._reader.release()
+        if self._teacher is not None:
+            self._teacher.release()
+        return {"loss": loss, **terms}
+
+    def _predictive(
+        self, batch: Mapping[str, Any], counts: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        settings = self.settings
+        if "labels" not in batch:
+            raise ConfigError(
+                f"A batch for the objective '{self.objective}' has no labels. The collator must "
+                "give them; collate with answers."
+            )
+        targets = targets_of(batch["labels"], shift=self._shift)
+        inputs = model_inputs(batch, self._reader.owner, self.objective)
+        counted = targets != IGNORED
+        teacher, teacher_hidden = self._teacher, None
+        if teacher is not None:
+            with torch.no_grad():
+                read = teacher.predictions(inputs)
+                teacher_hidden = aligned(read, targets)[counted]
+        hidden = aligned(self._reader.predictions(inputs), targets)[counted]
+        loss, entropy, apart = head_terms(
+            hidden,
+            targets[counted],
+            self._reader.head,
+            teacher_hidden=teacher_hidden,
+            teacher_head=teacher.head if teacher is not None else None,
+            ce_weight=settings.ce_weight,
+            kl_weight=settings.kl_weight,
+            temperature=settings.temperature,
+            chunk_tokens=settings.chunk_tokens,
+        )
+        share = 1.0 / max(counts["labels"], 1.0)
+        terms = {"ce": entropy * share}
+        if teacher is not None and settings.kl_weight:
+            terms["kl"] = apart * share
+        return loss * share, terms
+
+    def _contrastive(
+        self, batch: Mapping[str, Any], counts: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        settings = self.settings
+        inputs = {**batch, "return_loss": True}
+        teacher_logits: Tensor | None = None
+        if self._teacher is not None:
+            with torch.no_grad():
+                teacher_logits = self._teacher.run(inputs).logits_per_image
+        output = self._reader.run(inputs)
+        num_rows = output.logits_per_image.shape[0]
+        own = output.loss * (num_rows / counts["samples"])
+        loss = settings.ce_weight * own
+        terms = {"ce": own.detach()}
+        if teacher_logits is not None and settings.kl_weight:
+            apart = similarity_divergence(
+                output.logits_per_image, teacher_logits, settings.temperature
+            )
+            apart = apart / counts["samples"]
+            loss = loss + settings.kl_weight * apart
+            terms["kl"] = apart.detach()
+        return loss, terms
+
+    def _hidden(self, batch: Mapping[str, Any], counts: Mapping[str, float]) -> Tensor | None:
+        if self._teacher is None or not self.anchors:
+            return None
+        masks = token_masks(batch, has_decoder=self._has_decoder)
+        by_tower: dict[str, list[Tensor]] = {}
+        for anchor in self.anchors:
+            states = self._reader.state(anchor.tower, anchor.position, last=anchor.last)
+            target = self._teacher.state(anchor.tower, anchor.teacher_position, last=anchor.last)
+            # A batch without images runs no vision tower.
+            if states is None or target is None:
+                continue
+            mask = masks.get(anchor.tower)
+            if mask is not None and mask.shape != states.shape[:-1]:
+                mask = None
+            error = normalised_error(states, target, mask, chunk_tokens=self.settings.chunk_tokens)
+            if mask is not None:
+                share = 1.0 / max(counts[f"tower:{anchor.tower}"], 1.0)
+            else:
+                unit = "samples" if anchor.tower.startswith("text") else "rows"
+                part = num_rows(batch, anchor.tower) / max(counts[unit], 1.0)
+                share = part / max(states[..., 0].numel(), 1)
+            by_tower.setdefault(anchor.tower, []).append(error * share)
+        if not by_tower:
+            return None
+        towers = [torch.stack(errors).mean() for errors in by_tower.values()]
+        return torch.stack(towers).mean()
+
+
+def _check_same_vocabulary(student: Reader, teacher: Reader) -> None:
+    if student.vocabulary != teacher.vocabulary:
+        raise ConfigError(
+            f"The student has a vocabulary of {student.vocabulary} tokens, the teacher of "
+            f"{teacher.vocabulary}, so their predictions cannot be compared. Give the model that "
+            "the student was pruned from as the teacher."
+        )

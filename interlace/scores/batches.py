@@ -1,0 +1,245 @@
+"""Calibration data as batches of the model's inputs, with the sample behind every token.
+
+Legend: B samples of a batch, T tokens of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from interlace._torch_utils import accepts
+from interlace.data import Collator
+from interlace.data.samples import IMAGE_PLACEHOLDER, Sample
+from interlace.errors import ConfigError, DataError
+from interlace.models.tokens import token_units
+from interlace.scores.metrics import Units
+from interlace.scores.packing import pack, refuse_if_unpackable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from interlace.models.handle import VLM, Tower
+
+
+# Towers whose units are the rows of a batch; those of the others are its images.
+_TEXT_TOWERS = ("text", "text_encoder")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch.
+
+    Attributes:
+        number: its number, from 0.
+        ids: the names of its samples.
+        images: the names of the samples that its images belong to, image by image, where known.
+        inputs: what the model's forward takes, on the CPU.
+        singles: the inputs of every sample by itself where they were packed into one row.
+    """
+
+    number: int
+    ids: tuple[str, ...]
+    images: tuple[str, ...]
+    inputs: dict[str, Any]
+    singles: tuple[dict[str, Any], ...] = ()
+
+    def units(self, vlm: VLM, tower: Tower, hidden: torch.Tensor) -> Units:
+        """Return the unit and the modality of every token that a tower is given.
+
+        Args:
+            vlm: the model.
+            tower: the tower.
+            hidden: h_0 as its first layer is given it.
+        """
+        unit, modality = token_units(vlm, tower.name, self.inputs, hidden)
+        if self.singles and tower.name == "text":
+            lengths = [single["input_ids"].shape[1] for single in self.singles]
+            row = torch.repeat_interleave(torch.tensor(lengths))
+            unit = row.to(unit.device)
+        num_units = int(unit.max()) + 1 if unit.numel() else 0
+        counts = modality >= 0
+        return Units(unit.masked_fill(~counts, -1), modality.long().clamp_min(0), num_units)
+
+    def name_of(self, tower: Tower, unit: int, num_units: int) -> str:
+        """Name the sample of a unit of a tower; all of the batch where it is not known which."""
+        names = self.ids if tower.name in _TEXT_TOWERS else self.images
+        if len(names) == num_units:
+            return f"sample '{names[unit]}'"
+        return f"one of the samples {', '.join(repr(name) for name in self.ids)}"
+
+
+class Batches:
+    """The batches of the data, each made when its turn comes."""
+
+    def __init__(
+        self,
+        vlm: VLM,
+        data: Sequence[Sample] | Iterable[Mapping[str, Any]],
+        *,
+        batch_size: int,
+        answers: bool,
+        packed: bool,
+    ) -> None:
+        """Check the data and fix which sample goes into which batch.
+
+        Raises:
+            ConfigError: a batch size below 1, a model without processor, or no way to pack.
+            DataError: no data, or items that are neither samples nor batches.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size!r}; give a number of at least 1.")
+        items: Sequence[Any] = data if isinstance(data, Sequence) else list(data)
+        if not items:
+            raise DataError("There is no calibration data: the given data holds no sample.")
+        self._vlm = vlm
+        self._items = items
+        self._collate: Callable[[Sequence[Sample]], dict[str, Any]] | None = None
+        self._packed = packed
+        self._answers = answers or _runs_on_answers(vlm)
+        if packed:
+            refuse_if_unpackable(vlm)
+        if isinstance(items[0], Sample):
+            self._collate = _collator(vlm, self._answers)
+            self._rows = _by_length(items, batch_size)
+        elif isinstance(items[0], Mapping):
+            self._rows = _cut(range(len(items)), batch_size if packed else 1)
+        else:
+            raise DataError(
+                f"Calibration data of {type(items[0]).__name__} cannot be used; give samples (see "
+                "interlace.samples) or batches of model inputs."
+            )
+        fingerprint = getattr(data, "fingerprint", None)
+        self.fingerprints: dict[str, str] = {"data": fingerprint} if fingerprint else {}
+
+    def part(self, rank: int, world: int) -> Part:
+        """Return the share of one of `world` processes: every world-th batch from `rank` on."""
+        return Part(range(rank, len(self._rows), world), self._make)
+
+    def _make(self, number: int) -> Batch:
+        rows = self._rows[number]
+        if self._collate is None:
+            return self._from_ready(number, [dict(self._items[row]) for row in rows])
+        samples = [self._items[row] for row in rows]
+        if not self._answers:
+            samples = [_question_only(sample) for sample in samples]
+        ids = tuple(sample.id for sample in samples)
+        images = tuple(sample.id for sample in samples for _ in sample.images)
+        if not self._packed:
+            inputs = _without_labels(self._vlm, self._collate(samples))
+            return Batch(number, ids, images, inputs)
+        singles = tuple(_without_labels(self._vlm, self._collate([sample])) for sample in samples)
+        return Batch(number, ids, images, pack(self._vlm, singles), singles)
+
+    def _from_ready(self, number: int, ready: list[dict[str, Any]]) -> Batch:
+        ready = [_without_labels(self._vlm, inputs) for inputs in ready]
+        counts = [_num_samples(inputs) for inputs in ready]
+        if not self._packed:
+            names = tuple(f"{number}[{row}]" for row in range(counts[0]))
+            return Batch(number, names, (), ready[0])
+        for inputs, count in zip(ready, counts, strict=True):
+            mask = inputs.get("attention_mask")
+            if count != 1 or (mask is not None and not bool(mask.all())):
+                raise DataError(
+                    f"Ready data is packed from one unpadded sample each, but batch {number} has "
+                    f"one of {count} rows with padding or more than one row. Use packed=False."
+                )
+        names = tuple(f"{number}[{row}]" for row in range(len(ready)))
+        return Batch(number, names, (), pack(self._vlm, ready), tuple(ready))
+
+
+class Part:
+    """Batches of one process; the next one is made while the model works on this one."""
+
+    def __init__(self, numbers: Sequence[int], make: Callable[[int], Batch]) -> None:
+        """Take the numbers of the batches and what makes one."""
+        self._numbers = numbers
+        self._make = make
+
+    def __len__(self) -> int:
+        """Give the number of batches."""
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Make the batches in turn, one ahead."""
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as ahead:
+            pending = [ahead.submit(self._make, number) for number in self._numbers[:1]]
+            for following in (*self._numbers[1:], None):
+                if not pending:
+                    return
+                batch = pending.pop().result()
+                if following is not None:
+                    pending.append(ahead.submit(self._make, following))
+                yield batch
+
+
+def _runs_on_answers(vlm: VLM) -> bool:
+    # BLIP's decoder and that of T5 read the answer alone: without one they would not run at all.
+    # CLIP and its like have no other text than the caption.
+    if vlm.family.objective == "caption":
+        return not getattr(vlm.model.config, "use_decoder_only_language_model", False)
+    return vlm.family.objective != "chat"
+
+
+def _without_labels(vlm: VLM, inputs: dict[str, Any]) -> dict[str, Any]:
+    # Where the logits of one token are asked for, there is no loss to compute; elsewhere the
+    # labels may be what the decoder reads.
+    if accepts(vlm.model, "logits_to_keep"):
+        inputs.pop("labels", None)
+    return inputs
+
+
+def _num_samples(inputs: Mapping[str, Any]) -> int:
+    for name in ("input_ids", "pixel_values"):
+        if name in inputs:
+            return int(inputs[name].shape[0])
+    raise DataError(
+        f"A batch with {', '.join(inputs) or 'nothing'} cannot be scored; it needs input_ids or "
+        "pixel_values, as the model's forward takes them."
+    )
+
+
+def _collator(vlm: VLM, answers: bool) -> Collator:
+    if vlm.processor is None:
+        raise ConfigError(
+            f"{vlm.name} was opened without a processor, so samples cannot be turned into its "
+            "inputs. Open it with one (open_model(..., processor=...)), or give ready batches."
+        )
+    text = getattr(vlm.model.config, "text_config", None)
+    contrastive = vlm.family.objective == "contrastive"
+    return Collator(
+        vlm.processor,
+        vlm.family.objective,
+        answers=answers,
+        max_length=getattr(text, "max_position_embeddings", None) if contrastive else None,
+        start_token_id=getattr(text, "bos_token_id", None) if vlm.family.name == "blip" else None,
+    )
+
+
+def _by_length(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
+    # Samples of like length share a batch, so little is spent on padding; the longest come first,
+    # so that a batch that does not fit into memory is the first one.
+    def length(row: int) -> tuple[int, int]:
+        sample = samples[row]
+        return len(sample.images), sum(len(turn.text) for turn in sample.turns)
+
+    order = sorted(range(len(samples)), key=length, reverse=True)
+    return _cut(order, batch_size)
+
+
+def _cut(rows: Sequence[int], size: int) -> list[list[int]]:
+    return [list(rows[first : first + size]) for first in range(0, len(rows), size)]
+
+
+def _question_only(sample: Sample) -> Sample:
+    """Cut a conversation before its first answer, and its images with it."""
+    roles = [turn.role for turn in sample.turns]
+    if "assistant" not in roles:
+        return sample
+    turns = sample.turns[: roles.index("assistant")]
+    num_images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+    return replace(sample, turns=turns, images=sample.images[:num_images])

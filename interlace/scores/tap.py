@@ -1,0 +1,160 @@
+"""Taps: hooks that hand the hidden states of a tower on, one at a time, while the model runs.
+
+h_i is what layer i is given, so whatever a model adds between two layers (DeepStack features, for
+one) belongs to the state that the next layer sees; h_L is what the last layer gives, before any
+final norm. This is the residual stream that is left standing when layers are taken out.
+
+Legend: B batch, T tokens, N = B * T tokens in one row, D width, L layers.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from interlace.errors import ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+    from interlace.scores.metrics import Meter, Units
+
+
+class Tap:
+    """Watches one tower inside a `with` block; feeds its meters between `start` and `finish`."""
+
+    def __init__(self, name: str, layers: nn.ModuleList, meters: Sequence[Meter]) -> None:
+        """Prepare the tap; hooks are set on entering the `with` block.
+
+        Args:
+            name: name of the tower, for messages.
+            layers: its layers, in order.
+            meters: what the states are handed to.
+        """
+        self.name = name
+        self.layers = layers
+        self.meters = tuple(meters)
+        self._handles: list[RemovableHandle] = []
+        self._units_of: Callable[[torch.Tensor], Units] | None = None
+        self._num_tokens = 0
+        self._next = 0
+        self._runs = 0
+        # When the tower first ran in this batch: what breaks one tower breaks those that read it.
+        self.began = 0.0
+
+    def __enter__(self) -> Tap:
+        """Set the hooks."""
+        for index, layer in enumerate(self.layers):
+            self._handles.append(
+                layer.register_forward_pre_hook(self._before(index), with_kwargs=True)
+            )
+        self._handles.append(self.layers[-1].register_forward_hook(self._after_last))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Take the hooks away."""
+        self._units_of = None
+        while self._handles:
+            self._handles.pop().remove()
+
+    def start(self, units_of: Callable[[torch.Tensor], Units]) -> None:
+        """Begin a batch.
+
+        Args:
+            units_of: tells what the tokens of a run are, from h_0 as the first layer is given it.
+        """
+        self._units_of = units_of
+        self._next = self._runs = 0
+        for meter in self.meters:
+            meter.start()
+
+    def finish(self) -> bool:
+        """End the batch and say whether the tower ran in it.
+
+        Raises:
+            ShapeError: a run broke off.
+        """
+        self._units_of = None
+        if self._next:
+            raise ShapeError(
+                f"The tower '{self.name}' stopped before layer {self._next} of "
+                f"{len(self.layers)}: its layers cannot be scored by a forward pass that leaves "
+                "some of them out."
+            )
+        return self._runs > 0
+
+    def _before(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._units_of is not None:
+                self._take(index, _given(args, kwargs, self.name, index), self._units_of)
+
+        return hook
+
+    def _after_last(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._units_of is None:
+            return
+        self._take(len(self.layers), _made(output, self.name), self._units_of)
+        for meter in self.meters:
+            meter.end_run()
+        self._next = 0
+        self._runs += 1
+
+    def _take(
+        self, index: int, hidden: torch.Tensor, units_of: Callable[[torch.Tensor], Units]
+    ) -> None:
+        if index != self._next:
+            raise ShapeError(
+                f"The tower '{self.name}' ran layer {index} where layer {self._next} was due. "
+                "Only towers whose layers run one after the other can be scored."
+            )
+        flat = hidden.detach().reshape(-1, hidden.shape[-1])
+        if index == 0:
+            if not self._runs:
+                self.began = time.perf_counter()
+            units = units_of(hidden)
+            self._num_tokens = units.unit.numel()
+            for meter in self.meters:
+                meter.begin_run(units)
+        if flat.shape[0] != self._num_tokens:
+            raise ShapeError(
+                f"The tower '{self.name}' has {flat.shape[0]} tokens at layer {index}, but "
+                f"{self._num_tokens} were described at its input. Towers that merge tokens between "
+                "layers cannot be scored."
+            )
+        for meter in self.meters:
+            meter.state(index, flat)
+        self._next = index + 1
+
+
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, index: int) -> torch.Tensor:
+    candidates = (*args[:1], kwargs.get("hidden_states"), *kwargs.values())
+    for each in candidates:
+        if isinstance(each, torch.Tensor) and each.is_floating_point() and each.dim() >= 2:
+            return each
+    raise ShapeError(
+        f"Layer {index} of the tower '{name}' was called without hidden states as its first "
+        "argument or as hidden_states; its family needs a description of its own."
+    )
+
+
+def _made(output: Any, name: str) -> torch.Tensor:
+    if isinstance(output, torch.Tensor):
+        return output
+    first = output[0] if isinstance(output, tuple | list) and output else None
+    if isinstance(first, torch.Tensor):
+        return first
+    raise ShapeError(
+        f"The last layer of the tower '{name}' gives {type(output).__name__}; a tensor or a tuple "
+        "that begins with one is expected."
+    )

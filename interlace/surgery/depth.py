@@ -1,0 +1,296 @@
+"""Depth pruning: the layers that a plan drops are taken out of any tower of a model.
+
+Surgery is a transaction. It gives a student that has passed its own check, or raises; in both cases
+the model that came in was only read.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from interlace.errors import PlanError
+from interlace.models.handle import VLM
+from interlace.records import Plan, Provenance, PruneRecord
+from interlace.surgery.cuts import (
+    Cut,
+    check_cut,
+    check_plan,
+    original_depth,
+    pinned_drops,
+    read_cut,
+)
+from interlace.surgery.shell import (
+    build_shell,
+    carried_over,
+    check_same_attributes,
+    check_same_tree,
+    fill,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PreTrainedModel
+
+    from interlace.models.discovery import DepthSite
+
+# Layers from this number on have windows. `layer_types` supersedes it, but other engines read it.
+_FIRST_WINDOW = "max_window_layers"
+
+
+def prune(vlm: VLM, plan: Plan, *, allow_pinned: bool = False) -> VLM:
+    """Make a student without the layers that a plan drops.
+
+    The student is a model of its own, built by transformers from its own config. Frozen parameters
+    share their memory with `vlm`; the layers that the plan tunes have copies, and they alone have
+    `requires_grad` set. Moving one of the two models to another device or dtype ends the sharing,
+    not the correctness. Hooks, gradient checkpointing and other run-time switches of `vlm` are not
+    taken over; its train or eval mode is.
+
+    A student may be pruned again. Its layers keep their numbers in the first model, which a plan
+    counts in; a plan made from scores of the student itself, whose towers are as deep as the
+    student's, is translated.
+
+    Layers that other parts refer to are pinned (`vlm.towers[name].pinned`). With `allow_pinned`
+    they can go, and what refers to them follows: a DeepStack feature goes with the text layer that
+    it was added after, and the other features stay at their own layers; a feature read from a
+    dropped vision layer (DeepStack, `vision_feature_layer`) is read from the nearest kept layer
+    below, which is what skipping the layer means; the relative position bias of T5 moves to the
+    first kept block. What stock transformers cannot express is refused: two DeepStack features read
+    at one place, Q-Former layers whose cross-attention would no longer be periodic, a text encoder
+    and decoder of unequal depth where one config field counts both (BLIP for questions).
+
+    Args:
+        vlm: the model; left exactly as it is.
+        plan: layers to drop and to tune, in original numbers. Towers that it does not name stay
+            whole.
+        allow_pinned: drop pinned layers too, where the family can express it.
+
+    Returns:
+        The student; `student.plan` is the plan, `student.record` the manifest,
+        `student.towers[name].original` the original number of every position.
+
+    Raises:
+        PlanError: the plan is of another model, names unknown towers or layers, drops pinned layers
+            or leaves fewer than 2 layers; the model is not as transformers builds it (adapters,
+            quantised or fused modules); or stock transformers cannot express the result.
+    """
+    fingerprint = vlm.fingerprint
+    check_plan(vlm, plan, fingerprint)
+    cuts = {name: read_cut(vlm, name, tower) for name, tower in plan.towers.items()}
+    for cut in cuts.values():
+        check_cut(cut, allow_pinned)
+    depths = {name: tower.num_layers for name, tower in vlm.towers.items()}
+    vlm.family.check_depths(depths | {name: len(cut.kept) for name, cut in cuts.items()})
+
+    draft = build_shell(vlm.model, copy.deepcopy(vlm.model.config))
+    check_same_tree(
+        draft,
+        vlm.model,
+        f"{type(vlm.model).__name__} is not as transformers builds it from its config, so it "
+        "cannot be cut. Merge or remove adapters, unfuse, and load it without quantisation and on "
+        "one device.",
+    )
+    by_hand = carried_over(draft, vlm.model)
+    fill(draft, vlm.model)
+    changes = _apply(vlm, draft, [cut for cut in cuts.values() if cut.plan.drop], allow_pinned)
+    model = _finish(vlm.model, draft, list(cuts.values()), by_hand)
+    return _hand_over(vlm, plan, cuts, model, changes, fingerprint)
+
+
+def _apply(
+    vlm: VLM, draft: PreTrainedModel, cuts: Sequence[Cut], allow_pinned: bool
+) -> dict[str, tuple[Any, Any]]:
+    """Cut the towers of the draft, and bring its configs and index maps in line.
+
+    Returns:
+        Dotted config key -> (before, after).
+    """
+    family = vlm.family
+    changes: dict[str, tuple[Any, Any]] = {}
+    # All of it is looked up before the first cut: a family reads the depths that the configs state.
+    depths = {cut.tower.name: family.depth_sites(draft, cut.tower.name) for cut in cuts}
+    lists = {
+        cut.tower.name: [
+            (site, list(getattr(site.config, site.key)))
+            for site in family.per_layer_lists(draft, cut.tower.name)
+        ]
+        for cut in cuts
+    }
+    layers = {cut.tower.name: _layers(draft, cut.tower.path) for cut in cuts}
+    for cut in cuts:
+        name = cut.tower.name
+        owner, _, leaf = cut.tower.path.rpartition(".")
+        setattr(draft.get_submodule(owner), leaf, nn.ModuleList(layers[name][i] for i in cut.kept))
+        for site, entries in lists[name]:
+            _write(site, [entries[i] for i in cut.kept], changes)
+        for site in {id(site.config): site for site in depths[name]}.values():
+            _cut_windows(site, cut, changes)
+            _cut_overrides(site, cut, changes)
+        for site in depths[name]:
+            _write(site, len(cut.kept), changes)
+    for cut in cuts:
+        name = cut.tower.name
+        changes |= family.remap(
+            draft, draft.config, name, cut.kept, layers=layers[name], allow_pinned=allow_pinned
+        )
+    return changes
+
+
+def _layers(model: nn.Module, path: str) -> list[nn.Module]:
+    return list(model.get_submodule(path).children())
+
+
+def _write(site: DepthSite, value: Any, changes: dict[str, tuple[Any, Any]]) -> None:
+    before = getattr(site.config, site.key)
+    if before == value:
+        return
+    setattr(site.config, site.key, value)
+    # A copy that a module keeps is not saved; it is built anew from the config that is.
+    if ":" not in site.path:
+        changes[site.path] = (before, value)
+
+
+def _cut_windows(site: DepthSite, cut: Cut, changes: dict[str, tuple[Any, Any]]) -> None:
+    first = getattr(site.config, _FIRST_WINDOW, None)
+    if isinstance(first, int) and first <= cut.tower.num_layers:
+        below = sum(1 for position in cut.kept if position < first)
+        path = site.path.removesuffix(site.key) + _FIRST_WINDOW
+        _write(replace(site, key=_FIRST_WINDOW, path=path), below, changes)
+
+
+def _cut_overrides(site: DepthSite, cut: Cut, changes: dict[str, tuple[Any, Any]]) -> None:
+    """Renumber the sparse per-layer settings that a config may hold (transformers >= 5.20)."""
+    config: Any = site.config
+    if not getattr(config, "is_heterogeneous", False):
+        return
+    before = config.to_dict()["per_layer_config"]
+    by_layer = {int(layer): settings for layer, settings in before.items()}
+    after = {new: by_layer[old] for new, old in enumerate(cut.kept) if old in by_layer}
+    config.per_layer_config = after
+    changes[site.path.removesuffix(site.key) + "per_layer_config"] = (
+        before,
+        {str(layer): settings for layer, settings in after.items()},
+    )
+
+
+def _finish(
+    model: PreTrainedModel,
+    draft: PreTrainedModel,
+    cuts: Sequence[Cut],
+    by_hand: Mapping[int, Mapping[str, Any]],
+) -> PreTrainedModel:
+    """Build the student from the draft's config, check it against the draft and fill it.
+
+    Raises:
+        PlanError: transformers builds something else from the config than what is left of the
+            model.
+    """
+    student = build_shell(model, copy.deepcopy(draft.config))
+    check_same_tree(student, draft, "The config cannot state this cut; choose other layers.")
+    check_same_attributes(student, draft, _Moves(cuts))
+    modules = dict(student.named_modules(remove_duplicate=False))
+    for name, module in draft.named_modules(remove_duplicate=False):
+        for key, value in by_hand.get(id(module), {}).items():
+            setattr(modules[name], key, value)
+    tuned = tuple(f"{cut.tower.path}.{i}." for cut in cuts for i in cut.tuned)
+    fill(student, draft, own=lambda name: name.startswith(tuned))
+    student.train(model.training)
+    if hasattr(model, "generation_config"):
+        student.generation_config = _generation_config(model, cuts)
+    return student
+
+
+class _Moves:
+    """Numbers that a cut changes: inside a kept layer its index, elsewhere the depths."""
+
+    def __init__(self, cuts: Sequence[Cut]) -> None:
+        self._layers = {
+            f"{cut.tower.path}.{new}": {old: new}
+            for cut in cuts
+            for new, old in enumerate(cut.kept)
+        }
+        self._depths = {cut.tower.num_layers: len(cut.kept) for cut in cuts}
+
+    def __call__(self, name: str) -> Mapping[int, int]:
+        parts = name.split(".")
+        for length in range(len(parts), 0, -1):
+            layer = ".".join(parts[:length])
+            if layer in self._layers:
+                return self._layers[layer]
+        return self._depths
+
+
+def _generation_config(model: PreTrainedModel, cuts: Sequence[Cut]) -> Any:
+    """Copy the generation settings; a layer to leave early at moves along with the text tower."""
+    settings: Any = copy.deepcopy(model.generation_config)
+    early = getattr(settings, "assistant_early_exit", None)
+    for cut in cuts:
+        if cut.tower.name == "text" and isinstance(early, int):
+            settings.assistant_early_exit = max(1, sum(1 for i in cut.kept if i < early))
+    return settings
+
+
+def _hand_over(
+    vlm: VLM,
+    plan: Plan,
+    cuts: Mapping[str, Cut],
+    model: PreTrainedModel,
+    changes: Mapping[str, tuple[Any, Any]],
+    fingerprint: str,
+) -> VLM:
+    """Wrap the student with its plan and its manifest, which tells of all cuts since the first."""
+    earlier = vlm.record
+    kept = {
+        name: cuts[name].original if name in cuts else tower.original
+        for name, tower in vlm.towers.items()
+    }
+    dropped = {
+        name: tuple(sorted(set(range(original_depth(vlm, name))) - set(layers)))
+        for name, layers in kept.items()
+    }
+    since = dict(earlier.config_changes) if earlier is not None else {}
+    for key, (before, after) in changes.items():
+        since[key] = [since[key][0] if key in since else before, after]
+    notes = [
+        f"{name} layer {layer} was dropped although pinned: {reason}"
+        for name, cut in cuts.items()
+        for layer, reason in pinned_drops(cut).items()
+    ]
+    student = VLM(
+        model,
+        vlm.family,
+        processor=vlm.processor,
+        name=vlm.name,
+        record=PruneRecord(
+            plan_fingerprint=plan.fingerprint,
+            towers=kept,
+            dropped={name: layers for name, layers in dropped.items() if layers},
+            config_changes=since,
+            parameters_before=vlm.num_parameters()
+            if earlier is None
+            else earlier.parameters_before,
+            parameters_after=sum(parameter.numel() for parameter in model.parameters()),
+            standard=True,
+            notes=(*(earlier.notes if earlier is not None else ()), *notes),
+            inputs={"model": fingerprint, "plan": plan.fingerprint},
+            provenance=Provenance.collect(plan.seed),
+        ),
+        plan=_in_original_numbers(plan, cuts),
+    )
+    for name, layers in kept.items():
+        if student.towers[name].num_layers != len(layers):
+            raise PlanError(
+                f"The student's {name} tower has {student.towers[name].num_layers} layers instead "
+                f"of {len(layers)}."
+            )
+    return student
+
+
+def _in_original_numbers(plan: Plan, cuts: Mapping[str, Cut]) -> Plan:
+    towers = {name: cut.plan for name, cut in cuts.items()}
+    return plan if towers == plan.towers else replace(plan, towers=towers)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from interlace.data.samples import samples
+from interlace.errors import ConfigError
+from interlace.evaluate import generate
+from interlace.evaluate._common import Options
+from interlace.evaluate.generate import generate_texts
+from interlace.models import VLM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("qwen3_vl", "vqa"),
+        ("blip_vqa", "vqa"),
+        ("blip_caption", "caption"),
+        ("blip2_opt", "vqa"),
+        ("blip2_t5", "vqa"),
+    ],
+)
+def test_texts_do_not_depend_on_the_batch(
+    tiny_vlm: Callable[..., VLM], monkeypatch: pytest.MonkeyPatch, name: str, task: str
+) -> None:
+    vlm = tiny_vlm(name)
+    # random models may stop at once, and equal nothings would prove nothing
+    monkeypatch.setitem(generate.GREEDY, "min_new_tokens", 5)
+    pool = samples("scenes", count=12, tasks=(task,), split="test")
+    by_length = {len(sample.turns[0].text.split()): sample for sample in pool}
+    assert task == "caption" or len(by_length) > 1
+    asked = [*by_length.values(), pool[0], pool[1]]
+    alone = generate_texts(vlm, asked, Options(batch_size=1, max_new_tokens=5))
+    assert generate_texts(vlm, asked, Options(batch_size=3, max_new_tokens=5)) == alone
+    assert generate_texts(vlm, asked, Options(batch_size=9, max_new_tokens=5)) == alone
+    assert any(alone)
+
+
+def test_checkpoint_settings_do_not_change_the_choice(tiny_vlm: Callable[..., VLM]) -> None:
+    vlm = tiny_vlm("qwen3_vl")
+    asked = samples("scenes", count=2, tasks=("vqa",), split="test")
+    options = Options(max_new_tokens=6)
+    greedy = generate_texts(vlm, asked, options)
+    saved = vlm.model.generation_config
+    vlm.model.generation_config = type(saved).from_dict(
+        saved.to_dict()
+        | {"do_sample": True, "temperature": 5.0, "repetition_penalty": 3.0, "top_k": 3}
+    )
+    try:
+        assert generate_texts(vlm, asked, options) == greedy
+    finally:
+        vlm.model.generation_config = saved
+
+
+def test_training_modes_are_given_back(tiny_vlm: Callable[..., VLM]) -> None:
+    vlm = tiny_vlm("qwen3_vl")
+    asked = samples("scenes", count=1, tasks=("vqa",), split="test")
+    vlm.towers["text"].layers[1].train()
+    try:
+        generate_texts(vlm, asked, Options(max_new_tokens=2))
+        assert vlm.towers["text"].layers[1].training
+        assert not vlm.towers["text"].layers[0].training
+    finally:
+        vlm.model.eval()
+
+
+def test_models_without_text_or_processor_are_refused(tiny_vlm: Callable[..., VLM]) -> None:
+    asked = samples("scenes", count=1, tasks=("vqa",), split="test")
+    with pytest.raises(ConfigError, match="generates no text"):
+        generate_texts(tiny_vlm("clip"), asked, Options())
+    whole = tiny_vlm("qwen3_vl")
+    with pytest.raises(ConfigError, match="without a processor"):
+        generate_texts(VLM(whole.model, whole.family), asked, Options())

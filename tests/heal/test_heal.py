@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from heal.toys import toy, toy_collate, toy_plan, toy_samples
+
+from interlace.errors import ConfigError, DataError
+from interlace.heal import heal
+from interlace.records import HealReport, Plan, TowerPlan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from interlace.models import VLM
+
+
+def _heal(
+    name: str, student: VLM, teacher: VLM | None, count: int = 8, **settings: Any
+) -> HealReport:
+    chosen = {"max_steps": 2, "batch_size": 4, "learning_rate": 1e-2, **settings}
+    collate = toy_collate(name, student.model)
+    return heal(student, teacher=teacher, data=toy_samples(count), collate=collate, **chosen)
+
+
+def _values(vlm: VLM) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in vlm.model.state_dict().items()}
+
+
+def _changed(vlm: VLM, before: dict[str, torch.Tensor]) -> set[str]:
+    return {n for n, value in vlm.model.state_dict().items() if not torch.equal(value, before[n])}
+
+
+@pytest.mark.parametrize(
+    ("name", "towers"),
+    [
+        ("qwen3_vl", ("text", "vision")),
+        ("clip", ("text", "vision")),
+        ("blip_caption", ("text",)),
+        ("blip_vqa", ("text",)),
+    ],
+)
+def test_only_the_tuned_layers_change(name: str, towers: tuple[str, ...]) -> None:
+    teacher, student = toy(name, towers)
+    taught, before = _values(teacher), _values(student)
+    flags = {n: p.requires_grad for n, p in student.model.named_parameters()}
+    random = torch.random.get_rng_state()
+    report = _heal(name, student, teacher)
+
+    assert student.plan is not None
+    tuned = [f"{student.towers[tower].path}.1." for tower in student.plan.towers]
+    changed = _changed(student, before)
+    assert {path for path in tuned if any(n.startswith(path) for n in changed)} == set(tuned)
+    assert all(n.startswith(tuple(tuned)) for n in changed)
+    assert _changed(teacher, taught) == set()
+    assert flags == {n: p.requires_grad for n, p in student.model.named_parameters()}
+    assert not student.model.training
+    assert torch.equal(random, torch.random.get_rng_state())
+    assert not any(module._forward_hooks for module in student.model.modules())
+
+    trained = [p for n, p in student.model.named_parameters() if n.startswith(tuple(tuned))]
+    assert report.trainable_parameters == sum(p.numel() for p in trained)
+    assert report.steps == 2
+    assert report.num_samples == 8
+    assert report.objective == student.family.objective
+    assert set(report.final) >= {"step", "loss", "ce", "hidden", "kl", "learning_rate"}
+    assert HealReport.from_json(report.to_json()) == report
+
+
+def test_the_loss_goes_down() -> None:
+    teacher, student = toy("qwen3_vl")
+    report = _heal("qwen3_vl", student, teacher, max_steps=30, warmup_fraction=0.1)
+    first, last = report.losses[0], report.losses[-1]
+    assert len(report.losses) == 30
+    for term in ("loss", "ce", "hidden"):
+        assert last[term] < 0.8 * first[term], term
+
+
+def test_accumulated_steps_equal_large_ones() -> None:
+    results = []
+    for split in ({"batch_size": 8}, {"batch_size": 4, "accumulation": 2}):
+        teacher, student = toy("llava")
+        report = _heal("llava", student, teacher, count=16, **split)
+        results.append((_values(student), report))
+    (one, whole), (other, parts) = results
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
+    for left, right in zip(whole.losses, parts.losses, strict=True):
+        assert left == pytest.approx(right, rel=1e-4)
+    assert whole.tokens == parts.tokens > 0
+
+
+def test_recomputing_activations_changes_nothing() -> None:
+    results = []
+    for recompute in (False, True):
+        teacher, student = toy("qwen3_vl", ("text", "vision"))
+        _heal("qwen3_vl", student, teacher, gradient_checkpointing=recompute)
+        results.append(_values(student))
+    for name, value in results[0].items():
+        assert torch.equal(results[1][name], value), name
+
+
+def test_half_precision_is_trained_in_fp32_and_stays_half() -> None:
+    teacher, student = toy("qwen3_vl", dtype=torch.bfloat16)
+    before = _values(student)
+    report = _heal("qwen3_vl", student, teacher)
+    changed = _changed(student, before)
+    assert changed
+    assert {value.dtype for value in student.model.state_dict().values()} == {torch.bfloat16}
+    assert report.final["loss"] > 0
+
+
+def test_healing_without_a_teacher_is_the_published_loss() -> None:
+    _, student = toy("qwen3_vl")
+    report = _heal("qwen3_vl", student, None)
+    assert report.final["loss"] == pytest.approx(report.final["ce"])
+    assert "hidden" not in report.final
+
+
+def test_no_steps_leave_the_student_alone() -> None:
+    teacher, student = toy("qwen3_vl")
+    before = _values(student)
+    report = _heal("qwen3_vl", student, teacher, max_steps=None, epochs=0.0)
+    assert report.steps == 0
+    assert _changed(student, before) == set()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    teacher, student = toy("qwen3_vl")
+    with torch.no_grad():
+        next(teacher.towers["text"].layers[1].parameters()).fill_(float("nan"))
+    before = _values(student)
+    with pytest.raises(DataError, match="not finite at step 1"):
+        _heal("qwen3_vl", student, teacher, output=tmp_path / "out")
+    assert _changed(student, before) == set()
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_is_refused_in_words(tmp_path: Path) -> None:
+    teacher, student = toy("llava")
+    assert student.plan is not None
+    with pytest.raises(DataError, match="no samples"):
+        _heal("llava", student, teacher, count=0)
+    with pytest.raises(ConfigError, match="max_steps"):
+        _heal("llava", student, teacher, max_stepz=3)
+    with pytest.raises(ConfigError, match="exists already"):
+        _heal("llava", student, teacher, output=tmp_path)
+    with pytest.raises(ConfigError, match="output folder that holds"):
+        _heal("llava", student, teacher, resume=True)
+    with pytest.raises(ConfigError, match="same model"):
+        _heal("llava", student, student)
+    with pytest.raises(ConfigError, match="family"):
+        _heal("llava", student, toy("qwen3_vl")[0])
+    with pytest.raises(ConfigError, match="carries no plan"):
+        _heal("llava", teacher, None)
+    student.plan = Plan(towers={"text": TowerPlan(num_layers=5, drop=(1,))}, rule="last")
+    with pytest.raises(ConfigError, match="no layers to tune"):
+        _heal("llava", student, teacher)
+    student.plan = toy_plan(text=5)
+    student.plan = replace(
+        student.plan, towers={"text": replace(student.plan["text"], tune=(4,), drop=(2,))}
+    )
+    with pytest.raises(ConfigError, match="do not match"):
+        _heal("llava", student, teacher)
+
+
+def test_without_anchors_the_layer_behind_each_drop_is_compared() -> None:
+    from interlace.heal.anchors import anchor_layers
+
+    assert anchor_layers(TowerPlan(num_layers=6, drop=(1, 2, 5), tune=(0,))) == (3,)
+    assert anchor_layers(TowerPlan(num_layers=6, drop=(4, 0), tune=(1, 2))) == (1, 5)
+    assert anchor_layers(TowerPlan(num_layers=6, drop=(1,), tune=(2,), freeze=(3,))) == (3,)

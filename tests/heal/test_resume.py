@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import errno
+import json
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from heal.runs import resumed
+from heal.toys import run_child, toy, toy_collate, toy_samples
+from safetensors.torch import load_file
+
+from interlace.errors import CheckpointError
+from interlace.heal import checkpoints, heal
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Python 3.12 warns of forks in processes with threads; the children use one thread.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+def test_a_killed_run_resumes_to_bit_equal_weights(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    killed = -signal.SIGKILL
+    assert run_child(resumed, whole, tmp_path / "a") == 0
+    # Before the first checkpoint, between two, and while one is being written.
+    assert run_child(resumed, broken, tmp_path / "b", 1) == killed
+    assert run_child(resumed, broken, tmp_path / "b", 3) == killed
+    assert run_child(resumed, broken, tmp_path / "b", None, 2) == killed
+    assert sorted(path.name for path in broken.iterdir()) == [
+        ".checkpoint-6.part",
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    assert run_child(resumed, broken, tmp_path / "b") == 0
+
+    one, other = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+    facts = [json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab"]
+    assert facts[0] == facts[1]
+    assert facts[0][:2] == [8, 30]
+    names = sorted(path.name for path in broken.iterdir())
+    assert names == ["checkpoint-6", "checkpoint-8"]
+    files = {path.suffix for path in (broken / "checkpoint-8").iterdir()}
+    assert files == {".json", ".safetensors"}
+    # The finished run has nothing left to do.
+    assert run_child(resumed, broken, tmp_path / "c") == 0
+    again = load_file(tmp_path / "c.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in one.items())
+
+
+def _start(folder: Path, **changes: Any) -> None:
+    teacher, student = toy("llava", depth=changes.pop("depth", 5))
+    settings = {"max_steps": 4, "save_steps": 2, "batch_size": 2, "learning_rate": 1e-3}
+    heal(
+        student,
+        teacher=teacher,
+        data=toy_samples(changes.pop("count", 4)),
+        collate=toy_collate("llava", teacher.model),
+        output=folder,
+        resume=folder.exists(),
+        **{**settings, **changes},
+    )
+
+
+def test_only_complete_checkpoints_of_the_same_run_are_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "out"
+    _start(folder)
+    newest = folder / "checkpoint-4"
+    weights = newest / checkpoints.WEIGHTS
+    sizes = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
+    teacher, _ = toy("llava")
+    assert sizes < 4 * teacher.num_parameters()
+
+    for changes, word in (
+        ({"learning_rate": 2e-3}, "learning_rate: 0.001 then, 0.002 now"),
+        ({"count": 5}, "data"),
+        ({"depth": 6}, "student"),
+    ):
+        with pytest.raises(CheckpointError, match=word):
+            _start(folder, **changes)
+
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    found = checkpoints.newest(folder)
+    assert found is not None
+    assert found[0].name == "checkpoint-2"
+    assert "Passed over" in caplog.text
+    (newest / checkpoints.MANIFEST).write_text("{}")
+    (folder / "checkpoint-2" / checkpoints.OPTIMIZER).unlink()
+    assert checkpoints.newest(folder) is None
+
+
+def test_a_full_disk_is_reported_in_words(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CheckpointError, match="disk is full"),
+        checkpoints.worded_errors(tmp_path),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,0 +1,102 @@
+"""Tiny models and their inputs, padded or one by one; what the published code does, written out."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as functional
+from tiny import TINY, tiny_inputs
+
+from interlace.errors import DataError
+from interlace.models import VLM, family_of
+from interlace.scores import score
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from interlace.records import TowerScores
+
+# fp32 sums in another order
+TOLERANCE = 2e-6
+
+
+@functools.cache
+def opened(name: str) -> VLM:
+    model = TINY[name]()
+    return VLM(model, family_of(model), name=name)
+
+
+def batch_of(name: str, num_samples: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A padded batch of prompts of unequal length."""
+    return tiny_inputs(name, opened(name).model, batch=num_samples, seed=seed)
+
+
+def one_by_one(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The samples of a padded batch, each by itself and without padding."""
+    num_samples = batch["input_ids"].shape[0]
+    decoder = batch.get("decoder_attention_mask")
+    grid = batch.get("image_grid_thw")
+    singles = []
+    for row in range(num_samples):
+        single = {}
+        for key, value in batch.items():
+            mask = decoder if key.startswith("decoder") or key == "labels" else None
+            if key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+                mask = batch.get("attention_mask")
+            if key == "pixel_values" and grid is not None:
+                single[key] = value.split(grid.prod(-1).tolist())[row]
+            elif mask is not None:
+                single[key] = value[row][mask[row].bool()][None]
+            else:
+                single[key] = value[row : row + 1]
+        singles.append(single)
+    return singles
+
+
+def published(model: Any, singles: Sequence[dict[str, torch.Tensor]], pack: int) -> list[float]:
+    """INTERLACE's scoring: one pass per pack, one sample at a time, all hidden states kept."""
+    num_layers = model.config.text_config.num_hidden_layers
+    means: list[list[float]] = [[] for _ in range(num_layers - pack)]
+    for inputs in singles:
+        with torch.no_grad():
+            states = model(**inputs, output_hidden_states=True).hidden_states
+        for i, values in enumerate(means):
+            cosine = functional.cosine_similarity(states[i][0], states[i + pack][0], dim=1)
+            values.append(cosine.mean().item())
+    return [sum(values) / len(values) for values in means]
+
+
+def farthest(one: TowerScores, other: TowerScores) -> float:
+    """The largest difference between any two entries of two towers' tables, tails included."""
+    assert one.similarity.keys() == other.similarity.keys()
+    assert one.num_tokens == other.num_tokens
+    assert one.num_samples == other.num_samples
+    distances = []
+    for group, packs in one.similarity.items():
+        for pack, values in packs.items():
+            others = other.similarity[group][pack]
+            distances += [abs(a - b) for a, b in zip(values, others, strict=True)]
+            distances.append(abs(one.tail[group][pack] - other.tail[group][pack]))
+    assert distances
+    return max(distances)
+
+
+def score_in_process(rank: int, folder: str, broken: bool) -> None:
+    """One of two processes: writes its scores, or its error, into a folder."""
+    torch.set_num_threads(1)
+    store = Path(folder) / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    vlm, singles = opened("qwen3_vl"), one_by_one(batch_of("qwen3_vl"))
+    if broken:
+        # the second process alone meets this sample
+        singles[1]["pixel_values"] = torch.full_like(singles[1]["pixel_values"], float("nan"))
+    try:
+        scores = score(vlm, singles, progress=False)
+        (Path(folder) / f"{rank}.json").write_text(scores.to_json())
+    except DataError as error:
+        (Path(folder) / f"{rank}.txt").write_text(str(error))
+    dist.destroy_process_group()

@@ -1,0 +1,160 @@
+"""What refers to layers by number follows a cut: DeepStack, windows, biases and the like."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from interlace.errors import PlanError
+from interlace.models import VLM, family_of
+from interlace.surgery import prune
+
+
+def _vlm(model: Any, name: str) -> VLM:
+    return VLM(model, family_of(model), name=name)
+
+
+def _expected(kit: Any, vlm: VLM, inputs: Any, drop: Any, muted: tuple[int, ...] = ()) -> Any:
+    """What the dense model gives with layers skipped, and some DeepStack features muted."""
+    with ExitStack() as stack:
+        stack.enter_context(kit.skipping(vlm, drop))
+        for index in muted:
+            merger = vlm.model.model.visual.deepstack_merger_list[index]
+            hook = merger.register_forward_hook(lambda *call: torch.zeros_like(call[-1]))
+            stack.callback(hook.remove)
+        return kit.outputs(vlm.model, inputs)
+
+
+@pytest.mark.parametrize(
+    ("drop", "indexes", "muted"),
+    [
+        ({"vision": (0, 2)}, [0, 1], ()),
+        ({"vision": (1,)}, [0, 2], ()),
+        ({"vision": (3, 4)}, [1, 2], ()),
+        ({"text": (0,)}, [3], (0,)),
+        ({"text": (1, 2)}, [1], (1,)),
+        ({"text": (0, 1)}, [], (0, 1)),
+        ({"text": (0, 4), "vision": (0, 5)}, [2], (0,)),
+    ],
+)
+def test_deepstack_features_stay_at_their_own_layers(
+    kit: Any, drop: Any, indexes: list[int], muted: tuple[int, ...]
+) -> None:
+    dense = kit.opened("qwen3_vl")
+    student = prune(dense.vlm, kit.plan_of(dense.vlm, drop), allow_pinned=True)
+    assert student.model.config.vision_config.deepstack_visual_indexes == indexes
+    expected = _expected(kit, dense.vlm, dense.inputs, drop, muted)
+    assert kit.bit_equal(kit.outputs(student.model, dense.inputs), expected)
+    assert len(student.record.notes) == sum(
+        layer in dense.vlm.towers[name].pinned for name, layers in drop.items() for layer in layers
+    )
+
+
+@pytest.mark.parametrize(
+    ("drop", "allowed", "words"),
+    [
+        ({"text": (1,)}, False, "pinned layers of the text tower .layer 1: DeepStack"),
+        ({"vision": (3,)}, False, "pinned layers of the vision tower .layer 3: DeepStack"),
+        ({"vision": (2, 3)}, True, "two DeepStack features"),
+        ({"vision": (0, 1)}, True, "before the first layer"),
+    ],
+)
+def test_deepstack_cuts_that_cannot_be_stated_are_refused(
+    kit: Any, drop: Any, allowed: bool, words: str
+) -> None:
+    dense = kit.opened("qwen3_vl")
+    with pytest.raises(PlanError, match=words):
+        prune(dense.vlm, kit.plan_of(dense.vlm, drop), allow_pinned=allowed)
+    assert dense.vlm.fingerprint == dense.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("before", "drop", "after"),
+    [
+        (-2, (5,), -1),
+        (-2, (0, 3), -2),
+        (-2, (4,), -2),
+        (-2, (4, 5), -1),
+        (-1, (2,), -1),
+        (3, (0, 1), 1),
+        ([2, -2], (1,), [1, -2]),
+    ],
+)
+def test_vision_feature_layer_reads_what_it_read(
+    kit: Any, before: Any, drop: tuple[int, ...], after: Any
+) -> None:
+    model = tiny.llava(feature_layer=before)
+    vlm = _vlm(model, "llava")
+    inputs = tiny.tiny_inputs("llava", model)
+    whole = kit.outputs(model, inputs)
+    student = prune(vlm, kit.plan_of(vlm, {"vision": drop}), allow_pinned=True)
+    assert student.model.config.vision_feature_layer == after
+    found = kit.outputs(student.model, inputs)
+    if drop == (5,):
+        # nothing read it
+        assert kit.bit_equal(found, whole)
+    with kit.skipping(vlm, {"vision": drop}):
+        assert kit.bit_equal(found, kit.outputs(model, inputs))
+
+
+def test_windows_stay_with_their_layers(kit: Any) -> None:
+    model = tiny.qwen2_5_vl(window=3)
+    vlm = _vlm(model, "qwen2_5_vl")
+    inputs = tiny.tiny_inputs("qwen2_5_vl", model)
+    drop = {"text": (2, 5), "vision": (1, 2)}
+    student = prune(vlm, kit.plan_of(vlm, drop))
+    config = student.model.config
+    assert config.text_config.layer_types == ["full_attention"] * 3 + ["sliding_attention"] * 3
+    assert config.text_config.max_window_layers == 3
+    assert config.vision_config.fullatt_block_indexes == [3]
+    expected = _expected(kit, vlm, inputs, drop)
+    assert kit.bit_equal(kit.outputs(student.model, inputs), expected)
+
+
+def test_position_bias_of_t5_moves_to_the_first_kept_block(kit: Any) -> None:
+    dense = kit.opened("blip2_t5")
+    drop = {"text": (0, 1), "text_encoder": (0, 3, 4)}
+    student = prune(dense.vlm, kit.plan_of(dense.vlm, drop))
+    text_config = student.model.config.text_config
+    assert (text_config.num_layers, text_config.num_decoder_layers) == (4, 4)
+    expected = _expected(kit, dense.vlm, dense.inputs, drop)
+    assert kit.bit_equal(kit.outputs(student.model, dense.inputs), expected)
+
+
+def test_cross_attention_of_a_qformer_stays_periodic(kit: Any) -> None:
+    dense = kit.opened("blip2_opt")
+    drop = {"qformer": (1, 3, 5, 7)}
+    student = prune(dense.vlm, kit.plan_of(dense.vlm, drop), allow_pinned=True)
+    assert student.model.config.qformer_config.cross_attention_frequency == 1
+    expected = _expected(kit, dense.vlm, dense.inputs, drop)
+    assert kit.bit_equal(kit.outputs(student.model, dense.inputs), expected)
+    with pytest.raises(PlanError, match="Q-Former can only state"):
+        prune(dense.vlm, kit.plan_of(dense.vlm, {"qformer": (1,)}))
+
+
+def test_towers_that_share_a_depth_field_must_stay_equally_deep(kit: Any) -> None:
+    dense = kit.opened("blip_vqa")
+    with pytest.raises(PlanError, match="one config field"):
+        prune(dense.vlm, kit.plan_of(dense.vlm, {"text": (1,)}))
+    drop = {"text": (1, 2), "text_encoder": (0, 3)}
+    student = prune(dense.vlm, kit.plan_of(dense.vlm, drop))
+    expected = _expected(kit, dense.vlm, dense.inputs, drop)
+    assert kit.bit_equal(kit.outputs(student.model, dense.inputs), expected)
+
+
+def test_tied_weights_stay_tied_and_early_exit_moves(kit: Any) -> None:
+    model = tiny.qwen3_vl(tie=True)
+    model.generation_config.assistant_early_exit = 5
+    vlm = _vlm(model, "qwen3_vl")
+    student = prune(vlm, kit.plan_of(vlm, {"text": (3, 6)}, text=(4,)))
+    head, table = student.model.lm_head, student.model.get_input_embeddings()
+    assert head.weight is table.weight
+    assert head.weight is not model.lm_head.weight
+    assert head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    assert student.num_parameters() == student.record.parameters_after
+    assert student.model.generation_config.assistant_early_exit == 4
+    assert model.generation_config.assistant_early_exit == 5
