@@ -1,0 +1,211 @@
+"""Trains the bundled models on the built-in scenes: `python -m interlace.bundled.train NAME`.
+
+The whole recipe is here: online batches straight from the scene generator, AdamW with a cosine
+schedule, a curriculum of captions and single-object questions first. It needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_model, save_model
+from transformers import CLIPModel
+
+from interlace._files import atomic_folder
+from interlace.bundled.build import build
+from interlace.data.collate import Collator
+from interlace.data.samples import IMAGE_PLACEHOLDER, Sample, Turn
+from interlace.data.scenes import CAPTION_PROMPT, Scene, SceneImage, ask, make_scene
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+EASY_KINDS = ("colour", "shape", "digit")
+# captions teach the easy kinds as well, so the others are asked more often
+HARD_KINDS = ("count", "exist", "compare", "sum")
+HARD_FRACTION = 0.7
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training, with a fresh optimizer and its own schedule.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: scenes per step.
+        learning_rate: peak of AdamW's learning rate, after `warmup_steps`.
+        final_fraction: share of the peak that the cosine schedule ends at.
+        weight_decay: of matrices; vectors have none.
+        warmup_steps: steps of linear warm-up.
+        easy_fraction: share of the steps, at the beginning, that ask about single objects only.
+        caption_fraction: share of the scenes whose chat is a caption; the others are questions.
+        questions: questions in one chat.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    final_fraction: float = 0.02
+    weight_decay: float = 0.05
+    warmup_steps: int = 100
+    easy_fraction: float = 0.0
+    caption_fraction: float = 0.5
+    questions: int = 4
+
+
+PHASES = {
+    "qwen3-vl": (
+        # captions supervise every object at once, so seeing is learned from them
+        Phase(1500, 64, 7e-4, final_fraction=0.5, easy_fraction=0.6),
+        # an answer is one token, so what needs thought is learned from many questions
+        Phase(1500, 48, 6e-4, warmup_steps=50, caption_fraction=0.15, questions=6),
+    ),
+    "clip": (Phase(1200, 192, 1e-3, weight_decay=0.1),),
+    "blip": (Phase(3000, 64, 8e-4),),
+}
+
+
+OBJECTIVES = {"qwen3-vl": "chat", "clip": "contrastive", "blip": "caption"}
+
+
+def _conversation(scene: Scene, rng: random.Random, phase: Phase, easy: bool) -> tuple[Turn, ...]:
+    """Turns about a scene: one caption, or several questions."""
+    if rng.random() < phase.caption_fraction:
+        pairs = [(CAPTION_PROMPT, rng.choice(scene.captions()))]
+    else:
+        pairs = []
+        for _ in range(phase.questions):
+            hard = not easy and rng.random() < HARD_FRACTION
+            _, question, answer = ask(scene, rng, HARD_KINDS if hard else EASY_KINDS)
+            pairs.append((question, answer))
+    turns: list[Turn] = []
+    for question, answer in pairs:
+        image = "" if turns else f"{IMAGE_PLACEHOLDER}\n"
+        turns += [Turn("user", image + question), Turn("assistant", answer)]
+    return tuple(turns)
+
+
+def _sample(identity: str, rng: random.Random, phase: Phase, easy: bool) -> Sample:
+    scene = make_scene(rng, "train")
+    turns = _conversation(scene, rng, phase, easy)
+    return Sample(identity, "chat", (SceneImage(scene),), turns, scene.captions())
+
+
+def _rate(step: int, phase: Phase) -> float:
+    """Learning-rate factor: linear warm-up, then cosine."""
+    if step < phase.warmup_steps:
+        return (step + 1) / phase.warmup_steps
+    done = (step - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return phase.final_fraction + (1 - phase.final_fraction) * cosine
+
+
+def _train_phase(
+    model: PreTrainedModel, collator: Collator, phase: Phase, rng: random.Random, *, bf16: bool
+) -> None:
+    contrastive = {"return_loss": True} if isinstance(model, CLIPModel) else {}
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": phase.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=phase.learning_rate,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, phase))
+    started, recent = time.monotonic(), []
+    for step in range(phase.steps):
+        easy = step < phase.steps * phase.easy_fraction
+        scenes = range(step * phase.batch_size, (step + 1) * phase.batch_size)
+        batch = collator([_sample(str(number), rng, phase, easy) for number in scenes])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(**batch, **contrastive).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        recent.append(loss.item())
+        if (step + 1) % 50 == 0:
+            seconds = (time.monotonic() - started) / (step + 1)
+            log.info(
+                "step %d of %d: loss %.4f, %.2f s a step, %.0f min to go",
+                step + 1,
+                phase.steps,
+                sum(recent) / len(recent),
+                seconds,
+                seconds * (phase.steps - step - 1) / 60,
+            )
+            recent = []
+
+
+def train(
+    name: str, output: Path, *, seed: int = 0, first_phase: int = 1, bf16: bool = True
+) -> None:
+    """Train one bundled model and save it.
+
+    Args:
+        name: "qwen3-vl", "clip" or "blip".
+        output: folder for the bf16 safetensors checkpoint and the processor. The state after each
+            phase is kept beside it, as `<output>.phase<n>.safetensors`.
+        seed: of the initialisation and the scenes.
+        first_phase: phase to start with, 1-based; later ones start from the kept state.
+        bf16: run the forward pass under bf16 autocast.
+    """
+    model, processor = build(name, seed=seed)
+    log.info("%s: %.2f M parameters", name, sum(p.numel() for p in model.parameters()) / 1e6)
+    collator = Collator(processor, OBJECTIVES[name])
+    # in bf16 on a CPU, the backward pass of fused attention is slower than writing attention out
+    model.set_attn_implementation("eager")
+    model.train()
+
+    def state_file(phase: int) -> str:
+        return f"{output}.phase{phase}.safetensors"
+
+    if first_phase > 1:
+        load_model(model, state_file(first_phase - 1))
+    for number, phase in enumerate(PHASES[name], start=1):
+        if number < first_phase:
+            continue
+        log.info("phase %d: %s", number, phase)
+        _train_phase(model, collator, phase, random.Random(seed + number), bf16=bf16)
+        save_model(model, state_file(number))
+    with atomic_folder(output, overwrite=True) as folder:
+        model.eval().to(torch.bfloat16).save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+
+def main() -> None:
+    """Command line of the trainer."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=sorted(PHASES))
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--first-phase", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fp32", action="store_true")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    train(
+        arguments.name,
+        arguments.output,
+        seed=arguments.seed,
+        first_phase=arguments.first_phase,
+        bf16=not arguments.fp32,
+    )
+
+
+if __name__ == "__main__":
+    main()

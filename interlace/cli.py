@@ -1,0 +1,395 @@
+"""The command line: the same words as the library, records as JSON files between the steps.
+
+Thin on purpose: every command parses its arguments, calls the verb of the same name, and says in
+one line what came of it. Errors of the package end with exit code 2 and no traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from interlace._cli import (
+    Count,
+    Data,
+    Device,
+    Dtype,
+    Model,
+    Overwrite,
+    Remote,
+    Root,
+    Seed,
+    open_vlm,
+    read_samples,
+    refuse_existing,
+    save_record,
+    say,
+    split_names,
+    whole_numbers,
+)
+from interlace.errors import InterlaceError
+from interlace.plan.rules import rule_names
+
+app = typer.Typer(
+    name="interlace",
+    help=(
+        "Make vision-language models smaller and faster by removing redundant layers.\n\n"
+        "A model goes through score, plan, prune, heal, eval and export; `run` does them all from "
+        "one recipe, `demo` shows them on a bundled model in a few minutes.\n\n"
+        "MODEL is a checkpoint folder, a name on the Hugging Face hub, or one of the bundled "
+        "models: bundled:qwen3-vl, bundled:clip, bundled:blip."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def score(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the scores.")],
+    data: Data = "scenes",
+    root: Root = None,
+    count: Count = 256,
+    metric: Annotated[str, typer.Option(help="Metrics, comma separated.")] = "similarity",
+    packs: Annotated[
+        str, typer.Option(help="Distances of compared hidden states, such as 1,2,3, or all.")
+    ] = "1,2,3",
+    tower: Annotated[
+        str | None, typer.Option(help="Towers, comma separated. Default: all of them.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 8,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: Remote = False,
+    heatmap: Annotated[
+        Path | None, typer.Option(help="Also draw the similarities to this PNG.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure how redundant every layer is, in one forward pass per sample."""
+    from interlace.scores import score as run_score
+
+    refuse_existing(output, overwrite)
+    vlm = open_vlm(model, dtype, device, trust_remote_code)
+    scores = run_score(
+        vlm,
+        read_samples(data, root, vlm, count=count, seed=seed),
+        metrics=split_names(metric) or (),
+        packs="all" if packs.strip() == "all" else whole_numbers(packs, "--packs"),
+        towers=split_names(tower),
+        batch_size=batch_size,
+    )
+    save_record(scores, output)
+    if heatmap is not None:
+        from interlace.report.plots import save_figure, similarity_map
+
+        save_figure(similarity_map(scores), heatmap)
+        say(f"Wrote {heatmap}")
+
+
+@app.command()
+def plan(
+    scores: Annotated[Path, typer.Argument(help="The file that `interlace score` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")],
+    drop_fraction: Annotated[
+        float | None, typer.Option(help="Share of the layers to drop, 0..1. Default: 0.25.")
+    ] = None,
+    num_drop: Annotated[
+        int | None, typer.Option(help="Number of layers to drop, instead of a share.")
+    ] = None,
+    rule: Annotated[
+        str, typer.Option(help=f"How layers are chosen: {', '.join(rule_names())}.")
+    ] = "interlace",
+    protect: Annotated[
+        str,
+        typer.Option(
+            help="auto (layers that the model's family needs), none (the published rule as it is), "
+            "or layer numbers such as 0,1,2."
+        ),
+    ] = "auto",
+    tower: Annotated[
+        str | None, typer.Option(help="Towers, comma separated. Default: text, or all.")
+    ] = None,
+    group: Annotated[str, typer.Option(help="Token group: all, text or vision.")] = "all",
+    seed: Seed = 42,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the plan to this PNG.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Choose which layers to drop, tune and freeze. Needs no GPU and no model."""
+    from interlace.config import PlanSettings
+    from interlace.plan import make_plan
+    from interlace.records import Scores
+
+    refuse_existing(output, overwrite)
+    guarded: Any = protect.strip()
+    if guarded == "none":
+        guarded = ()
+    elif guarded != "auto":
+        guarded = whole_numbers(guarded, "--protect")
+    settings = PlanSettings(
+        drop_fraction=drop_fraction,
+        num_drop=num_drop,
+        rule=rule,
+        protect=guarded,
+        seed=seed,
+        towers=split_names(tower),
+        group=group,
+    )
+    made = make_plan(Scores.load(scores), **vars(settings))
+    say(str(made))
+    save_record(made, output)
+    if picture is not None:
+        from interlace.report.plots import plan_strip, save_figure
+
+        save_figure(plan_strip(made), picture)
+        say(f"Wrote {picture}")
+
+
+@app.command()
+def prune(
+    model: Model,
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="What `interlace plan` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint.")],
+    allow_pinned: Annotated[
+        bool, typer.Option("--allow-pinned", help="Also drop layers that the family pins.")
+    ] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: Remote = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Remove the planned layers and save the student, not yet healed."""
+    from interlace._files import check_new_folder
+    from interlace.export import export as run_export
+    from interlace.records import Plan
+    from interlace.surgery import prune as run_prune
+
+    check_new_folder(output, overwrite=overwrite)
+    chosen = Plan.load(plan_file)
+    student = run_prune(
+        open_vlm(model, dtype, device, trust_remote_code), chosen, allow_pinned=allow_pinned
+    )
+    run_export(student, output, records=(chosen,), overwrite=overwrite)
+    say(f"Wrote {output} ({student.num_parameters():,} parameters)")
+
+
+@app.command()
+def heal(
+    model: Annotated[str, typer.Argument(help="The DENSE model: folder, hub name, bundled:NAME.")],
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="What `interlace plan` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the healed model.")],
+    data: Data = "scenes",
+    root: Root = None,
+    count: Count = 4096,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps, instead of epochs.")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 16,
+    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes per step.")] = 1,
+    distil: Annotated[
+        bool,
+        typer.Option(help="Also learn from the dense model; off is the published recipe."),
+    ] = True,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    save_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run stopped.")] = False,
+    seed: Seed = 42,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: Remote = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Cut the dense model by the plan, train the tuned layers, and save the result.
+
+    Checkpoints go to OUTPUT.healing beside the result; `--resume` goes on from the newest.
+    """
+    from interlace._files import check_new_folder
+    from interlace.config import HealSettings
+    from interlace.export import export as run_export
+    from interlace.heal import heal as run_heal
+    from interlace.records import Plan
+    from interlace.surgery import prune as run_prune
+
+    check_new_folder(output, overwrite=overwrite)
+    chosen = Plan.load(plan_file)
+    settings = HealSettings(
+        epochs=epochs,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        hidden_weight=1.0 if distil else 0.0,
+        kl_weight=1.0 if distil else 0.0,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        save_steps=save_steps,
+        seed=seed,
+    )
+    teacher = open_vlm(model, dtype, device, trust_remote_code)
+    student = run_prune(teacher, chosen)
+    report = run_heal(
+        student,
+        teacher=teacher if distil else None,
+        data=read_samples(data, root, teacher, count=count, seed=seed),
+        settings=settings,
+        output=output.with_name(output.name + ".healing"),
+        resume=resume,
+    )
+    run_export(student, output, records=(chosen, report), overwrite=overwrite)
+    say(f"Wrote {output} after {report.steps} steps on {report.num_samples} samples")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write the measurements.")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="Comma separated: fidelity, vqa, caption, retrieval, speed.")
+    ] = "vqa",
+    baseline: Annotated[
+        str | None, typer.Option(help="The dense model; adds retention. fidelity needs it.")
+    ] = None,
+    data: Data = "scenes",
+    root: Root = None,
+    count: Count = 256,
+    split: Annotated[str, typer.Option(help="Part of the data to measure on.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: Remote = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure a model, beside the dense one where given."""
+    from interlace.evaluate import evaluate as run_evaluate
+    from interlace.report.tables import eval_table
+
+    if output is not None:
+        refuse_existing(output, overwrite)
+    vlm = open_vlm(model, dtype, device, trust_remote_code)
+    held_out = None
+    tasks = split_names(task) or ()
+    if data != "scenes":
+        chosen = read_samples(data, root, vlm, count=count, seed=seed, split=split)
+        held_out = dict.fromkeys(tasks, chosen)
+    report = run_evaluate(
+        vlm,
+        tasks=tasks,
+        data=held_out,
+        baseline=open_vlm(baseline, dtype, device, trust_remote_code) if baseline else None,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        count=count,
+        seed=seed,
+    )
+    say(eval_table(report))
+    if output is not None:
+        save_record(report, output)
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    record: Annotated[
+        list[Path] | None,
+        typer.Option(help="A record to put beside the weights and into the model card; repeat."),
+    ] = None,
+    dtype: Dtype = None,
+    trust_remote_code: Remote = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a checked transformers checkpoint with its records and a model card."""
+    from interlace.export import export as run_export
+    from interlace.records import load_record
+
+    vlm = open_vlm(model, dtype, "cpu", trust_remote_code)
+    records = tuple(load_record(path) for path in record or ())
+    say(f"Wrote {run_export(vlm, output, records=records, overwrite=overwrite)}")
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path(
+        "interlace-run"
+    ),
+) -> None:
+    """Do the whole flow of a recipe; stages that are done and still fit are skipped."""
+    from interlace.pipeline import run as run_flow
+    from interlace.report.tables import eval_table
+
+    result = run_flow(recipe, output)
+    say(str(result.plan))
+    say(eval_table(result.result))
+    if result.skipped:
+        say(f"Taken from the earlier run: {', '.join(result.skipped)}")
+    say(f"The finished model is in {result.folder}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page.")] = Path(
+        "interlace-demo"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and steps.")] = False,
+) -> None:
+    """Show the main job on the bundled model: three rules, before and after healing."""
+    from interlace.demo import run_demo
+
+    page = run_demo(output, quick=quick)
+    say(f"Open {page} in a browser.")
+
+
+@app.command()
+def ops() -> None:
+    """List every op and backend, and why a backend cannot run here."""
+    from interlace.ops import table
+    from interlace.report.tables import plain_table
+
+    rows = [[op, backend, reason or "runs"] for op, backend, reason in table()]
+    say(plain_table(["op", "backend", "on this machine"], rows))
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, the compiled extension and what is missing."""
+    from interlace.ops import doctor as examine
+
+    for key, value in examine().items():
+        say(f"{key:<24} {value}")
+
+
+def main() -> None:
+    """Run the command line; errors of the package end with exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # the libraries below are chatty at this level about things nobody asked for
+    for name in ("httpx", "accelerate", "datasets", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        app()
+    except InterlaceError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

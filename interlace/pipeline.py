@@ -1,0 +1,244 @@
+"""The whole flow from one recipe: score, plan, prune, heal, evaluate, export.
+
+Every stage leaves a record in the output folder. A second run skips the stages whose record exists
+and still belongs to the same model, data and settings; a run that was killed while healing goes on
+from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from interlace._files import atomic_write_text, sha256_of
+from interlace.config import DataSettings, EvalSettings, Recipe
+from interlace.data.samples import Samples, samples
+from interlace.errors import CheckpointError, ConfigError
+from interlace.evaluate import evaluate
+from interlace.export import export
+from interlace.heal import heal
+from interlace.models import VLM, open_model
+from interlace.plan import make_plan
+from interlace.records import EvalReport, HealReport, Plan, Record, Scores
+from interlace.scores import score
+from interlace.surgery import prune
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+__all__ = ["RunResult", "run"]
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=Record)
+
+STATE = "run.json"
+SCENES_HEAL_COUNT = 4096
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run of the whole flow made.
+
+    Attributes:
+        folder: the exported checkpoint.
+        scores: of the dense model.
+        plan: what was dropped, tuned and frozen.
+        healed: how healing went; None where the recipe skips it.
+        raw: the student before healing, beside the dense model.
+        result: the finished student, beside the dense model.
+        skipped: names of the stages that were taken from an earlier run.
+    """
+
+    folder: Path
+    scores: Scores
+    plan: Plan
+    healed: HealReport | None
+    raw: EvalReport
+    result: EvalReport
+    skipped: tuple[str, ...]
+
+
+class _Stages:
+    """Remembers for every stage of an output folder what it was made from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.skipped: list[str] = []
+        self.keys: dict[str, dict[str, str]] = {}
+        path = folder / STATE
+        if path.exists():
+            try:
+                self.keys = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{path} is damaged ({error}). Remove it to run every stage again."
+                ) from error
+
+    def is_done(self, name: str, key: str) -> bool:
+        return self.keys.get(name, {}).get("key") == key
+
+    def mark(self, name: str, key: str, fingerprint: str = "") -> None:
+        self.keys[name] = {"key": key, "fingerprint": fingerprint}
+        atomic_write_text(self.folder / STATE, json.dumps(self.keys, indent=2) + "\n")
+
+    def record(self, name: str, kind: type[R], key: str, make: Callable[[], R]) -> R:
+        """Load the record of a stage if it still fits `key`, else make and save it."""
+        path = self.folder / f"{name}.json"
+        if self.is_done(name, key) and path.exists():
+            record = kind.load(path)
+            if record.fingerprint == self.keys[name]["fingerprint"]:
+                log.info("%s: unchanged, taken from %s", name, path)
+                self.skipped.append(name)
+                return record
+        record = make()
+        record.save(path)
+        self.mark(name, key, record.fingerprint)
+        return record
+
+
+def _calibration(settings: DataSettings, vlm: VLM) -> Samples:
+    return samples(
+        settings.source,
+        count=settings.calibration_count,
+        seed=settings.seed,
+        split=settings.split,
+        tasks=settings.tasks,
+        root=settings.root,
+        processor=vlm.processor,
+        max_bad_fraction=settings.max_bad_fraction,
+    )
+
+
+def _healing(settings: DataSettings, vlm: VLM) -> Samples:
+    count = settings.heal_count
+    if count is None and settings.source == "scenes":
+        count = SCENES_HEAL_COUNT
+    return samples(
+        settings.source,
+        count=count,
+        # healing must not see the scenes that chose the layers once more
+        seed=settings.seed + 1,
+        split=settings.split,
+        tasks=settings.tasks,
+        root=settings.root,
+        processor=vlm.processor,
+        max_bad_fraction=settings.max_bad_fraction,
+    )
+
+
+def _measured(data: DataSettings, settings: EvalSettings, vlm: VLM) -> dict[str, Samples] | None:
+    if data.source == "scenes":
+        return None
+    held_out = samples(
+        data.source,
+        count=settings.count,
+        seed=settings.seed,
+        split=settings.split,
+        root=data.root,
+        processor=vlm.processor,
+        max_bad_fraction=data.max_bad_fraction,
+    )
+    return dict.fromkeys(settings.tasks, held_out)
+
+
+def run(
+    recipe: Recipe | str | os.PathLike[str], output: str | os.PathLike[str] = "interlace-run"
+) -> RunResult:
+    """Run the whole flow and leave a finished checkpoint.
+
+    Args:
+        recipe: a `Recipe`, or the path of a TOML file of one.
+        output: folder for the records, the healing checkpoints and, under `model/`, the exported
+            checkpoint. A folder of an earlier run is continued.
+
+    Returns:
+        The records, and where the checkpoint is.
+
+    Raises:
+        InterlaceError: as the stages raise it; finished stages stay.
+    """
+    settings = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    folder = Path(output)
+    if folder.is_file():
+        raise ConfigError(f"The output {folder} is a file; name a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = _Stages(folder)
+    vlm = open_model(
+        settings.model.path,
+        dtype=settings.model.dtype,
+        device=settings.model.device,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+    calibration = _calibration(settings.data, vlm)
+
+    scores_key = sha256_of([vlm.fingerprint, calibration.fingerprint, settings.score.to_dict()])
+    scores = stages.record(
+        "scores",
+        Scores,
+        scores_key,
+        lambda: score(vlm, calibration, **vars(settings.score)),
+    )
+    plan_key = sha256_of([scores.fingerprint, settings.plan.to_dict()])
+    plan = stages.record("plan", Plan, plan_key, lambda: make_plan(scores, **vars(settings.plan)))
+    student = prune(vlm, plan, allow_pinned=settings.prune.allow_pinned)
+
+    measure: dict[str, Any] = {
+        "tasks": settings.eval.tasks,
+        "data": _measured(settings.data, settings.eval, vlm),
+        "baseline": vlm,
+        "batch_size": settings.eval.batch_size,
+        "max_new_tokens": settings.eval.max_new_tokens,
+        "count": settings.eval.count,
+        "seed": settings.eval.seed,
+    }
+    eval_inputs = [settings.eval.to_dict(), settings.data.to_dict()]
+    raw_key = sha256_of([plan_key, *eval_inputs])
+    raw = stages.record("eval_raw", EvalReport, raw_key, lambda: evaluate(student, **measure))
+
+    healed: HealReport | None = None
+    heal_key = ""
+    if settings.heal.max_steps != 0 and (settings.heal.epochs > 0 or settings.heal.max_steps):
+        data = _healing(settings.data, vlm)
+        heal_key = sha256_of([plan_key, data.fingerprint, settings.heal.to_dict()])
+        checkpoints = folder / "healing" / heal_key[:12]
+
+        def run_healing() -> HealReport:
+            return heal(
+                student,
+                teacher=vlm,
+                data=data,
+                settings=settings.heal,
+                output=checkpoints,
+                # an unfinished run goes on; a finished one only gives its weights back
+                resume=checkpoints.exists(),
+            )
+
+        done = stages.is_done("heal", heal_key)
+        if done:
+            log.info("heal: unchanged, weights taken from %s", checkpoints)
+            stages.skipped.append("heal")
+        report = run_healing()
+        healed = HealReport.load(folder / "heal.json") if done else report
+        if not done:
+            healed.save(folder / "heal.json")
+            stages.mark("heal", heal_key, healed.fingerprint)
+
+    eval_key = sha256_of([plan_key, heal_key, *eval_inputs])
+    result = stages.record("eval", EvalReport, eval_key, lambda: evaluate(student, **measure))
+
+    records = [scores, plan, *([healed] if healed else []), result]
+    export_key = sha256_of([eval_key, [record.fingerprint for record in records]])
+    target = folder / "model"
+    if stages.is_done("export", export_key) and target.exists():
+        log.info("export: unchanged, %s", target)
+        stages.skipped.append("export")
+    else:
+        # the folder is the run's own, so a newer result replaces the older one
+        export(student, target, records=records, overwrite=True, verify=settings.export.verify)
+        stages.mark("export", export_key)
+    return RunResult(target, scores, plan, healed, raw, result, tuple(stages.skipped))

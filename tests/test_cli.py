@@ -1,0 +1,170 @@
+"""The command line as a user meets it: the words, the files, the exit codes."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from interlace import cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COMMANDS = (
+    "score", "plan", "prune", "heal", "eval", "export", "run", "demo", "ops", "doctor",
+)  # fmt: skip
+
+
+@pytest.fixture
+def interlace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run `interlace ...` in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["interlace", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scores file of the bundled Qwen3-VL."""
+    import interlace as il
+
+    path = tmp_path_factory.mktemp("scores") / "scores.json"
+    vlm = il.open_model("bundled:qwen3-vl", dtype="float32")
+    calibration = il.samples("scenes", count=8, processor=vlm.processor)
+    il.score(vlm, calibration, packs="all", towers=("text",)).save(path)
+    return path
+
+
+def test_help_names_every_command(interlace) -> None:
+    code, out, _ = interlace("--help")
+    assert code == 0
+    for command in COMMANDS:
+        assert f" {command} " in out
+        sub_code, sub_out, _ = interlace(command, "--help")
+        assert sub_code == 0
+        assert "Usage" in sub_out
+
+
+def test_the_steps_one_by_one(interlace, tmp_path: Path) -> None:
+    scores, plan, student = (tmp_path / name for name in ("s.json", "p.json", "student"))
+    heatmap, picture = tmp_path / "heat.png", tmp_path / "plan.png"
+    step = interlace(
+        "score", "bundled:qwen3-vl", "-o", scores, "--count", 8, "--tower", "text",
+        "--heatmap", heatmap,
+    )  # fmt: skip
+    assert step[0] == 0, step
+    step = interlace("plan", scores, "-o", plan, "--drop-fraction", 0.25, "--picture", picture)
+    assert step[0] == 0, step
+    assert "drop" in step[1]
+    assert heatmap.read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    step = interlace("prune", "bundled:qwen3-vl", plan, "-o", student)
+    assert step[0] == 0, step
+    assert (
+        json.loads((student / "config.json").read_text())["text_config"]["num_hidden_layers"] == 12
+    )
+    report = tmp_path / "eval.json"
+    step = interlace(
+        "eval", student, "--baseline", "bundled:qwen3-vl", "--task", "fidelity,vqa",
+        "--count", 16, "-o", report,
+    )  # fmt: skip
+    assert step[0] == 0, step
+    assert "retention" in step[1]
+    copy = tmp_path / "copy"
+    step = interlace("export", student, copy, "--record", plan, "--record", report)
+    assert step[0] == 0, step
+    assert (copy / "README.md").exists()
+
+
+def test_heal_writes_a_student_and_can_be_resumed(interlace, scores: Path, tmp_path: Path) -> None:
+    plan, healed = tmp_path / "plan.json", tmp_path / "healed"
+    assert interlace("plan", scores, "-o", plan)[0] == 0
+    options = ("--count", 32, "--max-steps", 2, "--batch-size", 4, "--learning-rate", 1e-4)
+    first = interlace("heal", "bundled:qwen3-vl", plan, "-o", healed, *options)
+    assert first[0] == 0, first
+    assert (healed / "model.safetensors").exists()
+    again = interlace("heal", "bundled:qwen3-vl", plan, "-o", healed, *options)
+    assert again[0] == 2
+    assert "exists" in again[2]
+    resumed = interlace(
+        "heal", "bundled:qwen3-vl", plan, "-o", healed, *options, "--resume", "--overwrite"
+    )
+    assert resumed[0] == 0, resumed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("plan", "SCORES", "-o", "OUT", "--rule", "interlac"), "Did you mean 'interlace'"),
+        (("plan", "SCORES", "-o", "OUT", "--drop-fraction", "1.5"), "1.5"),
+        (("plan", "SCORES", "-o", "OUT", "--drop-fraction", "0.99"), "layers"),
+        (("plan", "SCORES", "-o", "OUT", "--protect", "0,x"), "whole numbers"),
+        (("plan", "missing.json", "-o", "OUT"), "missing.json"),
+        (("score", "bundled:qwen", "-o", "OUT"), "Did you mean 'qwen3-vl'"),
+        (("score", "./no-such-folder", "-o", "OUT"), "no-such-folder"),
+        (("score", "bundled:clip", "-o", "OUT", "--metric", "similarty"), "similarity"),
+        (("score", "bundled:clip", "-o", "OUT", "--packs", "1,99", "--count", "2"), "99"),
+        (("eval", "bundled:clip", "--task", "vqa", "--count", "4"), "vqa"),
+        (("eval", "bundled:clip", "--task", "retrival"), "Did you mean 'retrieval'"),
+        (("score", "bundled:clip", "-o", "OUT", "--data", "none.json"), "none.json"),
+        (("run", "none.toml"), "none.toml"),
+    ],
+)
+def test_bad_input_ends_with_code_2_and_says_why(
+    interlace, scores: Path, tmp_path: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    out = tmp_path / "out.json"
+    filled = [{"SCORES": str(scores), "OUT": str(out)}.get(part, part) for part in arguments]
+    code, _, err = interlace(*filled)
+    assert code == 2
+    assert says in err
+    assert "Traceback" not in err
+    assert not out.exists()
+
+
+def test_altered_scores_are_refused(interlace, scores: Path, tmp_path: Path) -> None:
+    altered = tmp_path / "scores.json"
+    data = json.loads(scores.read_text())
+    data["towers"]["text"]["similarity"]["all"]["1"][3] = 0.123
+    altered.write_text(json.dumps(data))
+    code, _, err = interlace("plan", altered, "-o", tmp_path / "plan.json")
+    assert code == 2
+    assert "altered" in err
+
+
+def test_a_plan_of_another_model_is_refused(interlace, scores: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    assert interlace("plan", scores, "-o", plan)[0] == 0
+    code, _, err = interlace("prune", "bundled:blip", plan, "-o", tmp_path / "student")
+    assert code == 2
+    assert "model" in err
+    assert not (tmp_path / "student").exists()
+
+
+def test_existing_output_is_kept(interlace, scores: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text("mine")
+    code, _, err = interlace("plan", scores, "-o", plan)
+    assert code == 2
+    assert "exists" in err
+    assert plan.read_text() == "mine"
+
+
+def test_ops_and_doctor_speak(interlace) -> None:
+    code, out, _ = interlace("ops")
+    assert code == 0
+    assert "layer_similarity" in out
+    code, out, _ = interlace("doctor")
+    assert code == 0
+    assert "torch" in out
