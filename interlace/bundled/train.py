@@ -70,7 +70,7 @@ PHASES = {
         # an answer is one token, so what needs thought is learned from many questions
         Phase(1500, 48, 6e-4, warmup_steps=50, caption_fraction=0.15, questions=6),
     ),
-    "clip": (Phase(1200, 192, 1e-3, weight_decay=0.1),),
+    "clip": (Phase(1200, 192, 7e-4, warmup_steps=150),),
     "blip": (Phase(3000, 64, 8e-4),),
 }
 

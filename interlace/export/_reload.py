@@ -58,7 +58,7 @@ def answer(request: dict[str, Any]) -> None:
         local_files_only=True,
         output_loading_info=True,
     )
-    model.to(request["device"]).eval()
+    model.to(request["device"]).eval().requires_grad_(False)
     inputs = {
         name: value.to(request["device"]) for name, value in load_file(request["inputs"]).items()
     }

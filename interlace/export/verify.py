@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,9 @@ from interlace.export import _reload
 from interlace.export.probe import probes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import nn
 
     from interlace.models.handle import VLM
 
@@ -124,6 +126,7 @@ def _in_memory(
         ran: set[str] = set()
         with ExitStack() as stack:
             stack.enter_context(inference(vlm.model))
+            stack.enter_context(_without_flags(vlm.model))
             for name, tower in vlm.towers.items():
                 watch = partial(_note, ran, name)
                 stack.callback(tower.layers[0].register_forward_pre_hook(watch).remove)
@@ -138,6 +141,19 @@ def _in_memory(
         f"{vlm.name} could not be run for verification ({'; '.join(refusals)}). Give inputs that "
         "its forward takes (inputs={...}), or export with verify=False."
     )
+
+
+@contextmanager
+def _without_flags(model: nn.Module) -> Iterator[None]:
+    # torch.matmul picks its kernel by the flag of the weight even where no gradients are recorded,
+    # and a reloaded model has other flags than one that was trained
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _note(ran: set[str], name: str, *_: object) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import TrainingArguments
 
 if TYPE_CHECKING:
@@ -43,7 +42,8 @@ def training_arguments(
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=_SCHEDULES.get(settings.schedule, settings.schedule),
-        warmup_steps=math.ceil(settings.warmup_fraction * steps),
+        # Rounded down: a warm-up starts with a rate of 0, and a short run needs every step.
+        warmup_steps=int(settings.warmup_fraction * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch",
@@ -55,12 +55,12 @@ def training_arguments(
         save_strategy="steps" if save else "no",
         save_steps=settings.save_steps or steps,
         dataloader_num_workers=settings.num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,
         **extra,
     )
+    arguments.dataloader_pin_memory = arguments.device.type == "cuda"
     # One process trains on one GPU; the Trainer would spread it over all that it sees.
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1

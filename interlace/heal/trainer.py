@@ -122,8 +122,6 @@ class HealTrainer(Trainer):  # type: ignore[misc]
                 "this package does not load. Leave out the output folder, or use FSDP2."
             )
 
-    # Order of samples and counts
-
     def _get_train_sampler(
         self, train_dataset: Dataset[Sample] | None = None
     ) -> Sampler[int] | None:
@@ -157,8 +155,6 @@ class HealTrainer(Trainer):  # type: ignore[misc]
         # fp32 is exact up to 16 million tokens per optimiser step.
         total: Any = self.accelerator.reduce(row, reduction="sum")
         return dict(zip(COUNTED, total.tolist(), strict=True))
-
-    # Loss
 
     def compute_loss(
         self,
@@ -210,8 +206,6 @@ class HealTrainer(Trainer):  # type: ignore[misc]
             if "loss" in entry
         )
 
-    # Trained weights
-
     def _trained(self) -> dict[str, nn.Parameter]:
         module = self.accelerator.unwrap_model(self.model_wrapped)
         return {
@@ -224,8 +218,6 @@ class HealTrainer(Trainer):  # type: ignore[misc]
         """Return a function that gives the whole trained tensor of a name in the student."""
         parameters = self._trained()
         return lambda name: full_value(parameters[name])
-
-    # Checkpoints
 
     def _tick(self) -> None:
         now = time.monotonic()

@@ -198,6 +198,8 @@ def open_model(
                 "'Qwen/Qwen3-VL-2B-Instruct'."
             )
         model = _load(name, wanted_dtype, trust_remote_code)
+        # only what a plan tunes is ever trained, and a student is frozen but for that
+        model.requires_grad_(False)
         if processor is None and (not local or has_processor(folder)):
             processor = load_processor(name, trust_remote_code)
     if isinstance(processor, (str, Path)):

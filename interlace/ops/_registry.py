@@ -25,7 +25,7 @@ from interlace.ops._budget import Budget
 
 OPS: dict[str, Op] = {}
 
-_LIBRARY = torch.library.Library("interlace", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY: Any = torch.library.Library("interlace", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)

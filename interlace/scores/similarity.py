@@ -31,7 +31,13 @@ _BLOCK_GPU = 1 << 24
 
 @dataclass
 class _Held:
-    """A state that later ones are still to be compared with: [N, D], its norms [N], its version."""
+    """A state that later ones are still to be compared with.
+
+    Attributes:
+        state: [N, D].
+        norm: [N], at least `EPS`; empty where the op computes it.
+        version: torch's count of writes into the state, when it came.
+    """
 
     state: torch.Tensor
     norm: torch.Tensor
@@ -111,16 +117,16 @@ class Similarity(Meter):
         offsets = [offset for offset in self._offsets if offset <= index]
         earlier = [self._checked(-offset) for offset in offsets]
         products = _row_products(hidden, [each.state for each in earlier])
-        norm = products[0].sqrt_()
-        for row, each in enumerate(earlier, start=1):
-            sizes = norm.clamp_min(EPS) * each.norm.to(norm).clamp_min(EPS)
-            products[row] /= sizes
-        self._hold(hidden, norm.clone())
+        norm = products[0].sqrt().clamp_min_(EPS)
+        if earlier:
+            products[1:] /= norm
+            products[1:] /= torch.stack([each.norm.to(norm) for each in earlier])
+        self._hold(hidden, norm)
         # Not finite times zero is NaN, finite times zero is zero: the column marks bad states.
         products[0] *= 0
         # Offsets ascend, so those that exist yet are the first columns.
         sums = self._run.sums[:, index, : len(products)]
-        sums += torch.zeros_like(sums).index_add_(0, self._run.bins, products.T.to(sums))
+        sums.index_add_(0, self._run.bins, products.T.to(sums))
 
     def end_run(self) -> None:
         """Close a run; see `Meter`."""
@@ -237,7 +243,7 @@ def _row_products(state: torch.Tensor, earlier: Sequence[torch.Tensor]) -> torch
     block = _BLOCK_GPU if state.is_cuda else _BLOCK_CPU
     rows = max(1, block // max(1, width))
     for first in range(0, num_tokens, rows):
-        part = slice(first, min(first + rows, num_tokens))
+        part = slice(first, first + rows)
         own = state[part].to(wide)
         torch.sum(own * own, dim=-1, out=out[0, part])
         for row, each in enumerate(earlier, start=1):

@@ -120,10 +120,10 @@ def _renumbered(plan: TowerPlan, original: Sequence[int], depth: int) -> TowerPl
 
 
 def check_cut(cut: Cut, allow_pinned: bool) -> None:
-    """Check that enough layers stay, and that pinned ones do.
+    """Check that enough layers stay, and those that other parts refer to by number.
 
     Raises:
-        PlanError: fewer than 2 layers are left, or a pinned one is not.
+        PlanError: fewer than 2 layers are left, or a bound one is not.
     """
     tower = cut.tower
     if cut.plan.drop and len(cut.kept) < _MIN_LAYERS:
@@ -131,9 +131,9 @@ def check_cut(cut: Cut, allow_pinned: bool) -> None:
             f"The plan leaves {len(cut.kept)} of {tower.num_layers} layers of the {tower.name} "
             f"tower; at least {_MIN_LAYERS} must stay. Drop fewer."
         )
-    pinned = pinned_drops(cut)
-    if pinned and not allow_pinned:
-        listed = "; ".join(f"layer {layer}: {reason}" for layer, reason in pinned.items())
+    bound = {layer: why for layer, why in pinned_drops(cut).items() if layer in tower.bound}
+    if bound and not allow_pinned:
+        listed = "; ".join(f"layer {layer}: {reason}" for layer, reason in bound.items())
         raise PlanError(
             f"The plan drops pinned layers of the {tower.name} tower ({listed}). Protect them when "
             "planning (protect='auto'), or allow it with allow_pinned=True."

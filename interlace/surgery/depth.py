@@ -55,14 +55,15 @@ def prune(vlm: VLM, plan: Plan, *, allow_pinned: bool = False) -> VLM:
     counts in; a plan made from scores of the student itself, whose towers are as deep as the
     student's, is translated.
 
-    Layers that other parts refer to are pinned (`vlm.towers[name].pinned`). With `allow_pinned`
-    they can go, and what refers to them follows: a DeepStack feature goes with the text layer that
-    it was added after, and the other features stay at their own layers; a feature read from a
-    dropped vision layer (DeepStack, `vision_feature_layer`) is read from the nearest kept layer
-    below, which is what skipping the layer means; the relative position bias of T5 moves to the
-    first kept block. What stock transformers cannot express is refused: two DeepStack features read
-    at one place, Q-Former layers whose cross-attention would no longer be periodic, a text encoder
-    and decoder of unequal depth where one config field counts both (BLIP for questions).
+    Layers that other parts refer to by number (`vlm.towers[name].bound`) are refused; the other
+    pinned ones, such as the last, are better kept but may go. With `allow_pinned` all can, and what
+    refers to them follows: a DeepStack feature goes with the text layer that it was added after,
+    and the other features stay at their own layers; a feature read from a dropped vision layer
+    (DeepStack, `vision_feature_layer`) is read from the nearest kept layer below, which is what
+    skipping the layer means; the relative position bias of T5 moves to the first kept block. What
+    stock transformers cannot express is refused: two DeepStack features read at one place, Q-Former
+    layers whose cross-attention would no longer be periodic, a text encoder and decoder of unequal
+    depth where one config field counts both (BLIP for questions).
 
     Args:
         vlm: the model; left exactly as it is.
@@ -199,6 +200,11 @@ def _finish(
             setattr(modules[name], key, value)
     tuned = tuple(f"{cut.tower.path}.{i}." for cut in cuts for i in cut.tuned)
     fill(student, draft, own=lambda name: name.startswith(tuned))
+    if not any(cut.plan.drop or cut.plan.tune for cut in cuts):
+        # torch picks matrix kernels by this flag, so a whole copy equals its source to the last
+        # bit only with the same flags
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(model.get_parameter(name).requires_grad)
     student.train(model.training)
     if hasattr(model, "generation_config"):
         student.generation_config = _generation_config(model, cuts)

@@ -9,6 +9,7 @@ from heal.toys import toy, toy_collate, toy_plan, toy_samples
 
 from interlace.errors import ConfigError, DataError
 from interlace.heal import heal
+from interlace.heal.shell import move_together
 from interlace.records import HealReport, Plan, TowerPlan
 
 if TYPE_CHECKING:
@@ -172,3 +173,22 @@ def test_without_anchors_the_layer_behind_each_drop_is_compared() -> None:
     assert anchor_layers(TowerPlan(num_layers=6, drop=(1, 2, 5), tune=(0,))) == (3,)
     assert anchor_layers(TowerPlan(num_layers=6, drop=(4, 0), tune=(1, 2))) == (1, 5)
     assert anchor_layers(TowerPlan(num_layers=6, drop=(1,), tune=(2,), freeze=(3,))) == (3,)
+
+
+@pytest.mark.gpu
+def test_healing_on_a_gpu_keeps_frozen_weights_shared() -> None:
+    teacher, student = toy("qwen3_vl", ("text", "vision"), dtype=torch.bfloat16)
+    device = torch.device("cuda", 0)
+    move_together([student.model, teacher.model], device)
+    taught, before = _values(teacher), _values(student)
+    report = _heal("qwen3_vl", student, teacher, max_steps=20, num_workers=1)
+    assert report.losses[-1]["loss"] < report.losses[0]["loss"]
+    assert _changed(teacher, taught) == set()
+    changed = _changed(student, before)
+    assert changed
+    pointers = {parameter.data_ptr() for parameter in teacher.model.parameters()}
+    for name, parameter in student.model.named_parameters():
+        assert parameter.device == device
+        tuned = name.startswith(("model.language_model.layers.1.", "model.visual.blocks.1."))
+        assert (parameter.data_ptr() in pointers) is not tuned, name
+        assert tuned or name not in changed

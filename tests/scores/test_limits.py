@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,7 +20,18 @@ from interlace.scores.metrics import Units
 from interlace.scores.similarity import Similarity
 from interlace.scores.tap import Tap
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 TOKENS, WIDTH = 12, 40
+
+
+@pytest.fixture(autouse=True)
+def few_objects() -> Iterator[None]:
+    """Let gc.get_objects() give new objects only, which is quick."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Step(nn.Module):

@@ -85,18 +85,17 @@ def farthest(one: TowerScores, other: TowerScores) -> float:
     return max(distances)
 
 
-def score_in_process(rank: int, folder: str, broken: bool) -> None:
-    """One of two processes: writes its scores, or its error, into a folder."""
+def score_in_process(rank: int, folder: str) -> None:
+    """One of two processes: scores, then scores data that breaks in the second process alone."""
     torch.set_num_threads(1)
     store = Path(folder) / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     vlm, singles = opened("qwen3_vl"), one_by_one(batch_of("qwen3_vl"))
-    if broken:
-        # the second process alone meets this sample
-        singles[1]["pixel_values"] = torch.full_like(singles[1]["pixel_values"], float("nan"))
+    scores = score(vlm, singles, progress=False)
+    (Path(folder) / f"{rank}.json").write_text(scores.to_json())
+    singles[1]["pixel_values"] = torch.full_like(singles[1]["pixel_values"], float("nan"))
     try:
-        scores = score(vlm, singles, progress=False)
-        (Path(folder) / f"{rank}.json").write_text(scores.to_json())
+        score(vlm, singles, progress=False)
     except DataError as error:
         (Path(folder) / f"{rank}.txt").write_text(str(error))
     dist.destroy_process_group()

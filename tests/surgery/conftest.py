@@ -13,15 +13,27 @@ from tiny import TINY, tiny_inputs
 
 from interlace.models import VLM, family_of
 from interlace.records import Plan, TowerPlan
+from interlace.surgery import prune
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 
 def outputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Every floating tensor of a forward."""
-    with torch.no_grad():
-        return _tensors(model(**inputs))
+    """Every floating tensor of a forward.
+
+    Even without gradients, torch.matmul picks another kernel for a weight that requires them where
+    its input is not contiguous (SigLIP's pooling head), which rounds differently. So bit-equality
+    is asked for with all flags lifted.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.requires_grad_(False)
+        with torch.no_grad():
+            return _tensors(model(**inputs))
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -93,6 +105,18 @@ def _opened(name: str) -> SimpleNamespace:
     )
 
 
+@functools.cache
+def _quartered(name: str) -> tuple[Any, Any, VLM]:
+    """A quarter of every tower gone at once, the layer after each dropped one tuned."""
+    vlm = _opened(name).vlm
+    drop = quarter(vlm)
+    tune = {
+        tower: tuple(layer + 1 for layer in layers if layer + 1 not in layers)
+        for tower, layers in drop.items()
+    }
+    return drop, tune, prune(vlm, plan_of(vlm, drop, **tune))
+
+
 @pytest.fixture(params=sorted(TINY))
 def dense(request: pytest.FixtureRequest) -> SimpleNamespace:
     """One family's dense model; shared by all tests, so it must stay as it is."""
@@ -100,9 +124,16 @@ def dense(request: pytest.FixtureRequest) -> SimpleNamespace:
 
 
 @pytest.fixture
+def cut(dense: SimpleNamespace) -> tuple[Any, Any, VLM]:
+    """What was dropped and tuned, and the student; shared, so it must stay as it is."""
+    return _quartered(dense.vlm.name)
+
+
+@pytest.fixture
 def kit() -> SimpleNamespace:
     return SimpleNamespace(
         opened=_opened,
+        quartered=_quartered,
         outputs=outputs,
         bit_equal=bit_equal,
         skipping=skipping,

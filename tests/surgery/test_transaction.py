@@ -63,7 +63,6 @@ def test_a_failure_at_any_stage_leaves_the_model_as_it_was(
         (Plan({"txt": TowerPlan(8)}), "Did you mean 'text'"),
         (Plan({"text": TowerPlan(12, drop=(9,))}), "12 layers, but this model's has 8"),
         (Plan({"text": TowerPlan(8, drop=(0, 1, 2, 3, 4, 5, 6))}), "leaves 1 of 8 layers"),
-        (Plan({"text": TowerPlan(8, drop=(7,))}), "layer 7: last layer"),
         (Plan({"text": TowerPlan(8, drop=(2,))}, inputs={"model": "0" * 64}), "another model"),
         ("text", "takes a Plan, got str"),
     ],
@@ -76,7 +75,7 @@ def test_plans_that_do_not_fit_are_refused_in_words(llava: Any, plan: Any, words
 def test_a_plan_that_names_this_model_is_carried_out(llava: Any, kit: Any) -> None:
     plan = kit.plan_of(llava.vlm, {"text": (7,)})
     plan = dataclasses.replace(plan, inputs={"model": llava.fingerprint})
-    student = prune(llava.vlm, plan, allow_pinned=True)
+    student = prune(llava.vlm, plan)
     assert student.plan is plan
     assert student.record.notes == (
         "text layer 7 was dropped although pinned: "
