@@ -7,7 +7,12 @@ they are first used, so that importing the package stays cheap.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from interlace.scores.metrics import METRICS, Meter
+    from interlace.scores.scoring import score
+    from interlace.scores.tap import Tap
 
 _HOMES = {
     "METRICS": "interlace.scores.metrics",
