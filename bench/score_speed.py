@@ -58,8 +58,8 @@ class Size:
     rounds: int
 
 
-FULL = Size(36, 384, 12288, 128, (32, 96), 8, 5)
-QUICK = Size(36, 256, 8192, 96, (16, 64), 4, 3)
+FULL = Size(36, 384, 12288, 128, (32, 96), 16, 5)
+QUICK = Size(36, 256, 8192, 96, (16, 64), 8, 3)
 
 
 def build_model(size: Size) -> Any:

@@ -205,7 +205,7 @@ def run_demo(output: Path, *, quick: bool = False) -> Path:
                     f"{DROP_FRACTION:.0%} of the {vlm.towers['text'].num_layers} text layers were "
                     f"dropped by three rules, and the students healed on {budget.heal_samples} "
                     f"samples. Accuracy and CIDEr are on {budget.held_out} held-out questions and "
-                    "captions each; `kept` is the mean of their shares of the dense model."
+                    "captions each; kept is the mean of their shares of the dense model."
                 ),
                 table=(QUALITY, quality),
             ),
