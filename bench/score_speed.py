@@ -9,7 +9,8 @@ Speed is the median over rounds, by the wall clock and by the processor time of 
 second does not see other programs of the machine. Extra memory is the highest sum of what torch's
 allocator had given out during scoring, beyond weights and inputs: exact and the same in every run,
 unlike the resident size, which keeps what was freed. On the CPU it is read off the allocation
-events of torch.profiler in a run of its own.
+events of torch.profiler in a run of its own, on the longest prompts. As in any such loop, what one
+forward pass gave lives on until the next has given its own.
 
 The shape keeps the proportions of Qwen3-VL-8B: 36 layers, 4 query heads per KV head, feed-forward
 three times as wide, a head as large against the layers, and DeepStack.

@@ -40,6 +40,7 @@ _VOLATILE = frozenset(
 )
 # Values of each parameter that go into the fingerprint one by one, so that their order counts.
 _NUM_SAMPLED = 64
+_PART = 1 << 18
 _WORD = 8
 # Bounds the copy that a parameter whose memory is not aligned to words needs.
 _CHUNK_BYTES = 2**26
@@ -246,15 +247,21 @@ def _stable(value: Any) -> Any:
     return [_stable(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """Bit patterns as integers, the same whatever floating-point dtype the model was opened in."""
+    return values.to(torch.bfloat16).view(torch.int16) if values.is_floating_point() else values
+
+
 def _values(tensor: torch.Tensor) -> bytes:
     """Sum all bit patterns as integers, which is exact in any order, and sample some values."""
-    if tensor.is_floating_point():
-        # the same bits whatever floating-point dtype the model was opened in
-        tensor = tensor.to(torch.bfloat16).view(torch.int16)
     flat = tensor.reshape(-1)
     step = max(1, flat.numel() // _NUM_SAMPLED)
-    total = flat.sum(dtype=torch.int64).reshape(1)
-    return torch.cat([total, flat[::step].to(torch.int64)]).cpu().numpy().tobytes()
+    total = torch.zeros(1, dtype=torch.int64, device=flat.device)
+    # in parts, because summing as int64 widens its input
+    for part in flat.split(_PART):
+        total += _bits(part).sum(dtype=torch.int64)
+    samples = _bits(flat[::step].contiguous()).to(torch.int64)
+    return torch.cat([total, samples]).cpu().numpy().tobytes()
 
 
 def tower_shape(tower: Tower) -> TowerShape:

@@ -9,6 +9,7 @@ Legend: T tokens of a sample, N of all samples of a row.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,14 +93,15 @@ def _positions(vlm: VLM, single: dict[str, Any]) -> torch.Tensor:
     rope_index = getattr(getattr(vlm.model, "model", None), "get_rope_index", None)
     if rope_index is None:
         return text[0]
-    images = {name: single[name] for name in ("image_grid_thw", "video_grid_thw") if name in single}
-    if not images:
+    if "image_grid_thw" not in single and "video_grid_thw" not in single:
         return text.expand(4, 1, -1)
+    # What it reads differs between versions of transformers.
     spatial, _ = rope_index(
-        ids,
-        mm_token_type_ids=single["mm_token_type_ids"],
-        attention_mask=single.get("attention_mask"),
-        **images,
+        **{
+            name: single[name]
+            for name in inspect.signature(rope_index).parameters
+            if name in single
+        }
     )
     # The first row tells the samples apart, the other three turn queries and keys.
     return torch.cat([text.to(spatial), spatial])
