@@ -258,8 +258,8 @@ def _values(tensor: torch.Tensor) -> bytes:
     step = max(1, flat.numel() // _NUM_SAMPLED)
     total = torch.zeros(1, dtype=torch.int64, device=flat.device)
     # in parts, because summing as int64 widens its input
-    for part in flat.split(_PART):
-        total += _bits(part).sum(dtype=torch.int64)
+    for first in range(0, flat.numel(), _PART):
+        total += _bits(flat[first : first + _PART]).sum(dtype=torch.int64)
     samples = _bits(flat[::step].contiguous()).to(torch.int64)
     return torch.cat([total, samples]).cpu().numpy().tobytes()
 
