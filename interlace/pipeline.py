@@ -101,48 +101,35 @@ class _Stages:
         return record
 
 
-def _calibration(settings: DataSettings, vlm: VLM) -> Samples:
+def _samples(settings: DataSettings, vlm: VLM, **choice: Any) -> Samples:
+    """Read samples from the recipe's source; `choice` says which and how many."""
     return samples(
         settings.source,
-        count=settings.calibration_count,
-        seed=settings.seed,
-        split=settings.split,
-        tasks=settings.tasks,
         root=settings.root,
         processor=vlm.processor,
         max_bad_fraction=settings.max_bad_fraction,
+        **choice,
     )
+
+
+def _calibration(settings: DataSettings, vlm: VLM) -> Samples:
+    choice = {"split": settings.split, "tasks": settings.tasks, "seed": settings.seed}
+    return _samples(settings, vlm, count=settings.calibration_count, **choice)
 
 
 def _healing(settings: DataSettings, vlm: VLM) -> Samples:
     count = settings.heal_count
     if count is None and settings.source == "scenes":
         count = SCENES_HEAL_COUNT
-    return samples(
-        settings.source,
-        count=count,
-        # healing must not see the scenes that chose the layers once more
-        seed=settings.seed + 1,
-        split=settings.split,
-        tasks=settings.tasks,
-        root=settings.root,
-        processor=vlm.processor,
-        max_bad_fraction=settings.max_bad_fraction,
-    )
+    # healing must not see the scenes that chose the layers once more
+    choice = {"split": settings.split, "tasks": settings.tasks, "seed": settings.seed + 1}
+    return _samples(settings, vlm, count=count, **choice)
 
 
 def _measured(data: DataSettings, settings: EvalSettings, vlm: VLM) -> dict[str, Samples] | None:
     if data.source == "scenes":
         return None
-    held_out = samples(
-        data.source,
-        count=settings.count,
-        seed=settings.seed,
-        split=settings.split,
-        root=data.root,
-        processor=vlm.processor,
-        max_bad_fraction=data.max_bad_fraction,
-    )
+    held_out = _samples(data, vlm, count=settings.count, split=settings.split, seed=settings.seed)
     return dict.fromkeys(settings.tasks, held_out)
 
 
