@@ -5,10 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
-CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+CPP := $(wildcard csrc/*.* csrc/*/*.*)
+SANITIZED := build/sanitized
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test sanitize lint format bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -20,6 +21,16 @@ demo: $(VENV)/.installed  ## prune, heal and evaluate the bundled model
 
 test: $(VENV)/.installed-dev  ## run all CPU tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --benchmark-disable $(PYTEST_ARGS)
+
+sanitize: $(VENV)/.installed-dev  ## run the tests of the C++ kernels under ASan and UBSan
+	rm -rf $(SANITIZED)
+	CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	LDFLAGS=-fsanitize=address,undefined INTERLACE_EXTENSION=require INTERLACE_BUILD_CUDA=0 \
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --target $(SANITIZED) .
+	LD_PRELOAD="$(shell c++ -print-file-name=libasan.so) $(shell c++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=$(CURDIR)/$(SANITIZED) \
+	$(BIN)/pytest --benchmark-disable tests/ops --ignore tests/ops/test_aot.py \
+	--ignore tests/ops/test_nvcc.py --ignore tests/ops/test_interpreter.py --timeout 900
 
 lint: $(VENV)/.installed-dev  ## check style and types
 	$(BIN)/ruff check .

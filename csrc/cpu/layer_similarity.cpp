@@ -11,11 +11,8 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/lanes.h"
 #include "cpu/parallel.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace interlace {
 namespace {
@@ -53,8 +50,6 @@ struct Band {
 struct Token {
   const void* const* rows;  // S pointers to D elements each; null: no token
   DType dtype;
-
-  int64_t element_size() const { return dtype == DType::kFloat32 ? 4 : 2; }
 };
 
 // A block of all rows of one token, in fp32.
@@ -74,7 +69,7 @@ class Stream {
  public:
   Stream(const Token& token, int64_t num_rows, int64_t start, int64_t width, int64_t block)
       : rows_(token.rows), num_rows_(token.rows ? num_rows : 0) {
-    const int64_t size = token.element_size();
+    const int64_t size = size_of(token.dtype);
     begin_ = start * size;
     end_ = (start + block < width ? start + block : width) * size;
     enter_row();
@@ -113,60 +108,12 @@ class Stream {
   const char* stop_ = nullptr;
 };
 
-inline float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
+}  // namespace
 
-inline float half_to_float(uint16_t half) {
-  const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
-  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | rest << 13);
-  // below the normal range the bits count steps of 2^-24
-  const float size = rest < 0x400u ? static_cast<float>(rest) * 0x1p-24f
-                                   : bits_to_float((rest << 13) + (112u << 23));
-  return sign ? -size : size;
-}
+#define INTERLACE_BODY "cpu/layer_similarity_body.h"
+#include "cpu/isa.h"
 
-namespace plain {
-#if defined(__aarch64__)
-constexpr int kLanes = 4, kRows = 5, kOffsets = 4;
-#else
-constexpr int kLanes = 4, kRows = 2, kOffsets = 4;
-#endif
-#define INTERLACE_TARGET
-void widen_halves(const uint16_t* from, int64_t count, float* to) {
-  for (int64_t d = 0; d < count; ++d) to[d] = half_to_float(from[d]);
-}
-#include "cpu/layer_similarity_dots.h"
-#undef INTERLACE_TARGET
-}  // namespace plain
-
-#if defined(__x86_64__)
-__attribute__((target("avx,f16c"))) void widen_halves(const uint16_t* from, int64_t count,
-                                                      float* to) {
-  int64_t d = 0;
-  for (; d + 8 <= count; d += 8) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + d));
-    _mm256_storeu_ps(to + d, _mm256_cvtph_ps(halves));
-  }
-  for (; d < count; ++d) to[d] = half_to_float(from[d]);
-}
-
-namespace avx2 {
-constexpr int kLanes = 8, kRows = 3, kOffsets = 4;
-#define INTERLACE_TARGET __attribute__((target("avx2,fma,f16c")))
-#include "cpu/layer_similarity_dots.h"
-#undef INTERLACE_TARGET
-}  // namespace avx2
-
-namespace avx512 {
-constexpr int kLanes = 16, kRows = 5, kOffsets = 4;
-#define INTERLACE_TARGET __attribute__((target("avx512f,avx2,fma,f16c")))
-#include "cpu/layer_similarity_dots.h"
-#undef INTERLACE_TARGET
-}  // namespace avx512
-#endif
+namespace {
 
 struct Variant {
   void (*token_dots)(const Token&, const Token&, int64_t, const Band&, Panel&, void*, float*);
@@ -175,17 +122,16 @@ struct Variant {
 
 // The best variant that this processor runs, within a limit that lets tests reach the others.
 Variant choose_variant(int max_lanes) {
+  switch (usable_lanes(max_lanes)) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (max_lanes >= avx2::kLanes && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    if (max_lanes >= avx512::kLanes && __builtin_cpu_supports("avx512f")) {
+    case avx512::kLanes:
       return {avx512::token_dots, avx512::kRows, avx512::kOffsets, sizeof(avx512::Tile)};
-    }
-    return {avx2::token_dots, avx2::kRows, avx2::kOffsets, sizeof(avx2::Tile)};
-  }
+    case avx2::kLanes:
+      return {avx2::token_dots, avx2::kRows, avx2::kOffsets, sizeof(avx2::Tile)};
 #endif
-  return {plain::token_dots, plain::kRows, plain::kOffsets, sizeof(plain::Tile)};
+    default:
+      return {plain::token_dots, plain::kRows, plain::kOffsets, sizeof(plain::Tile)};
+  }
 }
 
 struct alignas(64) CacheLine {
@@ -234,7 +180,7 @@ void normalise(const Band& band, float* scale, float* dots) {
 void locate(const LayerSimilarityArgs& args, int64_t token, std::vector<const void*>& rows) {
   // rows without elements have no address
   if (args.width == 0) return;
-  const int64_t size = Token{nullptr, args.dtype}.element_size();
+  const int64_t size = size_of(args.dtype);
   for (int64_t i = 0; i < args.num_states; ++i) {
     rows[i] = static_cast<const char*>(args.states[i]) + token * args.row_strides[i] * size;
   }

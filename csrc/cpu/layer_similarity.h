@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace interlace {
+#include "common/dtype.h"
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+namespace interlace {
 
 struct LayerSimilarityArgs {
   const void* const* states;  // S pointers, each to [T, D] of dtype, elements of a row side by side

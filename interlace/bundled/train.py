@@ -66,9 +66,9 @@ class Phase:
 PHASES = {
     "qwen3-vl": (
         # captions supervise every object at once, so seeing is learned from them
-        Phase(1500, 64, 7e-4, final_fraction=0.5, easy_fraction=0.6),
+        Phase(1100, 64, 7e-4, final_fraction=0.5, easy_fraction=0.6),
         # an answer is one token, so what needs thought is learned from many questions
-        Phase(1500, 48, 6e-4, warmup_steps=50, caption_fraction=0.15, questions=6),
+        Phase(2000, 48, 6e-4, warmup_steps=50, caption_fraction=0.15, questions=6),
     ),
     "clip": (Phase(1200, 192, 7e-4, warmup_steps=150),),
     "blip": (Phase(3000, 64, 8e-4),),

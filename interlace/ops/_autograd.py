@@ -23,16 +23,19 @@ class Backward:
     """How the gradients of an op are computed.
 
     Attributes:
-        op: takes the gradient of every output of the forward op, then these outputs if
+        op: takes the gradient of every output of the forward op that has one, then all outputs if
             `needs_outputs`, then the forward op's arguments; returns one gradient per name in
-            `wrt`.
-        wrt: arguments of the forward op that receive a gradient; each is a tensor, not a list.
+            `wrt`, of any shape for an argument that is None.
+        wrt: arguments of the forward op that receive a gradient; each is a tensor or None, not a
+            list.
         needs_outputs: the forward op's outputs are kept for `op`.
+        constant: places of outputs that carry no gradient, such as statistics kept for `op`.
     """
 
     op: Op
     wrt: tuple[str, ...]
     needs_outputs: bool = False
+    constant: tuple[int, ...] = ()
 
 
 def differentiable(
@@ -55,6 +58,8 @@ def differentiable(
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             outputs = forward_call(*args)
+            if backward.constant:
+                ctx.mark_non_differentiable(*(outputs[place] for place in backward.constant))
             kept = (outputs if isinstance(outputs, tuple) else (outputs,)) + args[:count]
             if not backward.needs_outputs:
                 kept = args[:count]
@@ -68,11 +73,14 @@ def differentiable(
         def backward(ctx: Any, *gradients: Tensor) -> Any:
             saved = iter(ctx.saved_tensors)
             kept = [next(saved) if other is None else other[0] for other in ctx.others]
-            found = backward.op(*gradients, *kept, backend=ctx.backend)
+            given = [g for place, g in enumerate(gradients) if place not in backward.constant]
+            found = backward.op(*given, *kept, backend=ctx.backend)
             found = found if isinstance(found, tuple) else (found,)
             results: list[Tensor | None] = [None] * (count + 1)
             for place, gradient in zip(places, found, strict=True):
-                results[place] = gradient
+                # the forward op's arguments stand at the end of what is kept
+                if kept[place - count] is not None:
+                    results[place] = gradient
             return tuple(results)
 
     return Joined.apply

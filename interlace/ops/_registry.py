@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from interlace.errors import BackendError
-from interlace.ops import _selection
+from interlace.ops import _availability, _order, _selection
 from interlace.ops._autograd import Backward, differentiable
 from interlace.ops._budget import Budget
 
@@ -37,13 +37,18 @@ class Backend:
         target: the implementation, called with the op's arguments; a callable, or
             "module:function", which is imported on the first call.
         why_not: called with the op's arguments; a sentence that says why the implementation cannot
-            serve them, or None. Reads device, dtype, shape and stride, never values and never the
-            environment.
+            serve them, or None. Reads dtype, shape and stride, never values and never the
+            environment. Whether the backend is there and fits the device is asked before, for all
+            ops alike (`interlace/ops/_availability.py`).
     """
 
     name: str
     target: Callable[..., Any] | str
     why_not: Callable[..., str | None]
+
+    def refusal(self, op: str, args: tuple[Any, ...]) -> str | None:
+        """Say why the implementation cannot serve an op's arguments here; None if it can."""
+        return _availability.why_not(self.name, op, args) or self.why_not(*args)
 
     def run(self, *args: Any) -> Any:
         """Call the implementation."""
@@ -98,13 +103,14 @@ class Op:
     budget: Budget = field(default_factory=Budget)
     deterministic: bool = True
     _call: Callable[..., Any] = field(init=False, repr=False)
+    _by_name: dict[str, Backend] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.reference).parameters
         if any(parameter.default is not parameter.empty for parameter in parameters.values()):
             # the dispatcher leaves out arguments that equal their default
             raise ValueError(f"The reference of {self.name} must not have default arguments.")
-        self.backends = _selection.in_order(self.backends)
+        self._by_name = {backend.name: backend for backend in self.backends}
         arguments, returns = torch.library.infer_schema(self.reference, mutates_args=()).split(
             ") ->"
         )
@@ -123,7 +129,7 @@ class Op:
 
     def explain(self, *args: Any) -> list[tuple[str, str | None]]:
         """Say for every backend, in order, why it cannot serve the arguments; None if it can."""
-        reasons: dict[str, str | None] = {b.name: b.why_not(*args) for b in self.backends}
+        reasons = {b.name: b.refusal(self.name, args) for b in self.backends}
         reasons["torch"] = None
         return [
             (name, reasons.get(name, f"{self.name} has no {name} kernel"))
@@ -145,10 +151,7 @@ class Op:
         """
         wanted = _selection.resolve(requested)
         if wanted == "auto":
-            name = next((b.name for b in self.backends if b.why_not(*args) is None), "torch")
-            if name == "torch" and any(tensor.is_cuda for tensor in _selection.tensors_in(args)):
-                _selection.warn_of_fallback(self.name, self.explain(*args))
-            return name
+            return self._first_that_serves(args)
         reasons = self.explain(*args)
         if dict(reasons)[wanted] is not None:
             raise BackendError(
@@ -157,11 +160,21 @@ class Op:
             )
         return wanted
 
+    def _first_that_serves(self, args: tuple[Any, ...]) -> str:
+        device = next((t.device for t in _selection.tensors_in(args)), torch.device("cpu"))
+        for name in _order.precedence(self.name, device):
+            backend = self._by_name.get(name)
+            if backend is not None and backend.refusal(self.name, args) is None:
+                return name
+        if device.type == "cuda":
+            _selection.warn_of_fallback(self.name, self.explain(*args))
+        return "torch"
+
     def run(self, name: str, *args: Any) -> Any:
         """Call one backend by name, without asking whether it can serve."""
         if name == "torch":
             return self.reference(*args)
-        return next(b for b in self.backends if b.name == name).run(*args)
+        return self._by_name[name].run(*args)
 
     def _run(self, *args: Any) -> Any:
         *inputs, requested = args

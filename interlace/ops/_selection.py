@@ -7,7 +7,7 @@ import contextvars
 import functools
 import logging
 import os
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -21,14 +21,6 @@ VARIABLE = "INTERLACE_BACKEND"
 
 _log = logging.getLogger("interlace.ops")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
-
-
-class _Named(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
-_N = TypeVar("_N", bound=_Named)
 
 
 @contextlib.contextmanager
@@ -60,11 +52,6 @@ def resolve(requested: str) -> str:
     if chosen is not None:
         return chosen
     return _check(os.environ.get(VARIABLE) or "auto", f"backend in {VARIABLE}")
-
-
-def in_order(backends: Iterable[_N]) -> tuple[_N, ...]:
-    """Sort implementations by precedence."""
-    return tuple(sorted(backends, key=lambda implementation: ORDER.index(implementation.name)))
 
 
 def in_words(reasons: Iterable[tuple[str, str | None]]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from interlace import ops
 from interlace.errors import BackendError
-from interlace.ops import _extension, _selection
+from interlace.ops import _availability, _extension, _order, _selection
 from interlace.ops._autograd import Backward
 from interlace.ops._budget import Budget
 from interlace.ops._registry import OPS, Backend, Op, OpSample
@@ -48,7 +48,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[OpSample]:
 
 
 @pytest.fixture(scope="module")
-def toy() -> Iterator[Op]:
+def registered_toy() -> Iterator[Op]:
     common = {"samples": samples, "bytes_moved": lambda *_: 0, "flops": lambda *_: 0}
     backward = Op("toy_bwd", scaled_bwd, fake=lambda *args: torch.empty_like(args[4]), **common)
     op = Op(
@@ -66,6 +66,13 @@ def toy() -> Iterator[Op]:
     )
     yield op
     del OPS["toy"], OPS["toy_bwd"]
+
+
+@pytest.fixture
+def toy(registered_toy: Op, monkeypatch: pytest.MonkeyPatch) -> Op:
+    # it has no compiled kernels; its own refusals are what is tested
+    monkeypatch.setattr(_availability, "why_not", lambda backend, op, args: None)
+    return registered_toy
 
 
 def calls_of_cpp(op: Op, *args: object, **options: str) -> int:
@@ -189,11 +196,34 @@ def test_extension_tells_why_it_does_not_load(monkeypatch: pytest.MonkeyPatch) -
 def test_table_and_doctor_describe_this_machine() -> None:
     rows = {(op, backend): reason for op, backend, reason in ops.table()}
     assert rows["layer_similarity", "torch"] is None
-    assert "kernel" in (rows["layer_similarity", "triton"] or "")
     facts = ops.doctor()
     assert facts["torch"] == torch.__version__
     assert facts["extension"] == (_extension.why_not() or "loaded")
     assert all(isinstance(value, str) for value in facts.values())
+
+
+def test_measured_orders_go_first_and_the_others_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = {"Some GPU": {"toy": ["triton", "torch"]}}
+    monkeypatch.setattr(_order, "measured", lambda: orders)
+    _order._precedence.cache_clear()
+    try:
+        assert _order._precedence("toy", "Some GPU") == ("triton", "torch", "cuda", "cpp")
+        assert _order._precedence("toy", "Other GPU") == _selection.ORDER
+        assert _order._precedence("other", "Some GPU") == _selection.ORDER
+        assert _order.precedence("toy", torch.device("cpu")) == _selection.ORDER
+    finally:
+        _order._precedence.cache_clear()
+
+
+def test_measured_orders_name_known_backends_and_ops() -> None:
+    for ops_of_gpu in _order.measured().values():
+        assert set(ops_of_gpu) <= set(OPS)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton", "cpp"])
+def test_backends_refuse_tensors_of_another_device(backend: str) -> None:
+    tensor = torch.ones(1, device="meta")
+    assert "tensors, got meta" in (_availability.why_not(backend, "any", (3, [tensor])) or "")
 
 
 def test_budget_catches_what_it_should() -> None:

@@ -1,9 +1,7 @@
 // The inner part of layer_similarity: all dots of one token, for one instruction set.
 //
-// Included by layer_similarity.cpp once per instruction set, inside a namespace of its own, hence
-// no include guard. Expects INTERLACE_TARGET, the attribute that selects the instruction set, and
-//   kLanes             floats in a vector
-//   kRows, kOffsets    size of a tile; kRows * kOffsets + kRows + 1 vectors fit in the registers
+// Included once per instruction set, see cpu/isa.h. Size of a tile: kRows neighbouring rows and
+// kOffsets neighbouring offsets; kRows * kOffsets + kRows + 1 vectors fit in the registers.
 //
 // One token is S rows of D elements: too much for the first-level cache, and the rows often lie a
 // power of two apart, where they would evict each other. So D is cut into blocks. A block of all
@@ -11,7 +9,12 @@
 // taken from there. A tile is kRows neighbouring rows i times kOffsets neighbouring offsets j - i,
 // a parallelogram: it covers bands of any width as well as the full triangle.
 
-typedef float Vector __attribute__((vector_size(4 * kLanes), may_alias));
+#if defined(__aarch64__)
+constexpr int kRows = 5;
+#else
+constexpr int kRows = kLanes == 16 ? 5 : kLanes == 8 ? 3 : 2;
+#endif
+constexpr int kOffsets = 4;
 
 struct Tile {
   Vector dots[kRows * kOffsets];
@@ -34,10 +37,10 @@ INTERLACE_TARGET static void add_block(const Panel& panel, int64_t first, int64_
     for (int64_t line = 0; line < stream.lines_per_step; ++line) stream.fetch_line();
     Vector mine[kRows];
 #pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) mine[r] = *reinterpret_cast<const Vector*>(left[r] + d);
+    for (int r = 0; r < kRows; ++r) mine[r] = load(left[r] + d);
 #pragma GCC unroll 32
     for (int c = 0; c < kReach; ++c) {
-      const Vector other = *reinterpret_cast<const Vector*>(right[c] + d);
+      const Vector other = load(right[c] + d);
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) {
         if (c >= r && c - r < kOffsets) sum[r * kOffsets + c - r] += mine[r] * other;
@@ -48,34 +51,30 @@ INTERLACE_TARGET static void add_block(const Panel& panel, int64_t first, int64_
   for (int i = 0; i < kRows * kOffsets; ++i) tile.dots[i] = sum[i];
 }
 
-INTERLACE_TARGET static float sum_of_lanes(const Vector& vector) {
-  float lane[kLanes];
-  std::memcpy(lane, &vector, sizeof lane);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  }
-  return lane[0];
+// Widens `count` elements into fp32, and zeros up to a whole vector.
+template <class Element>
+INTERLACE_TARGET static void widen(const Element* from, int64_t count, float* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= count; d += kLanes) store(load(from + d), to + d);
+  if (d < count) store(load_some(from + d, count - d), to + d);
 }
 
-// Widens elements start.. of every row into the panel, and zeros up to a whole vector.
+// Widens elements start.. of every row into the panel.
 INTERLACE_TARGET static void fill(const Token& token, int64_t start, Panel& panel) {
-  const int64_t count = panel.used;
-  panel.filled = (count + kLanes - 1) / kLanes * kLanes;
+  panel.filled = (panel.used + kLanes - 1) / kLanes * kLanes;
   for (int64_t i = 0; i < panel.num_rows; ++i) {
     float* to = panel.data + i * panel.stride;
-    const uint16_t* from16 = static_cast<const uint16_t*>(token.rows[i]) + start;
     switch (token.dtype) {
       case DType::kFloat32:
-        std::memcpy(to, static_cast<const float*>(token.rows[i]) + start, count * sizeof(float));
+        widen(static_cast<const float*>(token.rows[i]) + start, panel.used, to);
         break;
       case DType::kBFloat16:
-        for (int64_t d = 0; d < count; ++d) to[d] = bits_to_float(uint32_t{from16[d]} << 16);
+        widen(static_cast<const BFloat16*>(token.rows[i]) + start, panel.used, to);
         break;
       case DType::kFloat16:
-        widen_halves(from16, count, to);
+        widen(static_cast<const Float16*>(token.rows[i]) + start, panel.used, to);
         break;
     }
-    for (int64_t d = count; d < panel.filled; ++d) to[d] = 0.0f;
   }
 }
 

@@ -1,0 +1,55 @@
+"""Triton kernels in triton's interpreter, on the CPU, against the references.
+
+The interpreter truncates when it stores bf16 and gets bf16 products wrong; kernels upcast under it,
+and the budget's units in the last place cover the truncation. It sees no races and no alignment.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from interlace.ops._registry import OPS, Op
+
+pytest.importorskip("triton")
+
+CASES = [
+    pytest.param(op, dtype, sample.args, id=f"{op.name}-{str(dtype).split('.')[1]}-{sample.name}")
+    for op in OPS.values()
+    for backend in op.backends
+    if backend.name == "triton"
+    for dtype in op.dtypes
+    for sample in op.samples(torch.device("cpu"), dtype)
+    if backend.why_not(*sample.args) is None
+]
+
+
+def in_fp64(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, list | tuple):
+        return type(value)(in_fp64(each) for each in value)
+    return value
+
+
+def outputs(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is present; the gpu lane runs these"
+)
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("op", "dtype", "args"), CASES)
+def test_interpreted_kernels_keep_the_error_budget(
+    op: Op, dtype: torch.dtype, args: tuple[Any, ...]
+) -> None:
+    truth = outputs(op.reference(*in_fp64(args)))
+    plain = outputs(op.reference(*args))
+    found = outputs(op.run("triton", *args))
+    for place, each in enumerate(zip(found, plain, truth, strict=True)):
+        excess = op.budget.excess(*each)
+        assert excess is None, f"output {place}: {excess}"

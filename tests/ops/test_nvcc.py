@@ -1,0 +1,31 @@
+"""CUDA kernels compile for the GPU generations in use, within their registers, without spills."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# two blocks of 256 threads fit on a multiprocessor
+MOST_REGISTERS = 128
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_kernels_compile_without_spills(source: Path, architecture: str, tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch={architecture}", f"-I{ROOT / 'csrc'}"]
+    command += ["-Xptxas=-v", "-cubin", str(source), "-o", str(tmp_path / "out.cubin")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    pattern = r"Function properties for (\S+)\n(.*)\n.*Used (\d+) registers"
+    kernels = re.findall(pattern, result.stderr)
+    assert kernels, result.stderr
+    for name, properties, registers in kernels:
+        assert "0 bytes stack frame, 0 bytes spill stores" in properties, f"{name}: {properties}"
+        assert int(registers) <= MOST_REGISTERS, f"{name} uses {registers} registers"

@@ -1,0 +1,44 @@
+"""What a Triton kernel is compiled for, as data: for launching, and for compiling ahead of time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# bytes of shared memory that one block may use, by compute capability
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form of a kernel.
+
+    Every kernel module has a function `variants()` that lists the forms its launcher uses on real
+    model shapes. `python -m interlace.triton_kernels.aot` compiles them without a GPU.
+
+    Attributes:
+        name: what it is for, such as "causal, head 128, bf16".
+        kernel: the `@triton.jit` function.
+        types: Triton type of every argument that is not a constant, such as "*bf16" or "i32".
+        constants: value of every `tl.constexpr` argument.
+        aligned: arguments (pointers, strides, sizes) that are multiples of 16, as the launcher's
+            arguments on real shapes are; Triton finds that out by itself when it launches.
+        num_warps: warps of a block.
+        num_stages: depth of the software pipeline.
+        capabilities: compute capabilities it is used on, 80, 90 or 100.
+        expects: per capability, parts of instructions that its PTX must have, such as
+            "wgmma.mma_async".
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    aligned: tuple[str, ...] = ()
+    num_warps: int = 4
+    num_stages: int = 2
+    capabilities: tuple[int, ...] = (80, 90, 100)
+    expects: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
