@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import interlace.ops
+from interlace.ops._check import bits, outputs, serving, violations
 from interlace.ops._registry import OPS, Op
 from interlace.ops._selection import ORDER
 
@@ -31,22 +32,6 @@ def samples(op: Op, device: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...
     return {sample.name: sample.args for sample in op.samples(torch.device(device), dtype)}
 
 
-def in_fp64(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, list | tuple):
-        return type(value)(in_fp64(each) for each in value)
-    return value
-
-
-def outputs(result: Any) -> tuple[torch.Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
-def serving(op: Op, args: tuple[Any, ...]) -> list[str]:
-    return [name for name, reason in op.explain(*args) if reason is None]
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", ALL_OPS)
 def test_expected_backends_serve(op: Op, device: str) -> None:
@@ -63,25 +48,7 @@ def test_expected_backends_serve(op: Op, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("op", "dtype", "name"), CASES)
 def test_within_error_budget(op: Op, device: str, dtype: torch.dtype, name: str) -> None:
-    args = samples(op, device, dtype)[name]
-    truth = outputs(op.reference(*in_fp64(args)))
-    plain = outputs(op.reference(*args))
-    for backend in serving(op, args):
-        first = outputs(op(*args, backend=backend))
-        for place, found in enumerate(zip(first, plain, truth, strict=True)):
-            excess = op.budget.excess(*found)
-            assert excess is None, f"output {place} of backend {backend} (sample {name}): {excess}"
-        if op.deterministic:
-            second = outputs(op(*args, backend=backend))
-            for one, other in zip(first, second, strict=True):
-                assert torch.equal(bits(one), bits(other)), (
-                    f"backend {backend} is not deterministic"
-                )
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    # so that NaN equals NaN
-    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor[None].view(torch.uint8)
+    assert violations(op, samples(op, device, dtype)[name]) == []
 
 
 @pytest.mark.parametrize("device", DEVICES)

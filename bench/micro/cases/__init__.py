@@ -1,0 +1,1 @@
+"""One file per op, named after it, each with one function `cases(shape, setup)`."""
