@@ -89,6 +89,7 @@ class Op:
         backward: how gradients are computed; None for an op that has none.
         budget: the error allowed beyond the reference's own.
         deterministic: a second run gives the same bits.
+        parameters: names of the reference's arguments.
     """
 
     name: str
@@ -104,12 +105,14 @@ class Op:
     deterministic: bool = True
     _call: Callable[..., Any] = field(init=False, repr=False)
     _by_name: dict[str, Backend] = field(init=False, repr=False)
+    parameters: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.reference).parameters
         if any(parameter.default is not parameter.empty for parameter in parameters.values()):
             # the dispatcher leaves out arguments that equal their default
             raise ValueError(f"The reference of {self.name} must not have default arguments.")
+        self.parameters = tuple(parameters)
         self._by_name = {backend.name: backend for backend in self.backends}
         arguments, returns = torch.library.infer_schema(self.reference, mutates_args=()).split(
             ") ->"
@@ -120,7 +123,7 @@ class Op:
         torch.library.register_fake(f"interlace::{self.name}", self._run_fake, lib=_LIBRARY)
         self._call = getattr(torch.ops.interlace, self.name).default
         if self.backward is not None:
-            self._call = differentiable(self._call, tuple(parameters), self.backward)
+            self._call = differentiable(self._call, self.parameters, self.backward)
         OPS[self.name] = self
 
     def __call__(self, *args: Any, backend: str = "auto") -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from interlace.ops._check import in_fp64, outputs
 from interlace.ops._registry import OPS, Op
 
 pytest.importorskip("triton")
@@ -25,18 +26,6 @@ CASES = [
     for sample in op.samples(torch.device("cpu"), dtype)
     if backend.why_not(*sample.args) is None
 ]
-
-
-def in_fp64(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, list | tuple):
-        return type(value)(in_fp64(each) for each in value)
-    return value
-
-
-def outputs(result: Any) -> tuple[torch.Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
 
 
 @pytest.mark.skipif(
