@@ -8,6 +8,9 @@
 #include <vector>
 
 #include "cpu/layer_similarity.h"
+#if defined(INTERLACE_CUDA)
+#include "cuda/layer_similarity.h"
+#endif
 
 namespace py = pybind11;
 
@@ -42,6 +45,38 @@ void layer_similarity(const std::vector<std::uintptr_t>& states,
   });
 }
 
+#if defined(INTERLACE_CUDA)
+// Returns the bytes of scratch memory that it needs; without any it does nothing else.
+std::int64_t layer_similarity_cuda(const std::vector<std::uintptr_t>& states,
+                                   const std::vector<std::int64_t>& row_strides, int dtype,
+                                   std::uintptr_t groups, std::int64_t num_tokens,
+                                   std::int64_t width, std::int64_t num_groups,
+                                   std::int64_t max_offset, std::uintptr_t sums,
+                                   std::uintptr_t counts, std::uintptr_t scratch, int device,
+                                   std::uintptr_t stream) {
+  std::vector<const void*> pointers;
+  for (const std::uintptr_t state : states) pointers.push_back(as_pointer<const void>(state));
+  const interlace::LayerSimilarityCudaArgs args{
+      pointers.data(),
+      row_strides.data(),
+      static_cast<interlace::DType>(dtype),
+      as_pointer<const std::int32_t>(groups),
+      static_cast<std::int64_t>(states.size()),
+      num_tokens,
+      width,
+      num_groups,
+      max_offset,
+      as_pointer<float>(sums),
+      as_pointer<std::int64_t>(counts),
+      as_pointer<void>(scratch),
+      device,
+      as_pointer<void>(stream),
+  };
+  if (scratch != 0) interlace::layer_similarity_cuda(args);
+  return interlace::layer_similarity_scratch(args);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -51,4 +86,11 @@ PYBIND11_MODULE(_C, module) {
              py::arg("width"), py::arg("num_groups"), py::arg("max_offset"), py::arg("sums"),
              py::arg("counts"), py::arg("num_threads"), py::arg("max_lanes"),
              py::call_guard<py::gil_scoped_release>());
+#if defined(INTERLACE_CUDA)
+  module.def("layer_similarity_cuda", &layer_similarity_cuda, py::kw_only(), py::arg("states"),
+             py::arg("row_strides"), py::arg("dtype"), py::arg("groups"), py::arg("num_tokens"),
+             py::arg("width"), py::arg("num_groups"), py::arg("max_offset"), py::arg("sums"),
+             py::arg("counts"), py::arg("scratch"), py::arg("device"), py::arg("stream"),
+             py::call_guard<py::gil_scoped_release>());
+#endif
 }
