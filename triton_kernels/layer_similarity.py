@@ -363,6 +363,8 @@ def _form(rows: Sequence[Tensor]) -> tuple[dict[str, Any], _Config]:
     """The compiled form of `cosine_kernel` for given states."""
     pack = 16 // rows[0].element_size()
     aligned = all(h.data_ptr() % 16 == 0 and h.stride(0) % pack == 0 for h in rows)
+    # the compiler tells apart whether a size is a multiple of 16, and of nothing less
+    aligned = aligned and rows[0].shape[1] % 16 == 0
     return _constants(len(rows), rows[0].dtype, aligned, interpreted=triton.knobs.runtime.interpret)
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from interlace import ops
 from interlace.errors import ShapeError
+from interlace.ops._check import violations
 
 BACKENDS = ["torch", "cpp"]
 
@@ -186,3 +187,59 @@ def test_triton_kernel_sorts_tokens_by_group_over_several_blocks(num_tokens: int
     assert torch.equal(order[:num_valid].long(), expected)
     assert torch.equal(counts, torch.bincount(groups[groups >= 0], minlength=5))
     assert starts.tolist() == [0, *counts.cumsum(0).tolist()]
+
+
+def test_cuda_kernel_refuses_more_states_than_its_arguments_hold() -> None:
+    groups = torch.zeros(4, dtype=torch.int32)
+    state = torch.zeros(4, 8)
+    assert contract._cuda_why_not([state] * 128, groups, 1, None) is None
+    assert "up to 128 states" in contract._cuda_why_not([state] * 129, groups, 1, None)
+    assert contract._gpu_why_not([state] * 129, groups, 1, None) is None
+    many = torch.zeros(1, dtype=torch.int32).expand(2**31)
+    assert "32 bits" in contract._gpu_why_not([state], many, 1, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", contract.OP.dtypes)
+@pytest.mark.parametrize(
+    ("num_states", "num_tokens", "width", "num_groups", "max_offset"),
+    [
+        (37, 2048, 4096, 1, None),
+        (37, 1500, 2560, 9, 3),
+        # more tokens than are sorted at once
+        (13, 20000, 64, 40, None),
+        # several passes, the last one with few states
+        (81, 300, 1280, 2, None),
+        (128, 150, 776, 3, 40),
+    ],
+)
+def test_real_sizes_keep_the_budget_on_a_gpu(
+    dtype: torch.dtype,
+    num_states: int,
+    num_tokens: int,
+    width: int,
+    num_groups: int,
+    max_offset: int | None,
+) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    walk = torch.randn(num_states, num_tokens, width, device="cuda", generator=generator).cumsum(0)
+    groups = torch.randint(
+        -1, num_groups, (num_tokens,), device="cuda", generator=generator, dtype=torch.int32
+    )
+    args = (list(walk.to(dtype).unbind(0)), groups, num_groups, max_offset)
+    assert violations(contract.OP, args) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_more_elements_than_32_bits_count(backend: str) -> None:
+    # one tensor of 4.3e9 bytes; its last rows lie beyond 2^31 elements
+    rows = torch.randn(2**31 // 4096 + 64, 4096, device="cuda", dtype=torch.bfloat16)
+    groups = torch.full((len(rows),), -1, device="cuda", dtype=torch.int32)
+    groups[-64:] = 0
+    far, _ = ops.layer_similarity([rows] * 3, groups, num_groups=1, backend=backend)
+    near, _ = ops.layer_similarity(
+        [rows[-64:].clone()] * 3, groups[-64:].clone(), num_groups=1, backend=backend
+    )
+    assert torch.equal(far, near)
