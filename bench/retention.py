@@ -25,13 +25,14 @@ import torch
 
 import interlace as il
 from interlace.config import HealSettings
+from interlace.data.collate import Collator
 from interlace.errors import PlanError
-from interlace.records import Provenance
+from interlace.records import Provenance, TowerPlan
 
 log = logging.getLogger("retention")
 
 PUBLISHED = ("interlace", "interlace_oa", "interlace_tn", "random", "consecutive")
-OTHERS = ("triplet_optimal", "shortgpt", "uidl", "last", "uniform")
+OTHERS = ("triplet_optimal", "shortgpt", "uidl", "last", "uniform", "sleb")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Subject:
     towers: tuple[str, ...]
     tasks: dict[str, tuple[str, ...]]
     data_tasks: tuple[str, ...]
+    objective: str
     learning_rate: float
 
 
@@ -51,6 +53,7 @@ SUBJECTS = {
         ("text",),
         {"vqa": ("accuracy",), "caption": ("cider",)},
         ("vqa", "caption"),
+        "chat",
         5e-4,
     ),
     "clip": Subject(
@@ -58,9 +61,12 @@ SUBJECTS = {
         ("text", "vision"),
         {"retrieval": ("image_to_text_r1", "text_to_image_r1")},
         ("retrieval",),
+        "contrastive",
         5e-4,
     ),
-    "blip": Subject("blip", ("text",), {"caption": ("cider", "exact_match")}, ("caption",), 5e-4),
+    "blip": Subject(
+        "blip", ("text",), {"caption": ("cider", "exact_match")}, ("caption",), "caption", 5e-4
+    ),
 }
 
 
@@ -78,8 +84,8 @@ class Preset:
 
 
 PRESETS = {
-    "smoke": Preset(("interlace", "random"), (0.25,), (0,), 16, 64, 16, 32),
-    "small": Preset((*PUBLISHED, "triplet_optimal"), (0.25,), (0, 1, 2), 128, 2048, 32, 384),
+    "smoke": Preset(("interlace", "random", "sleb"), (0.25,), (0,), 16, 64, 16, 32),
+    "small": Preset((*PUBLISHED, *OTHERS), (0.25,), (0, 1, 2), 128, 2048, 32, 384),
     "full": Preset(
         (*PUBLISHED, *OTHERS), (0.10, 0.15, 0.20, 0.25, 0.33), (0, 1, 2), 256, 4096, 32, 512
     ),
@@ -92,6 +98,22 @@ def _headline(subject: Subject, metrics: dict[str, dict[str, float]]) -> dict[st
         for task, names in subject.tasks.items()
         for name in names
     }
+
+
+def _loss_without(subject: Subject, vlm: Any, scores: Any, samples: list[Any]) -> Any:
+    """What `sleb` chooses by: the model's own loss on calibration samples, without some layers."""
+    collate = Collator(vlm.processor, subject.objective)
+    batches = [collate(samples[start : start + 32]) for start in range(0, len(samples), 32)]
+    options = {"return_loss": True} if subject.objective == "contrastive" else {}
+
+    def loss(tower: str, drop: tuple[int, ...]) -> float:
+        planned = TowerPlan(num_layers=vlm.towers[tower].num_layers, drop=drop)
+        plan = il.Plan(towers={tower: planned}, shape=scores.shape, inputs=dict(scores.inputs))
+        model = il.prune(vlm, plan).model
+        with torch.no_grad():
+            return statistics.fmean(float(model(**batch, **options).loss) for batch in batches)
+
+    return loss
 
 
 def _cell(
@@ -117,6 +139,7 @@ def _cell(
         protect="auto",
         seed=seed,
         towers=subject.towers,
+        loss=_loss_without(subject, vlm, scores, data["calibration"][:64]),
     )
     student = il.prune(vlm, plan)
 
