@@ -32,8 +32,9 @@ class Case:
             be made ready beforehand (layouts, index tensors, masks) is made outside the callable,
             so that nothing slows a baseline down but its own work. A baseline that raises is
             listed with what it raised.
-        backward: time the gradient too. The op's tensors named in its `Backward.wrt` are made to
-            require a gradient, so baselines have to compute from these very tensors of `args`.
+        backward: time the gradient too, by torch.autograd.grad alone. The tensors that the op's
+            `Backward.wrt` names are then made to require a gradient, so baselines have to compute
+            from these very tensors of `args`, their views made within the callable.
         left_out: backend -> why it is not timed here, for a reference that would need 30 GB, say.
     """
 
