@@ -9,6 +9,7 @@ says otherwise. How to add an op: bench/micro/__init__.py.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -56,18 +57,50 @@ class Run:
     failed: list[str] = field(default_factory=list)
     _ceilings: dict[torch.dtype, Ceilings] = field(default_factory=dict)
 
+    def time_all(self, chosen: Sequence[Op]) -> None:
+        """Time ops one after the other, each with an even share of the time that is left."""
+        end = time.monotonic() + (self.arguments.budget or float("inf"))
+        for number, op in enumerate(chosen):
+            share = (end - time.monotonic()) / (len(chosen) - number)
+            try:
+                self.time_op(op, time.monotonic() + share)
+            # the ops behind it are still worth timing
+            except Exception as error:  # noqa: BLE001
+                self.fail(op.name, f"raised {first_line(error)}")
+
+    def time_apart(self, chosen: Sequence[Op], argv: Sequence[str]) -> None:
+        """Time each op in a process of its own: a kernel that faults takes its process with it."""
+        end = time.monotonic() + (self.arguments.budget or float("inf"))
+        # positional arguments go first, since options may take several values
+        options = [each for each in argv if each != "--all" and each not in timed_ops()]
+        for number, op in enumerate(chosen):
+            limited, limit = options, None
+            if self.arguments.budget:
+                share = max(0.1, (end - time.monotonic()) / (len(chosen) - number))
+                # of two budgets the last counts
+                limited, limit = [*options, "--budget", f"{share:.1f}"], share + 60
+            try:
+                done = subprocess.run(
+                    [sys.executable, __file__, op.name, *limited], check=False, timeout=limit
+                )
+            except subprocess.TimeoutExpired:
+                self.fail(op.name, f"was stopped after {limit:.0f} s; what it had stays written")
+                continue
+            if done.returncode:
+                self.fail(op.name, f"ended with exit status {done.returncode}")
+
     def time_op(self, op: Op, deadline: float) -> None:
         """Gate, time and write one op; `deadline` is in time.monotonic's seconds."""
         cases = cases_of(op.name)
         if isinstance(cases, str):
-            self._fail(op.name, cases)
+            self.fail(op.name, cases)
             return
         arguments, device = self.arguments, torch.device(self.arguments.device)
         path = self.folder / results.file_name(op.name, quick=arguments.quick)
         red = contract_violations(op, device)
         if red:
             results.write_lines(path, [results.refusal_record(op.name, red)])
-            self._fail(op.name, f"is not timed, its contract test is red: {'; '.join(red)}")
+            self.fail(op.name, f"is not timed, its contract test is red: {'; '.join(red)}")
             return
         records: list[Record] = []
         for name in arguments.dtype:
@@ -105,7 +138,7 @@ class Run:
                         )
             # the cases of other shapes and ops are still worth timing
             except Exception as error:  # noqa: BLE001
-                self._fail(op.name, f"cases of {shape_name} raised {first_line(error)}")
+                self.fail(op.name, f"cases of {shape_name} raised {first_line(error)}")
                 yield results.left_out_record(
                     op.name, f"{shape_name}, what is left of it", f"raised {first_line(error)}"
                 )
@@ -118,7 +151,8 @@ class Run:
         setup = Setup.seeded(device, dtype, quick=quick)
         return Bench(setup, clock, effort, self._ceilings[dtype])
 
-    def _fail(self, op_name: str, reason: str) -> None:
+    def fail(self, op_name: str, reason: str) -> None:
+        """Say what went wrong, now and at the end."""
         self.failed.append(f"{op_name} {reason}")
         self.console.print(f"{op_name} {reason}", markup=False, highlight=False)
 
@@ -134,6 +168,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder; default: bench/results/<device>")
     parser.add_argument("--plots", action="store_true", help="write a PNG per op beside the JSON")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after these")
+    parser.add_argument("--commit", help="what is timed, where there is no git to ask")
     parser.add_argument("--threads", type=int, help="processor threads; default: torch's choice")
     parser.add_argument(
         "--update-order",
@@ -168,11 +203,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 130)
     run = Run(arguments, console, folder)
     chosen = [op for name, op in timed_ops().items() if arguments.all or name in arguments.ops]
-    end = time.monotonic() + (arguments.budget or float("inf"))
-    for number, op in enumerate(chosen):
-        # an even share of what is left
-        share = (end - time.monotonic()) / (len(chosen) - number)
-        run.time_op(op, time.monotonic() + share)
+    if arguments.device == "cuda" and len(chosen) > 1:
+        run.time_apart(chosen, sys.argv[1:] if argv is None else argv)
+    else:
+        run.time_all(chosen)
     for reason in run.failed:
         print(f"failed: {reason}")
     return 1 if run.failed else 0

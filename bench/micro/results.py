@@ -56,7 +56,7 @@ def run_record(op_name: str, bench: Bench, arguments: dict[str, Any]) -> Record:
             "python": platform.python_version(),
             "cuda": torch.version.cuda if device.type == "cuda" else None,
         },
-        "commit": commit() or provenance.commit,
+        "commit": commit() or arguments.get("commit") or provenance.commit,
         "processor": _processor(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),

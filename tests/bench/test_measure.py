@@ -11,7 +11,7 @@ from micro import results
 from micro.case import Case
 from micro.gate import contract_violations
 from micro.measure import measure
-from micro.timing import Contender, CpuClock, Effort, take_turns
+from micro.timing import Contender, CpuClock, Effort, clock_for, take_turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,6 +153,22 @@ def test_cpu_clock_times_short_calls_in_blocks_and_long_ones_singly() -> None:
         torch.randn(200_000)
 
     assert len(CpuClock().turn(long, 0.0)) == calls[0] == 1
+
+
+@pytest.mark.gpu
+def test_gpu_clock_overwrites_the_cache_before_every_call() -> None:
+    clock = clock_for(torch.device("cuda"))
+    said = clock.describe()
+    assert said["flush_bytes"] == 2 * said["l2_bytes"] > 0
+    calls = [0]
+
+    def count() -> None:
+        calls[0] += 1
+
+    entries = clock.turn(count, 1e-3)
+    # the first call says how many more there is time for
+    assert len(entries) == calls[0] - 1 > 0
+    assert all(seconds >= 0 and host > 0 for seconds, host in entries)
 
 
 def test_lines_come_back_as_written(

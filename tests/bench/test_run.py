@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from rich.console import Console
 
 import run
 from micro import results
@@ -91,6 +93,36 @@ def test_cases_that_cannot_be_made_fail_the_run_and_keep_the_rest(time_toy: Any)
     assert status == 1
     assert [line["kind"] for line in lines] == ["case", "case", "left_out"]
     assert lines[-1]["reason"] == "raised MemoryError: too large"
+
+
+def test_ops_in_processes_of_their_own_do_not_take_each_other_along(
+    make_op: Callable[..., Op],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ops = [make_op() for _ in range(3)]
+    called: list[list[str]] = []
+
+    def fake(command: list[str], timeout: float, **_: Any) -> subprocess.CompletedProcess[str]:
+        called.append(command)
+        if len(called) == 2:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, -11 if len(called) == 1 else 0)
+
+    monkeypatch.setattr(run.subprocess, "run", fake)
+    argv = ["--all", "--device", "cpu", "--shapes", "tiny", "clip-l", "--budget", "30"]
+    made = run.Run(run.parse(argv), Console(), tmp_path)
+    made.time_apart(ops, argv)
+    for op, command in zip(ops, called, strict=True):
+        assert command[2] == op.name
+        child = run.parse(command[2:])
+        assert (child.ops, child.all, child.shapes) == ([op.name], False, ["tiny", "clip-l"])
+        assert 0 < child.budget <= 30
+    assert [each.split(" ", 1)[1][:30] for each in made.failed] == [
+        "ended with exit status -11",
+        "was stopped after 75 s; what i",
+    ]
 
 
 @pytest.mark.parametrize(
