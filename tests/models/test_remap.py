@@ -81,6 +81,7 @@ CASES = [
     ("llava", {}, "vision", (4,), {}),
     ("llava", {}, "vision", (5,), {"vision_feature_layer": -1}),
     ("llava", {"feature_layer": 4}, "vision", (1, 3), {"vision_feature_layer": 2}),
+    ("llava", {"feature_layer": 3}, "vision", (0, 1, 2), {"vision_feature_layer": -4}),
     ("llava", {"feature_layer": [-2, 3]}, "vision", (0,), {"vision_feature_layer": [-2, 2]}),
     ("llava_next", {}, "vision", (2,), {}),
     ("llava_onevision", {}, "vision", (0, 5), {}),
