@@ -91,7 +91,8 @@ CASES = [
     ("blip2_opt", {}, "qformer", (2, 3), {}),
     ("blip2_opt", {}, "qformer", (1, 3, 5, 7), {"qformer_config.cross_attention_frequency": 1}),
     ("blip2_t5", {}, "text", (0, 3), {}),
-    ("blip2_t5", {}, "text_encoder", (0, 1), {}),
+    ("blip2_t5", {}, "text_encoder", (0,), {}),
+    ("blip2_t5", {}, "text_encoder", (0, 1), {"text_config.decoder_layers": 6}),
 ]
 
 
