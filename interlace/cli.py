@@ -23,16 +23,18 @@ from interlace._cli import (
     Remote,
     Root,
     Seed,
+    check_outputs,
     open_vlm,
+    output_option,
     read_samples,
-    refuse_existing,
+    save_picture,
     save_record,
     say,
     split_names,
     whole_numbers,
 )
 from interlace.errors import InterlaceError
-from interlace.plan.rules import rule_names
+from interlace.plan.rules import USE_LOSS, check_rule_without_code, rule_names
 
 app = typer.Typer(
     name="interlace",
@@ -49,11 +51,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_RULES = [name for name in rule_names() if name not in USE_LOSS]
+
 
 @app.command()
 def score(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the scores.")],
+    output: Annotated[Path, output_option("Where to write the scores.")],
     data: Data = "scenes",
     root: Root = None,
     count: Count = 256,
@@ -77,28 +81,27 @@ def score(
     """Measure how redundant every layer is, in one forward pass per sample."""
     from interlace.scores import score as run_score
 
-    refuse_existing(output, overwrite)
+    check_outputs(output, heatmap, overwrite)
     vlm = open_vlm(model, dtype, device, trust_remote_code)
     scores = run_score(
         vlm,
         read_samples(data, root, vlm, count=count, seed=seed),
         metrics=split_names(metric) or (),
-        packs="all" if packs.strip() == "all" else whole_numbers(packs, "--packs"),
+        packs="all" if packs.strip() == "all" else whole_numbers(packs, "--packs", "all"),
         towers=split_names(tower),
         batch_size=batch_size,
     )
     save_record(scores, output)
     if heatmap is not None:
-        from interlace.report.plots import save_figure, similarity_map
+        from interlace.report.plots import similarity_map
 
-        save_figure(similarity_map(scores), heatmap)
-        say(f"Wrote {heatmap}")
+        save_picture(similarity_map(scores), heatmap)
 
 
 @app.command()
 def plan(
     scores: Annotated[Path, typer.Argument(help="The file that `interlace score` wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")],
+    output: Annotated[Path, output_option("Where to write the plan.")],
     drop_fraction: Annotated[
         float | None, typer.Option(help="Share of the layers to drop, 0..1. Default: 0.25.")
     ] = None,
@@ -106,7 +109,7 @@ def plan(
         int | None, typer.Option(help="Number of layers to drop, instead of a share.")
     ] = None,
     rule: Annotated[
-        str, typer.Option(help=f"How layers are chosen: {', '.join(rule_names())}.")
+        str, typer.Option(help=f"How layers are chosen: {', '.join(_RULES)}.")
     ] = "interlace",
     protect: Annotated[
         str,
@@ -128,12 +131,13 @@ def plan(
     from interlace.plan import make_plan
     from interlace.records import Scores
 
-    refuse_existing(output, overwrite)
+    check_outputs(output, picture, overwrite)
+    check_rule_without_code(rule)
     guarded: Any = protect.strip()
     if guarded == "none":
         guarded = ()
     elif guarded != "auto":
-        guarded = whole_numbers(guarded, "--protect")
+        guarded = whole_numbers(guarded, "--protect", "auto, none")
     settings = PlanSettings(
         drop_fraction=drop_fraction,
         num_drop=num_drop,
@@ -147,17 +151,16 @@ def plan(
     say(str(made))
     save_record(made, output)
     if picture is not None:
-        from interlace.report.plots import plan_strip, save_figure
+        from interlace.report.plots import plan_strip
 
-        save_figure(plan_strip(made), picture)
-        say(f"Wrote {picture}")
+        save_picture(plan_strip(made), picture)
 
 
 @app.command()
 def prune(
     model: Model,
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="What `interlace plan` wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint.")],
+    output: Annotated[Path, output_option("Folder of the new checkpoint.")],
     allow_pinned: Annotated[
         bool, typer.Option("--allow-pinned", help="Also drop layers that the family pins.")
     ] = False,
@@ -185,7 +188,7 @@ def prune(
 def heal(
     model: Annotated[str, typer.Argument(help="The DENSE model: folder, hub name, bundled:NAME.")],
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="What `interlace plan` wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the healed model.")],
+    output: Annotated[Path, output_option("Folder of the healed model.")],
     data: Data = "scenes",
     root: Root = None,
     count: Count = 4096,
@@ -257,9 +260,7 @@ def heal(
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write the measurements.")
-    ] = None,
+    output: Annotated[Path | None, output_option("Where to write the measurements.")] = None,
     task: Annotated[
         str, typer.Option(help="Comma separated: fidelity, vqa, caption, retrieval, speed.")
     ] = "vqa",
@@ -282,8 +283,7 @@ def evaluate(
     from interlace.evaluate import evaluate as run_evaluate
     from interlace.report.tables import eval_table
 
-    if output is not None:
-        refuse_existing(output, overwrite)
+    check_outputs(output, None, overwrite)
     vlm = open_vlm(model, dtype, device, trust_remote_code)
     held_out = None
     tasks = split_names(task) or ()
@@ -299,6 +299,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         count=count,
         seed=seed,
+        split=split,
     )
     say(eval_table(report))
     if output is not None:
@@ -318,9 +319,11 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a checked transformers checkpoint with its records and a model card."""
+    from interlace._files import check_new_folder
     from interlace.export import export as run_export
     from interlace.records import load_record
 
+    check_new_folder(output, overwrite=overwrite)
     vlm = open_vlm(model, dtype, "cpu", trust_remote_code)
     records = tuple(load_record(path) for path in record or ())
     say(f"Wrote {run_export(vlm, output, records=records, overwrite=overwrite)}")
@@ -329,9 +332,7 @@ def export(
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path(
-        "interlace-run"
-    ),
+    output: Annotated[Path, output_option("Folder of the run.")] = Path("interlace-run"),
 ) -> None:
     """Do the whole flow of a recipe; stages that are done and still fit are skipped."""
     from interlace.pipeline import run as run_flow
@@ -347,9 +348,7 @@ def run(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page.")] = Path(
-        "interlace-demo"
-    ),
+    output: Annotated[Path, output_option("Folder for the page.")] = Path("interlace-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and steps.")] = False,
 ) -> None:
     """Show the main job on the bundled model: three rules, before and after healing."""

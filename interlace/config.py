@@ -300,7 +300,7 @@ class ExportSettings(Settings):
     """How to write the result.
 
     Attributes:
-        overwrite: replace an existing folder.
+        overwrite: replace an existing folder that is not from an earlier run of the recipe.
         verify: reload the checkpoint in a fresh process and compare.
     """
 

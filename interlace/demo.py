@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from interlace._files import check_new_file
 from interlace.config import HealSettings
 from interlace.data.samples import Samples, samples
 from interlace.evaluate import evaluate
@@ -168,6 +169,7 @@ def run_demo(output: Path, *, quick: bool = False) -> Path:
     Raises:
         InterlaceError: as the stages raise it.
     """
+    page = check_new_file(output / "index.html", overwrite=True)
     budget = QUICK if quick else FULL
     vlm = open_model(MODEL, dtype="float32")
     log.info("Opened %s: %s parameters", MODEL, f"{vlm.num_parameters():,}")
@@ -194,7 +196,6 @@ def run_demo(output: Path, *, quick: bool = False) -> Path:
         "before healing": {row.rule: _kept(row.raw) for row in rows},
         "after healing": {row.rule: _kept(row.healed) for row in rows},
     }
-    page = output / "index.html"
     write_report(
         page,
         title="INTERLACE on the bundled Qwen3-VL",

@@ -13,17 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from interlace._files import atomic_write_text, sha256_of
+from interlace._files import atomic_write_text, check_new_folder, check_place, sha256_of
 from interlace.config import DataSettings, EvalSettings, Recipe
-from interlace.data.samples import Samples, samples
-from interlace.errors import CheckpointError, ConfigError
+from interlace.data.samples import Samples, samples, scenes_split
+from interlace.errors import CheckpointError, ConfigError, unknown_name
 from interlace.evaluate import evaluate
+from interlace.evaluate.selection import check_models, checked_names
 from interlace.export import export
 from interlace.heal import heal
 from interlace.models import VLM, open_model
 from interlace.plan import make_plan
+from interlace.plan.rules import check_rule_without_code
 from interlace.records import EvalReport, HealReport, Plan, Record, Scores
 from interlace.scores import score
+from interlace.scores.metrics import meter_classes
 from interlace.surgery import prune
 
 if TYPE_CHECKING:
@@ -73,8 +76,9 @@ class _Stages:
         path = folder / STATE
         if path.exists():
             try:
-                self.keys = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                self.keys = {name: {**key} for name, key in found.items()}
+            except (OSError, ValueError, TypeError, AttributeError) as error:
                 raise CheckpointError(
                     f"{path} is damaged ({error}). Remove it to run every stage again."
                 ) from error
@@ -91,7 +95,7 @@ class _Stages:
         path = self.folder / f"{name}.json"
         if self.is_done(name, key) and path.exists():
             record = kind.load(path)
-            if record.fingerprint == self.keys[name]["fingerprint"]:
+            if record.fingerprint == self.keys[name].get("fingerprint"):
                 log.info("%s: unchanged, taken from %s", name, path)
                 self.skipped.append(name)
                 return record
@@ -133,6 +137,33 @@ def _measured(data: DataSettings, settings: EvalSettings, vlm: VLM) -> dict[str,
     return dict.fromkeys(settings.tasks, held_out)
 
 
+def _check_names(settings: Recipe) -> None:
+    """Refuse names that a later stage would refuse, before any work is spent."""
+    meter_classes(settings.score.metrics)
+    check_rule_without_code(settings.plan.rule)
+    checked_names(settings.eval.tasks)
+    if settings.data.source == "scenes":
+        for split in (settings.data.split, settings.eval.split):
+            scenes_split(split)
+
+
+def _check_towers(settings: Recipe, vlm: VLM) -> None:
+    """Refuse towers that the model does not have, or that are planned but not scored."""
+    scored = settings.score.towers or tuple(vlm.towers)
+    plan = settings.plan
+    amounts = [each for each in (plan.drop_fraction, plan.num_drop) if isinstance(each, dict)]
+    planned = [*(plan.towers or ()), *(name for each in amounts for name in each)]
+    for name in (*scored, *planned):
+        if name not in vlm.towers:
+            raise ConfigError(unknown_name(f"tower of {vlm.name}", name, vlm.towers))
+    unscored = [name for name in planned if name not in scored]
+    if unscored:
+        raise ConfigError(
+            f"The recipe plans the tower {unscored[0]}, but scores only {', '.join(scored)}. "
+            "Name it under [score] towers too, or leave it out of [plan]."
+        )
+
+
 def run(
     recipe: Recipe | str | os.PathLike[str], output: str | os.PathLike[str] = "interlace-run"
 ) -> RunResult:
@@ -150,18 +181,26 @@ def run(
         InterlaceError: as the stages raise it; finished stages stay.
     """
     settings = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    _check_names(settings)
     folder = Path(output)
     if folder.is_file():
         raise ConfigError(f"The output {folder} is a file; name a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    check_place(folder / STATE)
     stages = _Stages(folder)
+    target = folder / "model"
+    # a folder that an earlier run of this recipe made is its own to replace
+    replace = settings.export.overwrite or "export" in stages.keys
+    check_new_folder(target, overwrite=replace)
     vlm = open_model(
         settings.model.path,
         dtype=settings.model.dtype,
         device=settings.model.device,
         trust_remote_code=settings.model.trust_remote_code,
     )
+    _check_towers(settings, vlm)
+    check_models(vlm, vlm, settings.eval.tasks)
     calibration = _calibration(settings.data, vlm)
+    folder.mkdir(parents=True, exist_ok=True)
 
     scores_key = sha256_of([vlm.fingerprint, calibration.fingerprint, settings.score.to_dict()])
     scores = stages.record(
@@ -182,6 +221,7 @@ def run(
         "max_new_tokens": settings.eval.max_new_tokens,
         "count": settings.eval.count,
         "seed": settings.eval.seed,
+        "split": settings.eval.split,
     }
     eval_inputs = [settings.eval.to_dict(), settings.data.to_dict()]
     raw_key = sha256_of([plan_key, *eval_inputs])
@@ -220,12 +260,12 @@ def run(
 
     records = [scores, plan, *([healed] if healed else []), result]
     export_key = sha256_of([eval_key, [record.fingerprint for record in records]])
-    target = folder / "model"
     if stages.is_done("export", export_key) and target.exists():
         log.info("export: unchanged, %s", target)
         stages.skipped.append("export")
     else:
-        # the folder is the run's own, so a newer result replaces the older one
-        export(student, target, records=records, overwrite=True, verify=settings.export.verify)
+        # noted before the folder is there, so that a run killed in between knows it for its own
+        stages.mark("export", "")
+        export(student, target, records=records, overwrite=replace, verify=settings.export.verify)
         stages.mark("export", export_key)
     return RunResult(target, scores, plan, healed, raw, result, tuple(stages.skipped))

@@ -237,10 +237,15 @@ def _scenes(
 
     if count is None:
         raise ConfigError("The built-in scenes have no end; say how many samples with count=.")
-    if split not in ("train", "test"):
-        raise DataError(unknown_name("split of scenes", split, ("train", "test")))
-    chosen: Literal["train", "test"] = "train" if split == "train" else "test"
+    chosen = scenes_split(split)
     return make_scenes(count, tasks=tuple(tasks or ("vqa", "caption")), seed=seed, split=chosen)
+
+
+def scenes_split(name: str) -> Literal["train", "test"]:
+    """Return the name of a split of the built-in scenes; DataError for any other."""
+    if name not in ("train", "test"):
+        raise DataError(unknown_name("split of scenes", name, ("train", "test")))
+    return "train" if name == "train" else "test"
 
 
 def _open(
