@@ -243,6 +243,11 @@ def _difference(name: str, expected: torch.Tensor, found: torch.Tensor) -> float
         )
     if torch.equal(expected, found):
         return 0.0
+    if bool(expected.isnan().any()):
+        raise CheckpointError(
+            f"The model in memory computes NaN in {name}, so the checkpoint cannot be compared "
+            "with it. Check its weights; `score` says which layer it begins at."
+        )
     difference = _size(expected.double() - found.double())
     steps = _MAX_STEPS if expected.dtype.itemsize > 2 else _MAX_STEPS_16_BIT
     allowed = steps * torch.finfo(expected.dtype).eps * max(_size(expected), 1.0)
