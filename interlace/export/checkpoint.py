@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from interlace.models.handle import VLM
 
 
+# What a record may name as made from, that ties it to a model.
+_LINKS = ("model", "student", "teacher", "baseline", "plan", "scores")
+
+
 def export(
     vlm: VLM,
     folder: str | os.PathLike[str],
@@ -51,7 +55,7 @@ def export(
         The folder.
 
     Raises:
-        ConfigError: the folder exists; a record is none, or of another cut.
+        ConfigError: the folder exists; a record is none, or of another cut or model.
         CheckpointError: the disk is full, the folder cannot be written, or the checkpoint failed
             its verification. Nothing is left behind.
     """
@@ -101,7 +105,34 @@ def _complete(vlm: VLM, records: Iterable[Record | None]) -> list[Record]:
             "The manifest among the records is of another cut. Leave it out: it is written from "
             "the model itself."
         )
+    _check_same_model(vlm, given)
     return [record for record in given if not isinstance(record, PruneRecord)]
+
+
+def _check_same_model(vlm: VLM, records: Iterable[Record]) -> None:
+    """Refuse records that name models, none of which this one was made from.
+
+    A record may name this model, the one before the cut, or what another record here is linked to
+    (measurements before healing name a student that only the report of healing knows). Records that
+    name no model are taken on trust.
+    """
+    known = {vlm.fingerprint}
+    if vlm.record is not None:
+        known |= {vlm.record.inputs.get(name, "") for name in _LINKS}
+    named = {
+        name: {record.inputs[key] for key in _LINKS if key in record.inputs}
+        for name, record in _file_names(records).items()
+    }
+    waiting = {name: prints for name, prints in named.items() if prints}
+    while linked := [name for name, prints in waiting.items() if prints & known]:
+        for name in linked:
+            known |= waiting.pop(name)
+    if waiting:
+        raise ConfigError(
+            f"The records for {', '.join(sorted(waiting))} are of another model: none of the "
+            f"fingerprints they name belongs to {vlm.name} or to the model it was cut from. "
+            "Leave them out."
+        )
 
 
 def _file_names(records: Iterable[Record]) -> dict[str, Record]:
