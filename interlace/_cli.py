@@ -36,6 +36,10 @@ Data = Annotated[
 Root = Annotated[
     str | None, typer.Option(help="Folder that image paths start from. Default: the file's own.")
 ]
+Split = Annotated[str, typer.Option(help="Part of a data set that has several, or of the scenes.")]
+MaxBad = Annotated[
+    float, typer.Option(help="Share of samples with bad images to skip before it is an error.")
+]
 Count = Annotated[int, typer.Option(min=1, help="Number of samples.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -102,11 +106,21 @@ def open_vlm(model: str, dtype: str | None, device: str | None, remote: bool) ->
     return open_model(model, dtype=dtype, device=device, trust_remote_code=remote)
 
 
-def read_samples(data: str, root: str | None, vlm: VLM, **options: Any) -> Samples:
+def read_samples(
+    vlm: VLM, data: str, root: str | None, split: str, count: int, seed: int, max_bad: float
+) -> Samples:
     """Read samples for a model as the options say."""
     from interlace.data.samples import samples
 
-    return samples(data, root=root, processor=vlm.processor, **options)
+    return samples(
+        data,
+        root=root,
+        split=split,
+        count=count,
+        seed=seed,
+        processor=vlm.processor,
+        max_bad_fraction=max_bad,
+    )
 
 
 def save_record(record: Record, path: Path) -> None:

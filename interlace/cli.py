@@ -18,11 +18,13 @@ from interlace._cli import (
     Data,
     Device,
     Dtype,
+    MaxBad,
     Model,
     Overwrite,
     Remote,
     Root,
     Seed,
+    Split,
     check_outputs,
     open_vlm,
     output_option,
@@ -33,6 +35,7 @@ from interlace._cli import (
     split_names,
     whole_numbers,
 )
+from interlace._files import check_new_folder
 from interlace.errors import InterlaceError
 from interlace.plan.rules import USE_LOSS, check_rule_without_code, rule_names
 
@@ -60,7 +63,9 @@ def score(
     output: Annotated[Path, output_option("Where to write the scores.")],
     data: Data = "scenes",
     root: Root = None,
+    split: Split = "train",
     count: Count = 256,
+    max_bad_fraction: MaxBad = 0.01,
     metric: Annotated[str, typer.Option(help="Metrics, comma separated.")] = "similarity",
     packs: Annotated[
         str, typer.Option(help="Distances of compared hidden states, such as 1,2,3, or all.")
@@ -85,7 +90,7 @@ def score(
     vlm = open_vlm(model, dtype, device, trust_remote_code)
     scores = run_score(
         vlm,
-        read_samples(data, root, vlm, count=count, seed=seed),
+        read_samples(vlm, data, root, split, count, seed, max_bad_fraction),
         metrics=split_names(metric) or (),
         packs="all" if packs.strip() == "all" else whole_numbers(packs, "--packs", "all"),
         towers=split_names(tower),
@@ -170,7 +175,6 @@ def prune(
     overwrite: Overwrite = False,
 ) -> None:
     """Remove the planned layers and save the student, not yet healed."""
-    from interlace._files import check_new_folder
     from interlace.export import export as run_export
     from interlace.records import Plan
     from interlace.surgery import prune as run_prune
@@ -191,7 +195,9 @@ def heal(
     output: Annotated[Path, output_option("Folder of the healed model.")],
     data: Data = "scenes",
     root: Root = None,
+    split: Split = "train",
     count: Count = 4096,
+    max_bad_fraction: MaxBad = 0.01,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps, instead of epochs.")
@@ -221,7 +227,6 @@ def heal(
 
     Checkpoints go to OUTPUT.healing beside the result; `--resume` goes on from the newest.
     """
-    from interlace._files import check_new_folder
     from interlace.config import HealSettings
     from interlace.export import export as run_export
     from interlace.heal import heal as run_heal
@@ -248,7 +253,7 @@ def heal(
     report = run_heal(
         student,
         teacher=teacher if distil else None,
-        data=read_samples(data, root, teacher, count=count, seed=seed),
+        data=read_samples(teacher, data, root, split, count, seed, max_bad_fraction),
         settings=settings,
         output=output.with_name(output.name + ".healing"),
         resume=resume,
@@ -269,8 +274,9 @@ def evaluate(
     ] = None,
     data: Data = "scenes",
     root: Root = None,
+    split: Split = "test",
     count: Count = 256,
-    split: Annotated[str, typer.Option(help="Part of the data to measure on.")] = "test",
+    max_bad_fraction: MaxBad = 0.01,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     seed: Seed = 0,
@@ -288,7 +294,7 @@ def evaluate(
     held_out = None
     tasks = split_names(task) or ()
     if data != "scenes":
-        chosen = read_samples(data, root, vlm, count=count, seed=seed, split=split)
+        chosen = read_samples(vlm, data, root, split, count, seed, max_bad_fraction)
         held_out = dict.fromkeys(tasks, chosen)
     report = run_evaluate(
         vlm,
@@ -319,7 +325,6 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a checked transformers checkpoint with its records and a model card."""
-    from interlace._files import check_new_folder
     from interlace.export import export as run_export
     from interlace.records import load_record
 

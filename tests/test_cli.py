@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 
 from interlace import cli
 
@@ -193,6 +194,35 @@ def test_the_split_that_is_asked_for_is_measured(interlace, tmp_path: Path) -> N
         found[split] = json.loads(path.read_text())
     assert found["train"]["inputs"] != found["test"]["inputs"]
     assert found["train"]["details"]["settings"]["data"] == "train scenes, 8 per task, seed 0"
+
+
+def test_data_options_reach_the_data(interlace, tmp_path: Path) -> None:
+    import datasets
+
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    (tmp_path / "empty.png").touch()
+    names = ["red.png", "red.png", "red.png", "empty.png"]
+    rows = [{"image": name, "caption": f"caption {i}"} for i, name in enumerate(names)]
+    listing = tmp_path / "rows.json"
+    listing.write_text(json.dumps(rows))
+    call = ("score", "bundled:clip", "-o", tmp_path / "s.json", "--overwrite", "--data")
+    code, _, err = interlace(*call, listing)
+    assert code == 2
+    assert "empty.png: empty (0 bytes)" in err
+    assert interlace(*call, listing, "--max-bad-fraction", 0.5)[0] == 0
+    scored = json.loads((tmp_path / "s.json").read_text())
+    assert scored["towers"]["text"]["num_samples"] == 3
+
+    parts = {"train": datasets.Dataset.from_list(rows[:2]), "val": datasets.Dataset.from_list(rows)}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    (tmp_path / "red.png").rename(tmp_path / "saved" / "red.png")
+    assert interlace(*call, tmp_path / "saved")[0] == 0
+    code, _, err = interlace(*call, tmp_path / "saved", "--split", "val")
+    assert code == 2
+    assert "empty.png" in err
+    code, _, err = interlace(*call, tmp_path / "saved", "--split", "test")
+    assert code == 2
+    assert "It has train, val" in err
 
 
 def test_altered_scores_are_refused(interlace, scores: Path, tmp_path: Path) -> None:

@@ -200,6 +200,8 @@ def samples(
     from interlace.data.sampling import take
 
     base = None if root is None else Path(root).expanduser()
+    if base is not None and not base.is_dir():
+        raise DataError(f"{base}: no such folder to look for images in; check root.")
     reader = _open(source, split, base, count, seed, streaming)
     if not len(reader):
         raise DataError(f"{reader.name}: holds no samples; give a source with at least one.")
