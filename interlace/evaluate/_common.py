@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from interlace.data.collate import Collator
 from interlace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -96,18 +95,6 @@ def processor_of(vlm: VLM) -> Any:
             "Open it from a folder that holds one, or pass processor= to open_model."
         )
     return vlm.processor
-
-
-def collator_for(vlm: VLM, *, answers: bool) -> Collator:
-    """Make the collator of a model that predicts tokens."""
-    text_config = getattr(vlm.model.config, "text_config", None)
-    start = getattr(text_config, "bos_token_id", None)
-    return Collator(
-        processor_of(vlm),
-        vlm.family.objective,
-        answers=answers,
-        start_token_id=start if vlm.family.objective in ("caption", "vqa") else None,
-    )
 
 
 def tokenizer_of(vlm: VLM) -> Any:

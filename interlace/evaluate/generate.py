@@ -11,10 +11,10 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from interlace._progress import track
+from interlace.data.collate import Collator
 from interlace.errors import ConfigError, DataError
 from interlace.evaluate._common import (
     batches,
-    collator_for,
     held_still,
     to_model,
     tokenizer_of,
@@ -75,7 +75,7 @@ def prompt_batch(vlm: VLM, samples: Sequence[Sample]) -> dict[str, Any]:
     Raises:
         ConfigError: the model was opened without a processor.
     """
-    return to_model(collator_for(vlm, answers=False)(samples), vlm)
+    return to_model(Collator.for_model(vlm, answers=False)(samples), vlm)
 
 
 def _equal_lengths(batch: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:

@@ -104,7 +104,7 @@ class Batches:
         if packed:
             refuse_if_unpackable(vlm)
         if isinstance(items[0], Sample):
-            self._collate = _collator(vlm, self._answers)
+            self._collate = Collator.for_model(vlm, answers=self._answers)
             self._rows = _by_length(items, batch_size)
         elif isinstance(items[0], Mapping):
             self._rows = _cut(range(len(items)), batch_size if packed else 1)
@@ -200,23 +200,6 @@ def _num_samples(inputs: Mapping[str, Any]) -> int:
     raise DataError(
         f"A batch with {', '.join(inputs) or 'nothing'} cannot be scored; it needs input_ids or "
         "pixel_values, as the model's forward takes them."
-    )
-
-
-def _collator(vlm: VLM, answers: bool) -> Collator:
-    if vlm.processor is None:
-        raise ConfigError(
-            f"{vlm.name} was opened without a processor, so samples cannot be turned into its "
-            "inputs. Open it with one (open_model(..., processor=...)), or give ready batches."
-        )
-    text = getattr(vlm.model.config, "text_config", None)
-    contrastive = vlm.family.objective == "contrastive"
-    return Collator(
-        vlm.processor,
-        vlm.family.objective,
-        answers=answers,
-        max_length=getattr(text, "max_position_embeddings", None) if contrastive else None,
-        start_token_id=getattr(text, "bos_token_id", None) if vlm.family.name == "blip" else None,
     )
 
 
