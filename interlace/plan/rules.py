@@ -166,7 +166,7 @@ def find_rule(name: str) -> Rule:
     Raises:
         ConfigError: there is no such rule; the message has the nearest name.
     """
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ConfigError(unknown_name("rule", name, RULES))
     module, function = RULES[name].split(":")
     rule: Rule = getattr(importlib.import_module(module), function)
