@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,7 +31,6 @@ from interlace.scores.metrics import meter_classes
 from interlace.surgery import prune
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
 __all__ = ["RunResult", "run"]
@@ -180,6 +180,11 @@ def run(
     Raises:
         InterlaceError: as the stages raise it; finished stages stay.
     """
+    if not isinstance(recipe, (Recipe, str, os.PathLike)):
+        raise ConfigError(
+            f"The recipe is a {type(recipe).__name__}; give a Recipe (Recipe.from_dict makes one "
+            "of nested dicts) or the path of a TOML file."
+        )
     settings = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     _check_names(settings)
     folder = Path(output)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -219,8 +220,8 @@ def _check_arguments(
 ) -> None:
     if count is not None and fraction is not None:
         raise ConfigError(f"count={count} and fraction={fraction} are both given; give one.")
-    if count is not None and count < 1:
-        raise ConfigError(f"count is {count}; give a number of samples of at least 1.")
+    if count is not None and (not isinstance(count, numbers.Integral) or count < 1):
+        raise ConfigError(f"count is {count!r}; give a number of samples of at least 1.")
     if fraction is not None and not 0 < fraction <= 1:
         raise ConfigError(f"fraction is {fraction}; give a number above 0 and at most 1.")
     if not 0 <= max_bad_fraction <= 1:

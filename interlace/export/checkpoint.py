@@ -12,6 +12,7 @@ from interlace.errors import CheckpointError, ConfigError
 from interlace.export.card import model_card
 from interlace.export.verify import verify_checkpoint
 from interlace.models.checkpoint import MANIFEST
+from interlace.models.handle import check_vlm
 from interlace.records import Plan, PruneRecord, Record
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def export(
     vlm: VLM,
     folder: str | os.PathLike[str],
     *,
-    records: Iterable[Record | None] = (),
+    records: Record | Iterable[Record | None] = (),
     overwrite: bool = False,
     verify: bool = True,
     inputs: Mapping[str, torch.Tensor] | None = None,
@@ -45,8 +46,8 @@ def export(
     Args:
         vlm: the model; a student with its plan and manifest, or any other model.
         folder: where to write; must not exist, unless `overwrite`.
-        records: records to put beside it, in any order; None entries are skipped. The plan of the
-            student is added.
+        records: a record to put beside it, or several in any order; None entries are skipped. The
+            plan of the student is added.
         overwrite: replace an existing folder, once the new one is complete.
         verify: reload the folder in a fresh process with transformers alone and compare outputs.
         inputs: forward inputs to compare on; default: synthetic ones.
@@ -59,6 +60,9 @@ def export(
         CheckpointError: the disk is full, the folder cannot be written, or the checkpoint failed
             its verification. Nothing is left behind.
     """
+    check_vlm(vlm, "model")
+    if isinstance(records, Record):
+        records = (records,)
     target = check_new_folder(Path(folder), overwrite=overwrite)
     named = _file_names(_complete(vlm, records))
     try:

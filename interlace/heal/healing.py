@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,12 @@ from interlace.heal.model import HealModel
 from interlace.heal.order import ShuffledRepeats
 from interlace.heal.shell import HALF, hand_over, make_shell, move_together
 from interlace.heal.trainer import HealTrainer
+from interlace.models.handle import check_vlm
 from interlace.records import HealReport, Provenance
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from torch import nn
     from transformers import TrainingArguments
@@ -87,6 +89,14 @@ def heal(
         DataError: no samples, or a loss that is not finite.
         CheckpointError: the checkpoints belong to another run, or the disk is full.
     """
+    check_vlm(student, "student")
+    if teacher is not None:
+        check_vlm(teacher, "teacher")
+    given: Any = data
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise DataError(
+            f"data is a {type(given).__name__}; give samples, such as those of interlace.samples."
+        )
     chosen = (settings or HealSettings()).replace(**overrides)
     plan = plan_of(student)
     names = tuned_parameters(student, plan)

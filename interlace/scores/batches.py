@@ -5,7 +5,7 @@ Legend: B samples of a batch, T tokens of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from interlace.scores.metrics import Units
 from interlace.scores.packing import pack, refuse_if_unpackable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from interlace.models.handle import VLM, Tower
 
@@ -93,6 +93,12 @@ class Batches:
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size!r}; give a number of at least 1.")
+        given: Any = data
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise DataError(
+                f"The calibration data is a {type(given).__name__}; give samples (see "
+                "interlace.samples) or batches of model inputs."
+            )
         items: Sequence[Any] = data if isinstance(data, Sequence) else list(data)
         if not items:
             raise DataError("There is no calibration data: the given data holds no sample.")
