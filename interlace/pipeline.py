@@ -31,7 +31,7 @@ from interlace.scores.metrics import meter_classes
 from interlace.surgery import prune
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 __all__ = ["RunResult", "run"]
 
@@ -106,13 +106,13 @@ class _Stages:
 
 
 def _samples(settings: DataSettings, vlm: VLM, **choice: Any) -> Samples:
-    """Read samples from the recipe's source; `choice` says which and how many."""
+    """Read samples from the recipe's source; `choice` says which and how many, or where else."""
+    place = {"source": settings.source, "root": settings.root} | choice
     return samples(
-        settings.source,
-        root=settings.root,
+        place.pop("source"),
         processor=vlm.processor,
         max_bad_fraction=settings.max_bad_fraction,
-        **choice,
+        **place,
     )
 
 
@@ -131,10 +131,30 @@ def _healing(settings: DataSettings, vlm: VLM) -> Samples:
 
 
 def _measured(data: DataSettings, settings: EvalSettings, vlm: VLM) -> dict[str, Samples] | None:
-    if data.source == "scenes":
+    place = {} if settings.source is None else {"source": settings.source, "root": settings.root}
+    if place.get("source", data.source) == "scenes":
         return None
-    held_out = _samples(data, vlm, count=settings.count, split=settings.split, seed=settings.seed)
+    choice = {"count": settings.count, "split": settings.split, "seed": settings.seed}
+    held_out = _samples(data, vlm, **choice, **place)
     return dict.fromkeys(settings.tasks, held_out)
+
+
+def _warn_of_overlap(held_out: Mapping[str, Samples] | None, *seen: Samples) -> None:
+    """Say so when the student is measured on what it was made with."""
+    if not held_out:
+        return
+    # a sample has no name outside of its source, so what is asked and answered tells it apart
+    known = {(each.id, each.turns, each.references) for samples in seen for each in samples}
+    measured = next(iter(held_out.values()))
+    shared = sum((each.id, each.turns, each.references) in known for each in measured)
+    if shared:
+        log.warning(
+            "%d of the %d samples to measure on were also used to score or heal, so the figures "
+            "flatter the student. Measure on another split ([eval] split) or source ([eval] "
+            "source).",
+            shared,
+            len(measured),
+        )
 
 
 def _check_names(settings: Recipe) -> None:
@@ -143,8 +163,9 @@ def _check_names(settings: Recipe) -> None:
     check_rule_without_code(settings.plan.rule)
     checked_names(settings.eval.tasks)
     if settings.data.source == "scenes":
-        for split in (settings.data.split, settings.eval.split):
-            scenes_split(split)
+        scenes_split(settings.data.split)
+    if (settings.eval.source or settings.data.source) == "scenes":
+        scenes_split(settings.eval.split)
 
 
 def _check_towers(settings: Recipe, vlm: VLM) -> None:
@@ -218,9 +239,13 @@ def run(
     plan = stages.record("plan", Plan, plan_key, lambda: make_plan(scores, **vars(settings.plan)))
     student = prune(vlm, plan, allow_pinned=settings.prune.allow_pinned)
 
+    held_out = _measured(settings.data, settings.eval, vlm)
+    heals = settings.heal.max_steps != 0 and (settings.heal.epochs > 0 or settings.heal.max_steps)
+    healing = _healing(settings.data, vlm) if heals else None
+    _warn_of_overlap(held_out, calibration, *([healing] if healing is not None else []))
     measure: dict[str, Any] = {
         "tasks": settings.eval.tasks,
-        "data": _measured(settings.data, settings.eval, vlm),
+        "data": held_out,
         "baseline": vlm,
         "batch_size": settings.eval.batch_size,
         "max_new_tokens": settings.eval.max_new_tokens,
@@ -228,29 +253,30 @@ def run(
         "seed": settings.eval.seed,
         "split": settings.eval.split,
     }
-    eval_inputs = [settings.eval.to_dict(), settings.data.to_dict()]
+    eval_inputs: list[Any] = [settings.eval.to_dict(), settings.data.to_dict()]
+    if held_out is not None:
+        eval_inputs += [each.fingerprint for each in held_out.values()]
     raw_key = sha256_of([plan_key, *eval_inputs])
     raw = stages.record("eval_raw", EvalReport, raw_key, lambda: evaluate(student, **measure))
 
     healed: HealReport | None = None
     heal_key = ""
-    if settings.heal.max_steps != 0 and (settings.heal.epochs > 0 or settings.heal.max_steps):
-        data = _healing(settings.data, vlm)
-        heal_key = sha256_of([plan_key, data.fingerprint, settings.heal.to_dict()])
+    if healing is not None:
+        heal_key = sha256_of([plan_key, healing.fingerprint, settings.heal.to_dict()])
         checkpoints = folder / "healing" / heal_key[:12]
 
         def run_healing() -> HealReport:
             return heal(
                 student,
                 teacher=vlm,
-                data=data,
+                data=healing,
                 settings=settings.heal,
                 output=checkpoints,
                 # an unfinished run goes on; a finished one only gives its weights back
                 resume=checkpoints.exists(),
             )
 
-        done = stages.is_done("heal", heal_key)
+        done = stages.is_done("heal", heal_key) and (folder / "heal.json").exists()
         if done:
             log.info("heal: unchanged, weights taken from %s", checkpoints)
             stages.skipped.append("heal")

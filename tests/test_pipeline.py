@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import interlace as il
@@ -127,3 +129,28 @@ def test_a_damaged_state_is_told(tmp_path: Path, text: str) -> None:
 def test_recipe_object_and_file_are_the_same(tmp_path: Path) -> None:
     recipe = Recipe.load(_recipe(tmp_path))
     assert recipe.model.path == "bundled:qwen3-vl"
+
+
+def test_measuring_on_what_was_healed_with_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b"):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.png")
+        rows = [{"image": f"{name}.png", "caption": f"{name} {i}"} for i in range(4)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    text = RECIPE.replace("[data]", f'[data]\nsource = "{tmp_path / "a.json"}"')
+    text = text.replace('tasks = ["fidelity", "vqa"]', 'tasks = ["perplexity"]')
+    out = tmp_path / "out"
+    il.run(_recipe(tmp_path, text), out)
+    assert "4 of the 4 samples to measure on were also used" in caplog.text
+    caplog.clear()
+
+    apart = text + f'source = "{tmp_path / "b.json"}"\n'
+    second = il.run(_recipe(tmp_path, apart), out)
+    assert "were also used" not in caplog.text
+    assert "/b.json;" in second.result.details["settings"]["data"]
+    # the records stand for the content of the data, not for its name alone
+    rows = (tmp_path / "b.json").read_text().replace("b 3", "c 3")
+    (tmp_path / "b.json").write_text(rows)
+    third = il.run(_recipe(tmp_path, apart), out)
+    assert set(third.skipped) == {"scores", "plan", "heal"}

@@ -220,7 +220,8 @@ def _check_arguments(
 ) -> None:
     if count is not None and fraction is not None:
         raise ConfigError(f"count={count} and fraction={fraction} are both given; give one.")
-    if count is not None and (not isinstance(count, numbers.Integral) or count < 1):
+    whole: Any = count
+    if count is not None and (not isinstance(whole, numbers.Integral) or count < 1):
         raise ConfigError(f"count is {count!r}; give a number of samples of at least 1.")
     if fraction is not None and not 0 < fraction <= 1:
         raise ConfigError(f"fraction is {fraction}; give a number above 0 and at most 1.")
