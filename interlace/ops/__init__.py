@@ -14,7 +14,18 @@ Adding an op `X`:
 from __future__ import annotations
 
 from interlace.ops._diagnosis import Row, doctor, explain, table
+from interlace.ops._rope import rope_tables
 from interlace.ops._selection import backend
 from interlace.ops.layer_similarity import layer_similarity
+from interlace.ops.qk_norm_rope import qk_norm_rope
 
-__all__ = ["Row", "backend", "doctor", "explain", "layer_similarity", "table"]
+__all__ = [
+    "Row",
+    "backend",
+    "doctor",
+    "explain",
+    "layer_similarity",
+    "qk_norm_rope",
+    "rope_tables",
+    "table",
+]

@@ -15,7 +15,18 @@ from interlace.ops._registry import OPS, Op
 from interlace.ops._selection import ORDER
 
 # backends that have to serve; a kernel that is skipped without a word must not look like success
-EXPECTED = {"cpu": {"layer_similarity": {"cpp", "torch"}}, "cuda": {"layer_similarity": {"torch"}}}
+EXPECTED = {
+    "cpu": {
+        "layer_similarity": {"cpp", "torch"},
+        "qk_norm_rope": {"torch"},
+        "qk_norm_rope_bwd": {"torch"},
+    },
+    "cuda": {
+        "layer_similarity": {"torch"},
+        "qk_norm_rope": {"triton", "torch"},
+        "qk_norm_rope_bwd": {"triton", "torch"},
+    },
+}
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 CASES = [
