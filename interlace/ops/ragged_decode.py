@@ -17,13 +17,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from interlace.errors import ShapeError
+from interlace.ops import _extension
 from interlace.ops._ragged_decode_samples import samples
-from interlace.ops._registry import Op
+from interlace.ops._registry import Backend, Op
 
 __all__ = ["ragged_decode"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+# more keys than any cache has
+NO_WINDOW = 1 << 40
 
 
 def ragged_decode(
@@ -278,6 +281,76 @@ def _visible(
     return found
 
 
+def _cpp_why_not(q: Tensor, *_: object) -> str | None:
+    if q.dtype not in _DTYPES:
+        return f"works on fp32, bf16 and fp16, got {q.dtype}"
+    return None
+
+
+def _cpp(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    block_table: Tensor | None,
+    q_start: Sequence[int],
+    window: int | None,
+    scale: float,
+    gate: Tensor | None,
+    *,
+    max_lanes: int = 16,
+) -> Tensor:
+    q, k_cache, v_cache = (_with_whole_rows(each) for each in (q, k_cache, v_cache))
+    lengths = lengths.contiguous()
+    starts = None if starts is None else starts.contiguous()
+    gate = None if gate is None else gate.contiguous()
+    table_stride = 0
+    if block_table is not None:
+        block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+        table_stride = block_table.stride(0)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    _extension.extension().ragged_decode(
+        dtype=_DTYPES.index(q.dtype),
+        q=q.data_ptr(),
+        q_strides=q.stride()[:3],
+        k=k_cache.data_ptr(),
+        k_strides=_cache_strides(k_cache, block_table),
+        v=v_cache.data_ptr(),
+        v_strides=_cache_strides(v_cache, block_table),
+        lengths=lengths.data_ptr(),
+        starts=_address(starts),
+        block_table=_address(block_table),
+        table_stride=table_stride,
+        block_size=k_cache.shape[1],
+        q_start=q_start,
+        num_sequences=q.shape[0],
+        num_tokens=q.shape[1],
+        width=q.shape[3],
+        window=NO_WINDOW if window is None else min(window, NO_WINDOW),
+        scale=scale,
+        gate=_address(gate),
+        out=out.data_ptr(),
+        num_threads=torch.get_num_threads(),
+        max_lanes=max_lanes,
+    )
+    return out
+
+
+def _with_whole_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(3) == 1 or tensor.shape[3] <= 1 else tensor.contiguous()
+
+
+def _cache_strides(cache: Tensor, block_table: Tensor | None) -> tuple[int, int, int]:
+    """Strides from sequence (block) to sequence, from kv head to kv head, from key to key."""
+    outer, middle, inner, _ = cache.stride()
+    return (outer, middle, inner) if block_table is None else (outer, inner, middle)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _bytes_moved(
     q: Tensor,
     k_cache: Tensor,
@@ -323,5 +396,5 @@ OP = Op(
     samples=samples,
     bytes_moved=_bytes_moved,
     flops=_flops,
-    backends=(),
+    backends=(Backend("cpp", _cpp, why_not=_cpp_why_not),),
 )

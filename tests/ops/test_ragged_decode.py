@@ -13,8 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from interlace import ops
 from interlace.errors import ShapeError
+from interlace.ops._check import in_fp64
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "cpp"]
 
 # the module, whose name the function hides
 contract = importlib.import_module("interlace.ops.ragged_decode")
@@ -159,6 +160,40 @@ def test_gate_scales_heads_and_no_key_gives_zero(backend: str) -> None:
     gate = torch.tensor([0.0, 2.0, -0.5])
     gated = ops.ragged_decode(q, k, v, gate=gate, **common)
     torch.testing.assert_close(gated, plain * gate[:, None])
+
+
+def test_compiled_kernel_does_not_depend_on_the_threads_or_the_batch() -> None:
+    q, k, v = torch.randn(3, 2, 5, 64), torch.randn(3, 2, 3000, 64), torch.randn(3, 2, 3000, 64)
+    lengths = int32(3000, 1700, 40)
+    common: dict[str, Any] = {"q_start": (0, 4, 5), "backend": "cpp"}
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            results.append(ops.ragged_decode(q, k, v, lengths=lengths, **common))
+    finally:
+        torch.set_num_threads(before)
+    alone = [
+        ops.ragged_decode(
+            q[b : b + 1], k[b : b + 1], v[b : b + 1], lengths=lengths[b : b + 1], **common
+        )
+        for b in range(3)
+    ]
+    for other in (*results[1:], torch.cat(alone)):
+        assert torch.equal(results[0], other)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("max_lanes", [4, 8])
+@pytest.mark.parametrize("dtype", contract.OP.dtypes)
+def test_variants_for_other_processors_keep_the_budget(max_lanes: int, dtype: torch.dtype) -> None:
+    for sample in contract.OP.samples(torch.device("cpu"), dtype):
+        truth = contract.reference(*in_fp64(sample.args))
+        plain = contract.reference(*sample.args)
+        found = contract._cpp(*sample.args, max_lanes=max_lanes)
+        excess = contract.OP.budget.excess(found, plain, truth)
+        assert excess is None, f"{sample.name}: {excess}"
 
 
 def test_scale_is_that_of_the_head_size_unless_given() -> None:
