@@ -4,10 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
 #include "cpu/layer_similarity.h"
+#include "cpu/ragged_decode.h"
 
 namespace py = pybind11;
 
@@ -42,6 +44,49 @@ void layer_similarity(const std::vector<std::uintptr_t>& states,
   });
 }
 
+using Strides = std::array<std::int64_t, 3>;
+
+void ragged_decode(int dtype, std::uintptr_t q, const Strides& q_strides, std::uintptr_t k,
+                   const Strides& k_strides, std::uintptr_t v, const Strides& v_strides,
+                   std::uintptr_t lengths, std::uintptr_t starts, std::uintptr_t block_table,
+                   std::int64_t table_stride, std::int64_t block_size,
+                   const std::vector<std::int64_t>& q_start, std::int64_t num_sequences,
+                   std::int64_t num_tokens, std::int64_t width, std::int64_t window, double scale,
+                   std::uintptr_t gate, std::uintptr_t out, int num_threads, int max_lanes) {
+  interlace::ragged_decode({
+      static_cast<interlace::DType>(dtype),
+      as_pointer<const void>(q),
+      q_strides[0],
+      q_strides[1],
+      q_strides[2],
+      as_pointer<const void>(k),
+      k_strides[0],
+      k_strides[1],
+      k_strides[2],
+      as_pointer<const void>(v),
+      v_strides[0],
+      v_strides[1],
+      v_strides[2],
+      as_pointer<const std::int32_t>(lengths),
+      as_pointer<const std::int32_t>(starts),
+      as_pointer<const std::int32_t>(block_table),
+      table_stride,
+      block_size,
+      q_start.data(),
+      num_sequences,
+      num_tokens,
+      q_start.back(),
+      static_cast<std::int64_t>(q_start.size()) - 1,
+      width,
+      window,
+      static_cast<float>(scale),
+      as_pointer<const float>(gate),
+      as_pointer<void>(out),
+      num_threads,
+      max_lanes,
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -51,4 +96,11 @@ PYBIND11_MODULE(_C, module) {
              py::arg("width"), py::arg("num_groups"), py::arg("max_offset"), py::arg("sums"),
              py::arg("counts"), py::arg("num_threads"), py::arg("max_lanes"),
              py::call_guard<py::gil_scoped_release>());
+  module.def("ragged_decode", &ragged_decode, py::kw_only(), py::arg("dtype"), py::arg("q"),
+             py::arg("q_strides"), py::arg("k"), py::arg("k_strides"), py::arg("v"),
+             py::arg("v_strides"), py::arg("lengths"), py::arg("starts"), py::arg("block_table"),
+             py::arg("table_stride"), py::arg("block_size"), py::arg("q_start"),
+             py::arg("num_sequences"), py::arg("num_tokens"), py::arg("width"), py::arg("window"),
+             py::arg("scale"), py::arg("gate"), py::arg("out"), py::arg("num_threads"),
+             py::arg("max_lanes"), py::call_guard<py::gil_scoped_release>());
 }

@@ -18,6 +18,7 @@ from interlace.ops._rope import rope_tables
 from interlace.ops._selection import backend
 from interlace.ops.layer_similarity import layer_similarity
 from interlace.ops.qk_norm_rope import qk_norm_rope
+from interlace.ops.ragged_decode import ragged_decode
 
 __all__ = [
     "Row",
@@ -26,6 +27,7 @@ __all__ = [
     "explain",
     "layer_similarity",
     "qk_norm_rope",
+    "ragged_decode",
     "rope_tables",
     "table",
 ]

@@ -20,11 +20,13 @@ EXPECTED = {
         "layer_similarity": {"cpp", "torch"},
         "qk_norm_rope": {"torch"},
         "qk_norm_rope_bwd": {"torch"},
+        "ragged_decode": {"cpp", "torch"},
     },
     "cuda": {
         "layer_similarity": {"torch"},
         "qk_norm_rope": {"triton", "torch"},
         "qk_norm_rope_bwd": {"triton", "torch"},
+        "ragged_decode": {"torch"},
     },
 }
 

@@ -1,0 +1,400 @@
+"""ragged_decode - attention of a few new tokens against a KV cache, with any heads per kv head.
+
+Letters: B sequences, N new tokens, Hq query heads, Hkv key-value heads, D head size, L capacity of
+the cache in keys, G new tokens x query heads of one kv head.
+
+Pruning heads leaves kv heads that serve different numbers of query heads. Query heads are sorted by
+kv head, and kv head j serves the query heads q_start[j]..q_start[j + 1] - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from interlace.errors import ShapeError
+from interlace.ops import _extension
+from interlace.ops._ragged_decode_samples import samples
+from interlace.ops._registry import Backend, Op
+
+__all__ = ["ragged_decode"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+# more keys than any cache has
+NO_WINDOW = 1 << 40
+
+
+def ragged_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    lengths: Tensor,
+    q_start: Sequence[int],
+    starts: Tensor | None = None,
+    block_table: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    gate: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend from the last N tokens of every sequence to the keys and values in its cache.
+
+    Token n of sequence b has position p = lengths[b] - N + n and sees the keys at positions
+    max(starts[b], p - window + 1)..p:
+
+    out[b, n, h] = gate[h] * sum over keys i of
+        softmax_i(scale * <q[b, n, h], k[b, j, i]>) v[b, j, i],   j the kv head of query head h
+
+    Equal to `scaled_dot_product_attention` with a mask and with
+    the kv heads repeated for their query heads. A token that sees no key gives 0. Slots of the
+    cache before `starts` and from `lengths` on are not read and may hold anything; NaN or infinity
+    in a value between them may reach every new token of its sequence. No gradient flows.
+
+    Args:
+        q: queries [B, N, Hq, D], any N >= 0, fp32 | bf16 | fp16 | fp64; D at most 256.
+        k_cache: keys, in q's dtype. Contiguous: [B, Hkv, L, D], with any strides but side by
+            side in D. Paged: [blocks, block size, Hkv, D], with L = max_blocks * block size.
+        v_cache: values, as the keys.
+        lengths: keys per sequence, the N new ones included, [B] int32, 0..L.
+        q_start: first query head of every kv head and, at the end, Hq; Hkv + 1 whole numbers from
+            0 that do not fall. A kv head may serve no query head at all.
+        starts: first key of every sequence, [B] int32, >= 0, for left padding; None: 0.
+        block_table: for a paged cache, the block that holds the keys from i * block size on,
+            [B, max_blocks] int32. Entries beyond a sequence's keys are not looked at.
+        window: keys that a token sees, itself included, >= 1; None: all.
+        scale: factor of the scores; None: D ** -0.5.
+        gate: factor of every query head's output, [Hq], fp32 (fp64 for fp64 q); None: 1.
+        backend: "auto", "cpp" or "torch".
+
+    Returns:
+        [B, N, Hq, D], in q's dtype.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices do not fit, or lengths, starts or blocks are out of
+            range (looked at on the CPU only; on a GPU they have to be right).
+        BackendError: a named backend cannot run these arguments; the message says why.
+
+    Numerics: scores, softmax and sums in fp32; deterministic, whatever the number of threads.
+    Cost: reads the visible keys and values once per kv head. Nothing depends on the values of
+    `lengths` but the time, so that a CUDA graph replays for growing sequences.
+    """
+    heads = tuple(q_start)
+    _check(q, k_cache, v_cache, lengths, starts, block_table, heads, window, gate)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
+    out: Tensor = OP(
+        q.detach(),
+        k_cache.detach(),
+        v_cache.detach(),
+        lengths,
+        starts,
+        block_table,
+        heads,
+        window,
+        float(scale),
+        None if gate is None else gate.detach(),
+        backend=backend,
+    )
+    return out
+
+
+def reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    block_table: Tensor | None,
+    q_start: Sequence[int],
+    window: int | None,
+    scale: float,
+    gate: Tensor | None,
+) -> Tensor:
+    """The meaning: masked softmax, the query heads of a kv head side by side and padded."""
+    num_tokens, exact = q.shape[1], torch.promote_types(q.dtype, torch.float32)
+    if block_table is not None:
+        k_cache, v_cache = (_gather(cache, block_table) for cache in (k_cache, v_cache))
+    capacity = k_cache.shape[2]
+    groups = list(pairwise(q_start))
+    widest = max((stop - first for first, stop in groups), default=0)
+    if q.numel() == 0 or capacity == 0:
+        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    key = torch.arange(capacity, device=q.device)
+    position = (lengths[:, None] - num_tokens + torch.arange(num_tokens, device=q.device))[
+        ..., None
+    ]
+    seen = key <= position
+    if starts is not None:
+        seen = seen & (key >= starts[:, None, None])
+    if window is not None:
+        seen = seen & (key > position - window)
+    rows = torch.stack(
+        [pad(q[:, :, a:b].to(exact), (0, 0, 0, widest - (b - a))) for a, b in groups], dim=1
+    )
+    shape = rows.shape[:-1]
+    scores = (rows.flatten(2, 3) @ k_cache.to(exact).mT * scale).view(*shape, capacity)
+    scores.masked_fill_(~seen[:, None, :, None], float("-inf"))
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top.masked_fill(top == float("-inf"), 0)).exp_()
+    total = weights.sum(-1, keepdim=True)
+    # what no token sees may be NaN, and 0 * NaN is NaN
+    values = v_cache.to(exact).masked_fill(~seen.any(1)[:, None, :, None], 0)
+    mixed = (weights.flatten(2, 3) @ values).view(*shape, q.shape[3])
+    mixed /= total.masked_fill(total == 0, 1)
+    out = torch.cat([mixed[:, j, :, : b - a] for j, (a, b) in enumerate(groups)], dim=2)
+    return (out if gate is None else out * gate[:, None]).to(q.dtype)
+
+
+def _gather(cache: Tensor, block_table: Tensor) -> Tensor:
+    """Blocks [blocks, size, Hkv, D] -> keys or values in their order [B, Hkv, L, D]."""
+    # entries that stand for no keys may be anything
+    blocks = block_table.clamp(0, len(cache) - 1).long()
+    return cache[blocks].flatten(1, 2).transpose(1, 2)
+
+
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    block_table: Tensor | None,
+    q_start: tuple[int, ...],
+    window: int | None,
+    gate: Tensor | None,
+) -> None:
+    if q.dim() != 4 or not q.is_floating_point() or q.shape[3] > MAX_HEAD_DIM:
+        raise ShapeError(
+            f"q is {_spell(q)}; expected floating-point queries [B, N, Hq, D] with D at most "
+            f"{MAX_HEAD_DIM}."
+        )
+    batch, _, num_heads, width = q.shape
+    layout = "[B, Hkv, L, D]" if block_table is None else "[blocks, block size, Hkv, D]"
+    head_axis = 1 if block_table is None else 2
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        fits = cache.dim() == 4 and cache.shape[3] == width and cache.shape == k_cache.shape
+        if block_table is None:
+            fits = fits and cache.shape[0] == batch
+        else:
+            fits = fits and cache.shape[0] > 0 and cache.shape[1] > 0
+        if not fits or (cache.dtype, cache.device) != (q.dtype, q.device):
+            raise ShapeError(
+                f"{name} is {_spell(cache)}; expected {layout} with D = {width}"
+                f"{f' and B = {batch}' if block_table is None else ' and one block or more'}, "
+                f"{q.dtype} on {q.device}, and keys and values alike."
+            )
+    _check_heads(q_start, k_cache.shape[head_axis], num_heads)
+    exact = torch.promote_types(q.dtype, torch.float32)
+    for name, tensor, shape, dtype in (
+        ("lengths", lengths, (batch,), torch.int32),
+        ("starts", starts, (batch,), torch.int32),
+        ("gate", gate, (num_heads,), exact),
+    ):
+        if tensor is not None and (
+            (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, q.device)
+        ):
+            raise ShapeError(f"{name} is {_spell(tensor)}; expected {dtype} {shape} on {q.device}.")
+    if block_table is not None and (
+        (block_table.dim(), block_table.shape[0], block_table.dtype, block_table.device)
+        != (2, batch, torch.int32, q.device)
+    ):
+        raise ShapeError(
+            f"block_table is {_spell(block_table)}; expected torch.int32 [{batch}, max_blocks] on "
+            f"{q.device}."
+        )
+    if window is not None and window < 1:
+        raise ShapeError(f"window is {window}; expected 1 or more keys, or None for all.")
+    if q.is_cpu and batch and not torch.compiler.is_compiling():
+        _check_values(k_cache, lengths, starts, block_table)
+
+
+def _check_heads(q_start: tuple[int, ...], num_kv_heads: int, num_heads: int) -> None:
+    rising = all(a <= b for a, b in pairwise(q_start))
+    if (
+        len(q_start) != num_kv_heads + 1
+        or q_start[0] != 0
+        or q_start[-1] != num_heads
+        or not rising
+    ):
+        raise ShapeError(
+            f"q_start is {q_start}; expected {num_kv_heads + 1} numbers for {num_kv_heads} kv "
+            f"heads that do not fall, from 0 to the number of query heads, {num_heads}."
+        )
+
+
+def _check_values(
+    k_cache: Tensor, lengths: Tensor, starts: Tensor | None, block_table: Tensor | None
+) -> None:
+    capacity = k_cache.shape[2]
+    if block_table is not None:
+        capacity = block_table.shape[1] * k_cache.shape[1]
+    low, high = (int(bound) for bound in lengths.aminmax())
+    if low < 0 or high > capacity:
+        raise ShapeError(
+            f"lengths holds values in {low}..{high}; expected 0..{capacity}, the cache's capacity."
+        )
+    if starts is not None and int(starts.min()) < 0:
+        raise ShapeError(f"starts holds {int(starts.min())}; expected 0 or more.")
+    if block_table is not None and block_table.shape[1]:
+        size, num_blocks = k_cache.shape[1], k_cache.shape[0]
+        used = torch.arange(block_table.shape[1])[None] * size < lengths[:, None]
+        low, high = (int(bound) for bound in block_table.masked_fill(~used, 0).aminmax())
+        if low < 0 or high >= num_blocks:
+            raise ShapeError(
+                f"block_table holds {low}..{high} where sequences have keys; expected "
+                f"0..{num_blocks - 1}, the blocks of the cache."
+            )
+
+
+def _spell(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _fake(q: Tensor, *_: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _visible(
+    q: Tensor,
+    k_cache: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    block_table: Tensor | None,
+    window: int | None,
+) -> list[tuple[int, int]]:
+    """First key and end of what the new tokens of every sequence see together."""
+    capacity = k_cache.shape[2]
+    if block_table is not None:
+        capacity = block_table.shape[1] * k_cache.shape[1]
+    firsts = [0] * len(lengths) if starts is None else starts.tolist()
+    found = []
+    for first, length in zip(firsts, lengths.tolist(), strict=True):
+        if window is not None:
+            first = max(first, length - q.shape[1] - window + 1)
+        found.append((first, max(first, min(length, capacity))))
+    return found
+
+
+def _cpp_why_not(q: Tensor, *_: object) -> str | None:
+    if q.dtype not in _DTYPES:
+        return f"works on fp32, bf16 and fp16, got {q.dtype}"
+    return None
+
+
+def _cpp(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    block_table: Tensor | None,
+    q_start: Sequence[int],
+    window: int | None,
+    scale: float,
+    gate: Tensor | None,
+    *,
+    max_lanes: int = 16,
+) -> Tensor:
+    q, k_cache, v_cache = (_with_whole_rows(each) for each in (q, k_cache, v_cache))
+    lengths = lengths.contiguous()
+    starts = None if starts is None else starts.contiguous()
+    gate = None if gate is None else gate.contiguous()
+    table_stride = 0
+    if block_table is not None:
+        block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+        table_stride = block_table.stride(0)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    _extension.extension().ragged_decode(
+        dtype=_DTYPES.index(q.dtype),
+        q=q.data_ptr(),
+        q_strides=q.stride()[:3],
+        k=k_cache.data_ptr(),
+        k_strides=_cache_strides(k_cache, block_table),
+        v=v_cache.data_ptr(),
+        v_strides=_cache_strides(v_cache, block_table),
+        lengths=lengths.data_ptr(),
+        starts=_address(starts),
+        block_table=_address(block_table),
+        table_stride=table_stride,
+        block_size=k_cache.shape[1],
+        q_start=q_start,
+        num_sequences=q.shape[0],
+        num_tokens=q.shape[1],
+        width=q.shape[3],
+        window=NO_WINDOW if window is None else min(window, NO_WINDOW),
+        scale=scale,
+        gate=_address(gate),
+        out=out.data_ptr(),
+        num_threads=torch.get_num_threads(),
+        max_lanes=max_lanes,
+    )
+    return out
+
+
+def _with_whole_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(3) == 1 or tensor.shape[3] <= 1 else tensor.contiguous()
+
+
+def _cache_strides(cache: Tensor, block_table: Tensor | None) -> tuple[int, int, int]:
+    """Strides from sequence (block) to sequence, from kv head to kv head, from key to key."""
+    outer, middle, inner, _ = cache.stride()
+    return (outer, middle, inner) if block_table is None else (outer, inner, middle)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _bytes_moved(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    block_table: Tensor | None,
+    q_start: Sequence[int],
+    window: int | None,
+    scale: float,
+    gate: Tensor | None,
+) -> int:
+    keys = sum(b - a for a, b in _visible(q, k_cache, lengths, starts, block_table, window))
+    serving = sum(a < b for a, b in pairwise(q_start))
+    return 2 * q.element_size() * (keys * serving * q.shape[3] + q.numel())
+
+
+def _flops(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    block_table: Tensor | None,
+    q_start: Sequence[int],
+    window: int | None,
+    scale: float,
+    gate: Tensor | None,
+) -> int:
+    pairs = 0
+    for n in range(q.shape[1]):
+        # token n sees what a single new token sees that comes N - 1 - n tokens earlier
+        earlier = lengths - (q.shape[1] - 1 - n)
+        spans = _visible(q[:, :1], k_cache, earlier, starts, block_table, window)
+        pairs += sum(b - a for a, b in spans)
+    return 4 * pairs * q.shape[2] * q.shape[3]
+
+
+OP = Op(
+    "ragged_decode",
+    reference,
+    fake=_fake,
+    samples=samples,
+    bytes_moved=_bytes_moved,
+    flops=_flops,
+    backends=(Backend("cpp", _cpp, why_not=_cpp_why_not),),
+)
