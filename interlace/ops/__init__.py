@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from interlace.ops._diagnosis import Row, doctor, explain, table
 from interlace.ops._selection import backend
+from interlace.ops.bridge_norm import bridge_norm
 from interlace.ops.layer_similarity import layer_similarity
 
-__all__ = ["Row", "backend", "doctor", "explain", "layer_similarity", "table"]
+__all__ = ["Row", "backend", "bridge_norm", "doctor", "explain", "layer_similarity", "table"]
