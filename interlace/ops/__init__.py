@@ -16,6 +16,7 @@ from __future__ import annotations
 from interlace.ops._diagnosis import Row, doctor, explain, table
 from interlace.ops._rope import rope_tables
 from interlace.ops._selection import backend
+from interlace.ops.bridge_norm import bridge_norm
 from interlace.ops.layer_similarity import layer_similarity
 from interlace.ops.qk_norm_rope import qk_norm_rope
 from interlace.ops.ragged_decode import ragged_decode
@@ -23,6 +24,7 @@ from interlace.ops.ragged_decode import ragged_decode
 __all__ = [
     "Row",
     "backend",
+    "bridge_norm",
     "doctor",
     "explain",
     "layer_similarity",

@@ -6,14 +6,14 @@ torch.library.register_autograd per call and compiles with fullgraph=True.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from interlace.ops._registry import Op
 
@@ -25,17 +25,29 @@ class Backward:
     Attributes:
         op: takes the gradient of every output of the forward op that has one, then all outputs if
             `needs_outputs`, then the forward op's arguments; returns one gradient per name in
-            `wrt`, of any shape for an argument that is None.
+            `wrt` that is not in `same`, of any shape for an argument that is None.
         wrt: arguments of the forward op that receive a gradient; each is a tensor or None, not a
             list.
         needs_outputs: the forward op's outputs are kept for `op`.
         constant: places of outputs that carry no gradient, such as statistics kept for `op`.
+        keep: (outputs, arguments) -> what is kept for `op` and follows the gradients there, for an
+            op that would hold memory for nothing by keeping all of them.
+        same: argument -> another argument whose gradient is its gradient too, as for two terms of
+            a sum.
     """
 
     op: Op
     wrt: tuple[str, ...]
     needs_outputs: bool = False
     constant: tuple[int, ...] = ()
+    keep: Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...]] | None = None
+    same: Mapping[str, str] = field(default_factory=dict)
+
+    def kept(self, outputs: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What `op` takes after the gradients, from outputs and arguments of the forward op."""
+        if self.keep is not None:
+            return self.keep(outputs, args)
+        return (*outputs, *args) if self.needs_outputs else args
 
 
 def differentiable(
@@ -52,7 +64,7 @@ def differentiable(
         A function with the arguments of `forward_call` whose result carries gradients.
     """
     count = len(parameters)
-    places = tuple(parameters.index(name) for name in backward.wrt)
+    own = tuple(name for name in backward.wrt if name not in backward.same)
 
     class Joined(torch.autograd.Function):
         @staticmethod
@@ -60,9 +72,9 @@ def differentiable(
             outputs = forward_call(*args)
             if backward.constant:
                 ctx.mark_non_differentiable(*(outputs[place] for place in backward.constant))
-            kept = (outputs if isinstance(outputs, tuple) else (outputs,)) + args[:count]
-            if not backward.needs_outputs:
-                kept = args[:count]
+            kept = backward.kept(
+                outputs if isinstance(outputs, tuple) else (outputs,), args[:count]
+            )
             # only tensors may be saved; the rest keeps its place
             ctx.save_for_backward(*(value for value in kept if isinstance(value, Tensor)))
             ctx.others = tuple(None if isinstance(value, Tensor) else (value,) for value in kept)
@@ -76,11 +88,13 @@ def differentiable(
             given = [g for place, g in enumerate(gradients) if place not in backward.constant]
             found = backward.op(*given, *kept, backend=ctx.backend)
             found = found if isinstance(found, tuple) else (found,)
+            by_name = dict(zip(own, found, strict=True))
             results: list[Tensor | None] = [None] * (count + 1)
-            for place, gradient in zip(places, found, strict=True):
-                # the forward op's arguments stand at the end of what is kept
-                if kept[place - count] is not None:
-                    results[place] = gradient
+            for name in backward.wrt:
+                place = parameters.index(name)
+                # an argument that is None needs none
+                if ctx.needs_input_grad[place]:
+                    results[place] = by_name[backward.same.get(name, name)]
             return tuple(results)
 
     return Joined.apply

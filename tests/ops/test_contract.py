@@ -17,12 +17,16 @@ from interlace.ops._selection import ORDER
 # backends that have to serve; a kernel that is skipped without a word must not look like success
 EXPECTED = {
     "cpu": {
+        "bridge_norm": {"torch"},
+        "bridge_norm_bwd": {"torch"},
         "layer_similarity": {"cpp", "torch"},
         "qk_norm_rope": {"torch"},
         "qk_norm_rope_bwd": {"torch"},
         "ragged_decode": {"cpp", "torch"},
     },
     "cuda": {
+        "bridge_norm": {"torch"},
+        "bridge_norm_bwd": {"torch"},
         "layer_similarity": {"torch"},
         "qk_norm_rope": {"triton", "torch"},
         "qk_norm_rope_bwd": {"triton", "torch"},
