@@ -16,5 +16,15 @@ from __future__ import annotations
 from interlace.ops._diagnosis import Row, doctor, explain, table
 from interlace.ops._selection import backend
 from interlace.ops.layer_similarity import layer_similarity
+from interlace.ops.ragged_attention import q_start_of, ragged_attention
 
-__all__ = ["Row", "backend", "doctor", "explain", "layer_similarity", "table"]
+__all__ = [
+    "Row",
+    "backend",
+    "doctor",
+    "explain",
+    "layer_similarity",
+    "q_start_of",
+    "ragged_attention",
+    "table",
+]

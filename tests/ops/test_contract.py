@@ -15,7 +15,18 @@ from interlace.ops._registry import OPS, Op
 from interlace.ops._selection import ORDER
 
 # backends that have to serve; a kernel that is skipped without a word must not look like success
-EXPECTED = {"cpu": {"layer_similarity": {"cpp", "torch"}}, "cuda": {"layer_similarity": {"torch"}}}
+EXPECTED = {
+    "cpu": {
+        "layer_similarity": {"cpp", "torch"},
+        "ragged_attention": {"torch"},
+        "ragged_attention_bwd": {"torch"},
+    },
+    "cuda": {
+        "layer_similarity": {"torch"},
+        "ragged_attention": {"torch"},
+        "ragged_attention_bwd": {"torch"},
+    },
+}
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 CASES = [
