@@ -19,6 +19,7 @@ from interlace.ops._selection import backend
 from interlace.ops.bridge_norm import bridge_norm
 from interlace.ops.layer_similarity import layer_similarity
 from interlace.ops.qk_norm_rope import qk_norm_rope
+from interlace.ops.ragged_attention import q_start_of, ragged_attention
 from interlace.ops.ragged_decode import ragged_decode
 
 __all__ = [
@@ -28,7 +29,9 @@ __all__ = [
     "doctor",
     "explain",
     "layer_similarity",
+    "q_start_of",
     "qk_norm_rope",
+    "ragged_attention",
     "ragged_decode",
     "rope_tables",
     "table",

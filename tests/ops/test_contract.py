@@ -22,6 +22,8 @@ EXPECTED = {
         "layer_similarity": {"cpp", "torch"},
         "qk_norm_rope": {"torch"},
         "qk_norm_rope_bwd": {"torch"},
+        "ragged_attention": {"torch"},
+        "ragged_attention_bwd": {"torch"},
         "ragged_decode": {"cpp", "torch"},
     },
     "cuda": {
@@ -30,6 +32,8 @@ EXPECTED = {
         "layer_similarity": {"torch"},
         "qk_norm_rope": {"triton", "torch"},
         "qk_norm_rope_bwd": {"triton", "torch"},
+        "ragged_attention": {"torch"},
+        "ragged_attention_bwd": {"torch"},
         "ragged_decode": {"torch"},
     },
 }
