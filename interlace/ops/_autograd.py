@@ -51,30 +51,37 @@ class Backward:
 
 
 def differentiable(
-    forward_call: Callable[..., Any], parameters: tuple[str, ...], backward: Backward
+    forward_call: Callable[..., Any],
+    parameters: tuple[str, ...],
+    num_outputs: int,
+    backward: Backward,
 ) -> Callable[..., Any]:
     """Join a forward op to its backward.
 
     Args:
         forward_call: the forward op: its arguments, then the name of a backend.
         parameters: names of the arguments, without the backend.
+        num_outputs: of the forward op.
         backward: the backward op and what it needs.
 
     Returns:
         A function with the arguments of `forward_call` whose result carries gradients.
     """
     count = len(parameters)
+    # as truth values: torch.compile may turn numbers that differ from op to op into unknowns
+    varies = tuple(place not in backward.constant for place in range(num_outputs))
     own = tuple(name for name in backward.wrt if name not in backward.same)
 
     class Joined(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             outputs = forward_call(*args)
-            if backward.constant:
-                ctx.mark_non_differentiable(*(outputs[place] for place in backward.constant))
-            kept = backward.kept(
-                outputs if isinstance(outputs, tuple) else (outputs,), args[:count]
-            )
+            found = outputs if isinstance(outputs, tuple) else (outputs,)
+            if not all(varies):
+                ctx.mark_non_differentiable(
+                    *(output for output, varied in zip(found, varies, strict=True) if not varied)
+                )
+            kept = backward.kept(found, args[:count])
             # only tensors may be saved; the rest keeps its place
             ctx.save_for_backward(*(value for value in kept if isinstance(value, Tensor)))
             ctx.others = tuple(None if isinstance(value, Tensor) else (value,) for value in kept)
@@ -85,7 +92,7 @@ def differentiable(
         def backward(ctx: Any, *gradients: Tensor) -> Any:
             saved = iter(ctx.saved_tensors)
             kept = [next(saved) if other is None else other[0] for other in ctx.others]
-            given = [g for place, g in enumerate(gradients) if place not in backward.constant]
+            given = [g for g, varied in zip(gradients, varies, strict=True) if varied]
             found = backward.op(*given, *kept, backend=ctx.backend)
             found = found if isinstance(found, tuple) else (found,)
             by_name = dict(zip(own, found, strict=True))
