@@ -249,8 +249,8 @@ def measure_all(subjects: list[str], preset: Preset, path: Path) -> None:
                 [name, "speed", fraction],
                 lambda s=subject, v=vlm, f=fraction: {"speed": _speed(s, v, f)},
             )
-            for seed in preset.seeds:
-                for rule in preset.rules:
+            for rule in preset.rules:
+                for seed in preset.seeds:
                     keep(
                         [name, rule, fraction, seed],
                         lambda s=subject, v=vlm, r=rule, f=fraction, n=seed, t=test: _cell(
