@@ -138,7 +138,8 @@ def test_measuring_on_what_was_healed_with_is_told(
         Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.png")
         rows = [{"image": f"{name}.png", "caption": f"{name} {i}"} for i in range(4)]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    text = RECIPE.replace("[data]", f'[data]\nsource = "{tmp_path / "a.json"}"')
+    text = "[export]\nverify = false\n" + RECIPE.replace("max_steps = 2", "max_steps = 1")
+    text = text.replace("[data]", f'[data]\nsource = "{tmp_path / "a.json"}"')
     text = text.replace('tasks = ["fidelity", "vqa"]', 'tasks = ["perplexity"]')
     out = tmp_path / "out"
     il.run(_recipe(tmp_path, text), out)
