@@ -45,8 +45,10 @@ def _token_rows(token, counts, batch_stride, token_stride, ALIGN: tl.constexpr):
 @triton.jit
 def _rows(token, head, counts, strides, ALIGN: tl.constexpr):
     """Where the heads of a tile begin, counted in elements."""
-    of_token = _token_rows(token, counts, strides[0], strides[1], ALIGN[0])
-    of_head = tl.multiple_of(head.to(tl.int64) * strides[2], ALIGN[0])
+    # elements of a compile-time tuple are constants by name only
+    OF_HEADS: tl.constexpr = ALIGN[0]
+    of_token = _token_rows(token, counts, strides[0], strides[1], OF_HEADS)
+    of_head = tl.multiple_of(head.to(tl.int64) * strides[2], OF_HEADS)
     return of_token[:, None] + of_head[None, :]
 
 
@@ -91,7 +93,8 @@ def _load_tables(
     ALIGN: tl.constexpr,
 ):
     """Cosines and sines of tokens as fp32, shaped to be multiplied with a tile."""
-    rows = _token_rows(token, counts, table_strides[1], table_strides[2], ALIGN[1])
+    OF_TABLES: tl.constexpr = ALIGN[1]
+    rows = _token_rows(token, counts, table_strides[1], table_strides[2], OF_TABLES)
     column = tl.arange(0, SHAPE[2])
     mask = (token < counts[0])[:, None] & (column < SHAPE[1])[None, :]
     offset = column
@@ -255,6 +258,8 @@ def _backward_tiles(
 ):
     """Tiles `first`, `first` + `step` and so on of the queries or of the keys."""
     NORM: tl.constexpr = TILE[0]
+    TOKENS: tl.constexpr = TILE[1]
+    HEADS: tl.constexpr = TILE[2]
     D: tl.constexpr = SHAPE[0]
     F: tl.constexpr = SHAPE[1]
     F_BLOCK: tl.constexpr = SHAPE[2]
@@ -262,11 +267,11 @@ def _backward_tiles(
     if NORM:
         weight1 = _load_weight(weight_ptr, 0, F, F_BLOCK)
         weight2 = _load_weight(weight_ptr, F, F, F_BLOCK)
-        sum1 = tl.zeros((TILE[1], TILE[2], F_BLOCK), tl.float32)
-        sum2 = tl.zeros((TILE[1], TILE[2], F_BLOCK), tl.float32)
+        sum1 = tl.zeros((TOKENS, HEADS, F_BLOCK), tl.float32)
+        sum2 = tl.zeros((TOKENS, HEADS, F_BLOCK), tl.float32)
         if REST_BLOCK > 0:
             weight_rest = _load_weight(weight_ptr, 2 * F, D - 2 * F, REST_BLOCK)
-            sum_rest = tl.zeros((TILE[1], TILE[2], REST_BLOCK), tl.float32)
+            sum_rest = tl.zeros((TOKENS, HEADS, REST_BLOCK), tl.float32)
     for part in range(first, tl.cdiv(counts[0], TILE[1]) * TILE[3], step):
         token, head, inside = _place(part, counts, TILE)
         rows = _rows(token, head, counts, dy_strides, ALIGN)

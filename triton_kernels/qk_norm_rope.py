@@ -264,18 +264,21 @@ def variants() -> list[Variant]:
     """The forms used on the heads of real models."""
     one, axes = _layout(None, True), _layout((24, 20, 20), True)
     vectors, halves = ("ld.global.v4", "st.global.v4"), ("ld.global.v2", "st.global.v2")
-    both = (forward_kernel, backward_kernel)
-    return [
-        *(_variant(each, "one axis", (32, 8), 128, 64, True, one, vectors) for each in both),
-        *(_variant(each, "interleaved", (32, 8), 128, 64, True, axes, vectors) for each in both),
-        *(_variant(each, "no norm", (32, 32), 128, 64, False, one, vectors) for each in both),
-        *(_variant(each, "partial", (32, 8), 128, 32, True, one, vectors) for each in both),
-        *(_variant(each, "one axis", (32, 8), 96, 48, True, one, vectors) for each in both),
-        *(_variant(each, "one axis", (32, 8), 80, 40, True, one, vectors) for each in both),
-        *(_variant(each, "one axis", (20, 5), 64, 32, True, one, vectors) for each in both),
+    hopper = (90,)
+    forms: tuple[tuple[Any, ...], ...] = (
+        ("one axis", (32, 8), 128, 64, True, one, vectors),
+        ("three axes", (32, 8), 128, 64, True, axes, vectors),
+        ("no norm", (32, 32), 128, 64, False, one, vectors, hopper),
+        ("partial", (32, 8), 128, 32, True, one, vectors, hopper),
+        ("one axis", (32, 8), 80, 40, True, one, vectors, hopper),
+        ("one axis", (20, 5), 64, 32, True, one, vectors, hopper),
         # its halves begin at multiples of 8 bytes
-        *(_variant(each, "no norm", (16, 16), 72, 36, False, one, halves) for each in both),
-        *(_variant(each, "fp32", (32, 8), 128, 64, True, one, vectors, "fp32") for each in both),
+        ("no norm", (16, 16), 72, 36, False, one, halves, hopper),
+        ("fp32", (32, 8), 128, 64, True, one, vectors, hopper, "fp32"),
+    )
+    return [
+        *(_variant(forward_kernel, *form) for form in forms),
+        *(_variant(backward_kernel, *form) for form in forms),
         Variant(
             name="sums of the weights' gradients, head 128",
             kernel=add_partials_kernel,
@@ -307,6 +310,7 @@ def _variant(
     norm: bool,
     layout: tuple[Any, ...],
     expects: tuple[str, ...],
+    capabilities: tuple[int, ...] = (80, 90, 100),
     dtype: str = "bf16",
 ) -> Variant:
     """A kernel on packed heads: strides are multiples of D, those of the tables of F."""
@@ -339,5 +343,6 @@ def _variant(
         constants=constants,
         aligned=tuple(aligned),
         num_warps=_WARPS,
-        expects=dict.fromkeys((80, 90, 100), expects),
+        capabilities=capabilities,
+        expects=dict.fromkeys(capabilities, expects),
     )

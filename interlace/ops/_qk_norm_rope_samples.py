@@ -56,12 +56,13 @@ class _Draw:
             True,
         )
 
-    def unlike(self, args: tuple[Any, ...], **changes: Any) -> tuple[Any, ...]:
-        """The same arguments but for some."""
-        return tuple(changes.get(name, arg) for name, arg in zip(_NAMES, args, strict=True))
-
 
 _NAMES = ("q", "k", "cos", "sin", "q_weight", "k_weight", "eps", "sections", "interleaved")
+
+
+def _unlike(args: tuple[Any, ...], **changes: Any) -> tuple[Any, ...]:
+    """The same arguments but for some."""
+    return tuple(changes.get(name, arg) for name, arg in zip(_NAMES, args, strict=True))
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[OpSample]:
@@ -92,30 +93,30 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[OpSample]:
 
 def _interleaved(draw: _Draw) -> tuple[Any, ...]:
     cos, sin = draw.tables(3, 6, 16)
-    return draw.unlike(draw.plain(6, 3, 2, 32, 16), cos=cos, sin=sin, sections=[6, 5, 5])
+    return _unlike(draw.plain(6, 3, 2, 32, 16), cos=cos, sin=sin, sections=[6, 5, 5])
 
 
 def _chunked(draw: _Draw) -> tuple[Any, ...]:
     cos, sin = draw.tables(3, 6, 16)
     args = draw.plain(6, 3, 2, 32, 16)
-    return draw.unlike(args, cos=cos, sin=sin, sections=[4, 7, 5], interleaved=False)
+    return _unlike(args, cos=cos, sin=sin, sections=[4, 7, 5], interleaved=False)
 
 
 def _merged_qkv(draw: _Draw) -> tuple[Any, ...]:
     merged = draw.normal(6, 3 + 2 + 2, 64)
-    return draw.unlike(draw.plain(6, 3, 2, 64, 32), q=merged[:, :3], k=merged[:, 3:5])
+    return _unlike(draw.plain(6, 3, 2, 64, 32), q=merged[:, :3], k=merged[:, 3:5])
 
 
 def _heads_first(draw: _Draw) -> tuple[Any, ...]:
     q, k = (draw.normal(2, heads, 5, 24).transpose(1, 2) for heads in (3, 2))
     cos, sin = draw.tables(3, 2, 5, 12)
     args = draw.plain(5, 3, 2, 24, 12)
-    return draw.unlike(args, q=q, k=k, cos=cos, sin=sin, sections=[4, 4, 4])
+    return _unlike(args, q=q, k=k, cos=cos, sin=sin, sections=[4, 4, 4])
 
 
 def _shared_tables(draw: _Draw) -> tuple[Any, ...]:
     q, k = (draw.normal(3, 5, heads, 24) for heads in (2, 1))
-    return draw.unlike(draw.plain(5, 2, 1, 24, 12), q=q, k=k)
+    return _unlike(draw.plain(5, 2, 1, 24, 12), q=q, k=k)
 
 
 def _doubled_tables(draw: _Draw) -> tuple[Any, ...]:
@@ -123,31 +124,31 @@ def _doubled_tables(draw: _Draw) -> tuple[Any, ...]:
     doubled = [each.to(draw.dtype).repeat(1, 1, 2) for each in draw.tables(1, 5, 8)]
     q, k = (draw.normal(2, 5, heads, 16) for heads in (2, 1))
     cos, sin = (each[..., :8] for each in doubled)
-    return draw.unlike(draw.plain(5, 2, 1, 16, 8), q=q, k=k, cos=cos, sin=sin)
+    return _unlike(draw.plain(5, 2, 1, 16, 8), q=q, k=k, cos=cos, sin=sin)
 
 
 def _no_norm(draw: _Draw) -> tuple[Any, ...]:
-    return draw.unlike(draw.plain(6, 3, 2, 64, 24), q_weight=None, k_weight=None)
+    return _unlike(draw.plain(6, 3, 2, 64, 24), q_weight=None, k_weight=None)
 
 
 def _query_norm_only(draw: _Draw) -> tuple[Any, ...]:
-    return draw.unlike(draw.plain(4, 3, 2, 16, 8), k_weight=None)
+    return _unlike(draw.plain(4, 3, 2, 16, 8), k_weight=None)
 
 
 def _key_norm_only(draw: _Draw) -> tuple[Any, ...]:
     # with a weight kept in more precision than the heads
     weight = draw.weight(16).to(torch.promote_types(draw.dtype, torch.float32))
-    return draw.unlike(draw.plain(4, 3, 2, 16, 8), q_weight=None, k_weight=weight)
+    return _unlike(draw.plain(4, 3, 2, 16, 8), q_weight=None, k_weight=weight)
 
 
 def _scattered(draw: _Draw) -> tuple[Any, ...]:
     # elements of a head apart, and every query head the same memory
     q, k = draw.normal(4, 1, 12).expand(4, 3, 12), draw.normal(12, 4, 2).permute(1, 2, 0)
-    return draw.unlike(draw.plain(4, 3, 2, 12, 6), q=q, k=k)
+    return _unlike(draw.plain(4, 3, 2, 12, 6), q=q, k=k)
 
 
 def _no_eps(draw: _Draw) -> tuple[Any, ...]:
-    return draw.unlike(draw.plain(5, 3, 2, 12, 5), eps=0.0)
+    return _unlike(draw.plain(5, 3, 2, 12, 5), eps=0.0)
 
 
 def _not_finite(draw: _Draw) -> tuple[Any, ...]:
