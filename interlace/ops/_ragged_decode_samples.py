@@ -148,7 +148,7 @@ _FORMS = (
     Form("no_sequence", _RAGGED, 16, 8, ()),
     Form("no_token", _RAGGED, 16, 8, (8,), tokens=0),
     Form("no_capacity", (0, 2), 16, 0, (0, 0)),
-    Form("huge", (0, 3, 4), 64, 80, (80, 33), scale=(6.0, 6e3)),
+    Form("huge", (0, 3, 4), 64, 80, (80, 33), scale=(60.0, 6e3)),
     Form("tiny", (0, 3, 4), 64, 80, (80, 33), scale=(1e-4, 1e-3)),
     Form("not_finite", (0, 3, 4), 16, 40, (40, 33), broken=True),
 )
