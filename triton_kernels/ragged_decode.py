@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_NO_WINDOW = 1 << 30
 # splits that the joining kernel adds up at a time
 _JOIN_BLOCK = 16
 
@@ -298,7 +297,7 @@ def ragged_decode(
         strides = [
             (cache.stride(0), cache.stride(2), cache.stride(1)) for cache in (k_cache, v_cache)
         ]
-    window = _NO_WINDOW if window is None else min(window, _NO_WINDOW)
+    window = planning.NO_WINDOW if window is None else min(window, planning.NO_WINDOW)
     heads = planning.heads(tuple(q_start), q.device)
     rows = num_tokens * max(b - a for a, b in pairwise(q_start))
     sizes = config(rows, width, q.element_size(), paged=page > 0)

@@ -14,6 +14,8 @@ from itertools import pairwise
 import torch
 
 MAX_SPLITS = 128
+# a window wider than any cache, small enough for 32-bit sums with positions
+NO_WINDOW = 1 << 30
 # a split below this many keys is not worth a program
 _MIN_KEYS = 64
 # more programs on one multiprocessor bring nothing

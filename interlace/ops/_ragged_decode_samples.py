@@ -123,7 +123,7 @@ class Form:
 _RAGGED = (0, 3, 4, 4, 9)
 
 _FORMS = (
-    Form("odd", (0, 3, 4, 9), 40, 37, (37, 37)),
+    Form("odd", (0, 3, 4, 8), 40, 37, (37, 37)),
     Form("ragged", _RAGGED, 40, 37, (36, 20)),
     Form("several_tokens", _RAGGED, 64, 70, (70, 31, 5), tokens=3),
     Form("fewer_keys_than_tokens", (0, 2, 3), 16, 9, (2, 9, 0, 4), tokens=4),

@@ -16,16 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from interlace.ops import _extension
+from interlace.ops import _ragged_decode_compiled as compiled
 from interlace.ops._ragged_decode_check import check
 from interlace.ops._ragged_decode_samples import samples
 from interlace.ops._registry import Backend, Op
 
 __all__ = ["ragged_decode"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# more keys than any cache has
-NO_WINDOW = 1 << 40
 
 
 def ragged_decode(
@@ -69,7 +65,7 @@ def ragged_decode(
         window: keys that a token sees, itself included, >= 1; None: all.
         scale: factor of the scores; None: D ** -0.5.
         gate: factor of every query head's output, [Hq], fp32 (fp64 for fp64 q); None: 1.
-        backend: "auto", "triton", "cpp" or "torch".
+        backend: "auto", "cuda", "triton", "cpp" or "torch".
 
     Returns:
         [B, N, Hq, D], in q's dtype.
@@ -183,81 +179,11 @@ def _visible(
 
 
 def _triton_why_not(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> str | None:
-    if q.dtype not in _DTYPES:
+    if q.dtype not in compiled.DTYPES:
         return f"works on fp32, bf16 and fp16, got {q.dtype}"
     if not k_cache.stride(3) == v_cache.stride(3) == 1 < k_cache.shape[3]:
         return "the elements of a key and of a value have to lie side by side"
     return None
-
-
-def _cpp_why_not(q: Tensor, *_: object) -> str | None:
-    if q.dtype not in _DTYPES:
-        return f"works on fp32, bf16 and fp16, got {q.dtype}"
-    return None
-
-
-def _cpp(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    starts: Tensor | None,
-    block_table: Tensor | None,
-    q_start: Sequence[int],
-    window: int | None,
-    scale: float,
-    gate: Tensor | None,
-    *,
-    max_lanes: int = 16,
-) -> Tensor:
-    q, k_cache, v_cache = (_with_whole_rows(each) for each in (q, k_cache, v_cache))
-    lengths = lengths.contiguous()
-    starts = None if starts is None else starts.contiguous()
-    gate = None if gate is None else gate.contiguous()
-    table_stride = 0
-    if block_table is not None:
-        block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-        table_stride = block_table.stride(0)
-    out = torch.empty(q.shape, dtype=q.dtype)
-    _extension.extension().ragged_decode(
-        dtype=_DTYPES.index(q.dtype),
-        q=q.data_ptr(),
-        q_strides=q.stride()[:3],
-        k=k_cache.data_ptr(),
-        k_strides=_cache_strides(k_cache, block_table),
-        v=v_cache.data_ptr(),
-        v_strides=_cache_strides(v_cache, block_table),
-        lengths=lengths.data_ptr(),
-        starts=_address(starts),
-        block_table=_address(block_table),
-        table_stride=table_stride,
-        block_size=k_cache.shape[1],
-        q_start=q_start,
-        num_sequences=q.shape[0],
-        num_tokens=q.shape[1],
-        width=q.shape[3],
-        window=NO_WINDOW if window is None else min(window, NO_WINDOW),
-        scale=scale,
-        gate=_address(gate),
-        out=out.data_ptr(),
-        num_threads=torch.get_num_threads(),
-        max_lanes=max_lanes,
-    )
-    return out
-
-
-def _with_whole_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(3) == 1 or tensor.shape[3] <= 1 else tensor.contiguous()
-
-
-def _cache_strides(cache: Tensor, block_table: Tensor | None) -> tuple[int, int, int]:
-    """Strides from sequence (block) to sequence, from kv head to kv head, from key to key."""
-    outer, middle, inner, _ = cache.stride()
-    return (outer, middle, inner) if block_table is None else (outer, inner, middle)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _bytes_moved(
@@ -306,11 +232,12 @@ OP = Op(
     bytes_moved=_bytes_moved,
     flops=_flops,
     backends=(
+        Backend("cuda", compiled.cuda, why_not=compiled.cuda_why_not),
         Backend(
             "triton",
             "interlace.triton_kernels.ragged_decode:ragged_decode",
             why_not=_triton_why_not,
         ),
-        Backend("cpp", _cpp, why_not=_cpp_why_not),
+        Backend("cpp", compiled.cpp, why_not=compiled.cpp_why_not),
     ),
 )

@@ -17,7 +17,7 @@ from interlace.ops._selection import ORDER
 # backends that have to serve; a kernel that is skipped without a word must not look like success
 EXPECTED = {
     "cpu": {"layer_similarity": {"cpp", "torch"}, "ragged_decode": {"cpp", "torch"}},
-    "cuda": {"layer_similarity": {"torch"}, "ragged_decode": {"triton", "torch"}},
+    "cuda": {"layer_similarity": {"torch"}, "ragged_decode": {"cuda", "triton", "torch"}},
 }
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
