@@ -6,10 +6,14 @@
 
 #include <array>
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
 #include "cpu/layer_similarity.h"
 #include "cpu/ragged_decode.h"
+#if defined(INTERLACE_CUDA)
+#include "cuda/ragged_decode.h"
+#endif
 
 namespace py = pybind11;
 
@@ -87,6 +91,59 @@ void ragged_decode(int dtype, std::uintptr_t q, const Strides& q_strides, std::u
   });
 }
 
+#if defined(INTERLACE_CUDA)
+void ragged_decode_cuda(int dtype, std::uintptr_t q, const Strides& q_strides, std::uintptr_t k,
+                        const Strides& k_strides, std::uintptr_t v, const Strides& v_strides,
+                        std::uintptr_t lengths, std::uintptr_t starts, std::uintptr_t block_table,
+                        std::int64_t table_stride, int block_size, const std::vector<int>& q_start,
+                        int num_sequences, int num_tokens, int width, int capacity, int window,
+                        int num_splits, double scale, std::uintptr_t gate, std::uintptr_t out,
+                        std::uintptr_t parts, int device, std::uintptr_t stream) {
+  interlace::DecodeHeads heads{};
+  for (std::size_t j = 0; j + 1 < q_start.size(); ++j) {
+    if (q_start[j] == q_start[j + 1]) continue;
+    if (heads.count == interlace::kMaxDecodeHeads) throw std::length_error("too many kv heads");
+    heads.kv_head[heads.count] = static_cast<std::int16_t>(j);
+    heads.first_head[heads.count] = static_cast<std::int16_t>(q_start[j]);
+    heads.group[heads.count++] = static_cast<std::int16_t>(q_start[j + 1] - q_start[j]);
+  }
+  const interlace::RaggedDecodeCudaArgs args{
+      static_cast<interlace::DType>(dtype),
+      as_pointer<const void>(q),
+      q_strides[0],
+      q_strides[1],
+      q_strides[2],
+      as_pointer<const void>(k),
+      k_strides[0],
+      k_strides[1],
+      k_strides[2],
+      as_pointer<const void>(v),
+      v_strides[0],
+      v_strides[1],
+      v_strides[2],
+      as_pointer<const std::int32_t>(lengths),
+      as_pointer<const std::int32_t>(starts),
+      as_pointer<const std::int32_t>(block_table),
+      table_stride,
+      block_size,
+      num_sequences,
+      num_tokens,
+      q_start.back(),
+      width,
+      capacity,
+      window,
+      num_splits,
+      static_cast<float>(scale),
+      as_pointer<const float>(gate),
+      as_pointer<void>(out),
+      as_pointer<float>(parts),
+      device,
+      as_pointer<void>(stream),
+  };
+  interlace::ragged_decode_cuda(args, heads);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -103,4 +160,13 @@ PYBIND11_MODULE(_C, module) {
              py::arg("num_sequences"), py::arg("num_tokens"), py::arg("width"), py::arg("window"),
              py::arg("scale"), py::arg("gate"), py::arg("out"), py::arg("num_threads"),
              py::arg("max_lanes"), py::call_guard<py::gil_scoped_release>());
+#if defined(INTERLACE_CUDA)
+  module.def("ragged_decode_cuda", &ragged_decode_cuda, py::kw_only(), py::arg("dtype"),
+             py::arg("q"), py::arg("q_strides"), py::arg("k"), py::arg("k_strides"), py::arg("v"),
+             py::arg("v_strides"), py::arg("lengths"), py::arg("starts"), py::arg("block_table"),
+             py::arg("table_stride"), py::arg("block_size"), py::arg("q_start"),
+             py::arg("num_sequences"), py::arg("num_tokens"), py::arg("width"), py::arg("capacity"),
+             py::arg("window"), py::arg("num_splits"), py::arg("scale"), py::arg("gate"),
+             py::arg("out"), py::arg("parts"), py::arg("device"), py::arg("stream"));
+#endif
 }

@@ -123,7 +123,7 @@ class Form:
 _RAGGED = (0, 3, 4, 4, 9)
 
 _FORMS = (
-    Form("odd", (0, 3, 4, 9), 40, 37, (37, 37)),
+    Form("odd", (0, 3, 4, 8), 40, 37, (37, 37)),
     Form("ragged", _RAGGED, 40, 37, (36, 20)),
     Form("several_tokens", _RAGGED, 64, 70, (70, 31, 5), tokens=3),
     Form("fewer_keys_than_tokens", (0, 2, 3), 16, 9, (2, 9, 0, 4), tokens=4),
@@ -148,7 +148,7 @@ _FORMS = (
     Form("no_sequence", _RAGGED, 16, 8, ()),
     Form("no_token", _RAGGED, 16, 8, (8,), tokens=0),
     Form("no_capacity", (0, 2), 16, 0, (0, 0)),
-    Form("huge", (0, 3, 4), 64, 80, (80, 33), scale=(6.0, 6e3)),
+    Form("huge", (0, 3, 4), 64, 80, (80, 33), scale=(60.0, 6e3)),
     Form("tiny", (0, 3, 4), 64, 80, (80, 33), scale=(1e-4, 1e-3)),
     Form("not_finite", (0, 3, 4), 16, 40, (40, 33), broken=True),
 )

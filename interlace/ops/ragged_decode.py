@@ -16,17 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from interlace.errors import ShapeError
-from interlace.ops import _extension
+from interlace.ops import _ragged_decode_compiled as compiled
+from interlace.ops._ragged_decode_check import check
 from interlace.ops._ragged_decode_samples import samples
 from interlace.ops._registry import Backend, Op
 
 __all__ = ["ragged_decode"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HEAD_DIM = 256
-# more keys than any cache has
-NO_WINDOW = 1 << 40
 
 
 def ragged_decode(
@@ -70,7 +65,7 @@ def ragged_decode(
         window: keys that a token sees, itself included, >= 1; None: all.
         scale: factor of the scores; None: D ** -0.5.
         gate: factor of every query head's output, [Hq], fp32 (fp64 for fp64 q); None: 1.
-        backend: "auto", "cpp" or "torch".
+        backend: "auto", "cuda", "triton", "cpp" or "torch".
 
     Returns:
         [B, N, Hq, D], in q's dtype.
@@ -85,7 +80,7 @@ def ragged_decode(
     `lengths` but the time, so that a CUDA graph replays for growing sequences.
     """
     heads = tuple(q_start)
-    _check(q, k_cache, v_cache, lengths, starts, block_table, heads, window, gate)
+    check(q, k_cache, v_cache, lengths, starts, block_table, heads, window, gate)
     if scale is None:
         scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
     out: Tensor = OP(
@@ -158,104 +153,6 @@ def _gather(cache: Tensor, block_table: Tensor) -> Tensor:
     return cache[blocks].flatten(1, 2).transpose(1, 2)
 
 
-def _check(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    starts: Tensor | None,
-    block_table: Tensor | None,
-    q_start: tuple[int, ...],
-    window: int | None,
-    gate: Tensor | None,
-) -> None:
-    if q.dim() != 4 or not q.is_floating_point() or q.shape[3] > MAX_HEAD_DIM:
-        raise ShapeError(
-            f"q is {_spell(q)}; expected floating-point queries [B, N, Hq, D] with D at most "
-            f"{MAX_HEAD_DIM}."
-        )
-    batch, _, num_heads, width = q.shape
-    layout = "[B, Hkv, L, D]" if block_table is None else "[blocks, block size, Hkv, D]"
-    head_axis = 1 if block_table is None else 2
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        fits = cache.dim() == 4 and cache.shape[3] == width and cache.shape == k_cache.shape
-        if block_table is None:
-            fits = fits and cache.shape[0] == batch
-        else:
-            fits = fits and cache.shape[0] > 0 and cache.shape[1] > 0
-        if not fits or (cache.dtype, cache.device) != (q.dtype, q.device):
-            raise ShapeError(
-                f"{name} is {_spell(cache)}; expected {layout} with D = {width}"
-                f"{f' and B = {batch}' if block_table is None else ' and one block or more'}, "
-                f"{q.dtype} on {q.device}, and keys and values alike."
-            )
-    _check_heads(q_start, k_cache.shape[head_axis], num_heads)
-    exact = torch.promote_types(q.dtype, torch.float32)
-    for name, tensor, shape, dtype in (
-        ("lengths", lengths, (batch,), torch.int32),
-        ("starts", starts, (batch,), torch.int32),
-        ("gate", gate, (num_heads,), exact),
-    ):
-        if tensor is not None and (
-            (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, q.device)
-        ):
-            raise ShapeError(f"{name} is {_spell(tensor)}; expected {dtype} {shape} on {q.device}.")
-    if block_table is not None and (
-        (block_table.dim(), block_table.shape[0], block_table.dtype, block_table.device)
-        != (2, batch, torch.int32, q.device)
-    ):
-        raise ShapeError(
-            f"block_table is {_spell(block_table)}; expected torch.int32 [{batch}, max_blocks] on "
-            f"{q.device}."
-        )
-    if window is not None and window < 1:
-        raise ShapeError(f"window is {window}; expected 1 or more keys, or None for all.")
-    if q.is_cpu and batch and not torch.compiler.is_compiling():
-        _check_values(k_cache, lengths, starts, block_table)
-
-
-def _check_heads(q_start: tuple[int, ...], num_kv_heads: int, num_heads: int) -> None:
-    rising = all(a <= b for a, b in pairwise(q_start))
-    if (
-        len(q_start) != num_kv_heads + 1
-        or q_start[0] != 0
-        or q_start[-1] != num_heads
-        or not rising
-    ):
-        raise ShapeError(
-            f"q_start is {q_start}; expected {num_kv_heads + 1} numbers for {num_kv_heads} kv "
-            f"heads that do not fall, from 0 to the number of query heads, {num_heads}."
-        )
-
-
-def _check_values(
-    k_cache: Tensor, lengths: Tensor, starts: Tensor | None, block_table: Tensor | None
-) -> None:
-    capacity = k_cache.shape[2]
-    if block_table is not None:
-        capacity = block_table.shape[1] * k_cache.shape[1]
-    low, high = (int(bound) for bound in lengths.aminmax())
-    if low < 0 or high > capacity:
-        raise ShapeError(
-            f"lengths holds values in {low}..{high}; expected 0..{capacity}, the cache's capacity."
-        )
-    if starts is not None and int(starts.min()) < 0:
-        raise ShapeError(f"starts holds {int(starts.min())}; expected 0 or more.")
-    if block_table is not None and block_table.shape[1]:
-        size, num_blocks = k_cache.shape[1], k_cache.shape[0]
-        used = torch.arange(block_table.shape[1])[None] * size < lengths[:, None]
-        low, high = (int(bound) for bound in block_table.masked_fill(~used, 0).aminmax())
-        if low < 0 or high >= num_blocks:
-            raise ShapeError(
-                f"block_table holds {low}..{high} where sequences have keys; expected "
-                f"0..{num_blocks - 1}, the blocks of the cache."
-            )
-
-
-def _spell(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-
-
 def _fake(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
@@ -281,74 +178,12 @@ def _visible(
     return found
 
 
-def _cpp_why_not(q: Tensor, *_: object) -> str | None:
-    if q.dtype not in _DTYPES:
+def _triton_why_not(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> str | None:
+    if q.dtype not in compiled.DTYPES:
         return f"works on fp32, bf16 and fp16, got {q.dtype}"
+    if not k_cache.stride(3) == v_cache.stride(3) == 1 < k_cache.shape[3]:
+        return "the elements of a key and of a value have to lie side by side"
     return None
-
-
-def _cpp(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    starts: Tensor | None,
-    block_table: Tensor | None,
-    q_start: Sequence[int],
-    window: int | None,
-    scale: float,
-    gate: Tensor | None,
-    *,
-    max_lanes: int = 16,
-) -> Tensor:
-    q, k_cache, v_cache = (_with_whole_rows(each) for each in (q, k_cache, v_cache))
-    lengths = lengths.contiguous()
-    starts = None if starts is None else starts.contiguous()
-    gate = None if gate is None else gate.contiguous()
-    table_stride = 0
-    if block_table is not None:
-        block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-        table_stride = block_table.stride(0)
-    out = torch.empty(q.shape, dtype=q.dtype)
-    _extension.extension().ragged_decode(
-        dtype=_DTYPES.index(q.dtype),
-        q=q.data_ptr(),
-        q_strides=q.stride()[:3],
-        k=k_cache.data_ptr(),
-        k_strides=_cache_strides(k_cache, block_table),
-        v=v_cache.data_ptr(),
-        v_strides=_cache_strides(v_cache, block_table),
-        lengths=lengths.data_ptr(),
-        starts=_address(starts),
-        block_table=_address(block_table),
-        table_stride=table_stride,
-        block_size=k_cache.shape[1],
-        q_start=q_start,
-        num_sequences=q.shape[0],
-        num_tokens=q.shape[1],
-        width=q.shape[3],
-        window=NO_WINDOW if window is None else min(window, NO_WINDOW),
-        scale=scale,
-        gate=_address(gate),
-        out=out.data_ptr(),
-        num_threads=torch.get_num_threads(),
-        max_lanes=max_lanes,
-    )
-    return out
-
-
-def _with_whole_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(3) == 1 or tensor.shape[3] <= 1 else tensor.contiguous()
-
-
-def _cache_strides(cache: Tensor, block_table: Tensor | None) -> tuple[int, int, int]:
-    """Strides from sequence (block) to sequence, from kv head to kv head, from key to key."""
-    outer, middle, inner, _ = cache.stride()
-    return (outer, middle, inner) if block_table is None else (outer, inner, middle)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _bytes_moved(
@@ -396,5 +231,13 @@ OP = Op(
     samples=samples,
     bytes_moved=_bytes_moved,
     flops=_flops,
-    backends=(Backend("cpp", _cpp, why_not=_cpp_why_not),),
+    backends=(
+        Backend("cuda", compiled.cuda, why_not=compiled.cuda_why_not),
+        Backend(
+            "triton",
+            "interlace.triton_kernels.ragged_decode:ragged_decode",
+            why_not=_triton_why_not,
+        ),
+        Backend("cpp", compiled.cpp, why_not=compiled.cpp_why_not),
+    ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from interlace import ops
 from interlace.errors import ShapeError
+from interlace.ops import _ragged_decode_plan as planning
 from interlace.ops._check import in_fp64
 
 BACKENDS = ["torch", "cpp"]
@@ -191,9 +193,41 @@ def test_variants_for_other_processors_keep_the_budget(max_lanes: int, dtype: to
     for sample in contract.OP.samples(torch.device("cpu"), dtype):
         truth = contract.reference(*in_fp64(sample.args))
         plain = contract.reference(*sample.args)
-        found = contract._cpp(*sample.args, max_lanes=max_lanes)
+        found = contract.compiled.cpp(*sample.args, max_lanes=max_lanes)
         excess = contract.OP.budget.excess(found, plain, truth)
         assert excess is None, f"{sample.name}: {excess}"
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is present")
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, 128])
+@pytest.mark.parametrize("sample", ["paged_odd", "room_to_grow", "window", "no_key_and_one_key"])
+def test_any_number_of_splits_keeps_the_budget(
+    monkeypatch: pytest.MonkeyPatch, splits: int, sample: str
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(planning, "num_splits", lambda *_: splits)
+    args = next(
+        each.args
+        for each in contract.OP.samples(torch.device("cpu"), torch.float32)
+        if each.name == sample
+    )
+    found = contract.OP.run("triton", *args)
+    truth, plain = contract.reference(*in_fp64(args)), contract.reference(*args)
+    excess = contract.OP.budget.excess(found, plain, truth)
+    assert excess is None, excess
+
+
+@pytest.mark.parametrize("tiles", [1, 8, 131, 132, 5000])
+@pytest.mark.parametrize("keys", [0, 1, 100, 1024, 65536])
+def test_splits_fill_the_gpu_and_are_worth_it(tiles: int, keys: int) -> None:
+    splits = planning.num_splits(tiles, keys, 72 << 10, torch.device("cpu"))
+    assert 1 <= splits <= planning.MAX_SPLITS
+    if keys <= 100:
+        assert splits == 1
+    if keys == 65536:
+        # three programs of 72 KB fit on each of 132 multiprocessors
+        waves = -(-tiles * splits // 396)
+        assert splits == planning.MAX_SPLITS or tiles * splits >= 0.9 * 396 * waves
 
 
 def test_scale_is_that_of_the_head_size_unless_given() -> None:
