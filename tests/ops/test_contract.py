@@ -29,7 +29,7 @@ EXPECTED = {
     "cuda": {
         "bridge_norm": {"torch"},
         "bridge_norm_bwd": {"torch"},
-        "layer_similarity": {"torch"},
+        "layer_similarity": {"triton", "torch"},
         "qk_norm_rope": {"triton", "torch"},
         "qk_norm_rope_bwd": {"triton", "torch"},
         "ragged_attention": {"torch"},

@@ -31,7 +31,7 @@ CASES = [
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is present; the gpu lane runs these"
 )
-# numpy, which computes here, speaks up about NaN and infinity
+# numpy, which interprets, warns of what NaN and infinity in a sample come to
 @pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning")
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize(("op", "dtype", "args"), CASES)

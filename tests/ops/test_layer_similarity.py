@@ -169,3 +169,20 @@ def test_fp64_is_refused_by_the_compiled_kernel_and_served_by_torch() -> None:
     assert "float64" in (reasons["cpp"] or "")
     sums, _ = ops.layer_similarity(hidden, groups, num_groups=1)
     assert sums.dtype == torch.float64
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present, and interprets nothing")
+@pytest.mark.parametrize("num_tokens", [1, 16, 53])
+def test_triton_kernel_sorts_tokens_by_group_over_several_blocks(num_tokens: int) -> None:
+    pytest.importorskip("triton")
+    kernels = importlib.import_module("interlace.triton_kernels.layer_similarity")
+    groups = torch.randint(-1, 5, (num_tokens,), dtype=torch.int32)
+    order, starts = torch.full((num_tokens,), -7, dtype=torch.int32), int32(*[-7] * 6)
+    counts = torch.full((5,), -7)
+    num_blocks = -(-num_tokens // 16)
+    kernels.order_kernel[(num_blocks * 5,)](groups, order, starts, counts, num_tokens, 5, BLOCK=16)
+    num_valid = int((groups >= 0).sum())
+    expected = torch.argsort(groups, stable=True)[num_tokens - num_valid :]
+    assert torch.equal(order[:num_valid].long(), expected)
+    assert torch.equal(counts, torch.bincount(groups[groups >= 0], minlength=5))
+    assert starts.tolist() == [0, *counts.cumsum(0).tolist()]
