@@ -148,6 +148,9 @@ void ragged_decode_cuda(int dtype, std::uintptr_t q, const Strides& q_strides, s
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled kernels of interlace.";
+#if defined(INTERLACE_CUDA)
+  module.attr("cuda_architectures") = INTERLACE_CUDA;
+#endif
   module.def("layer_similarity", &layer_similarity, py::kw_only(), py::arg("states"),
              py::arg("row_strides"), py::arg("dtype"), py::arg("groups"), py::arg("num_tokens"),
              py::arg("width"), py::arg("num_groups"), py::arg("max_offset"), py::arg("sums"),

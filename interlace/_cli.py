@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path  # noqa: TC003 (typer reads it at run time)
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,6 +49,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 def say(text: str) -> None:
     """Write a line to standard output."""
     typer.echo(text)
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; 80 where there is none."""
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 def split_names(text: str | None) -> tuple[str, ...] | None:

@@ -33,6 +33,7 @@ from interlace._cli import (
     save_record,
     say,
     split_names,
+    terminal_width,
     whole_numbers,
 )
 from interlace._files import check_new_folder
@@ -370,16 +371,17 @@ def ops() -> None:
     from interlace.report.tables import plain_table
 
     rows = [[op, backend, reason or "runs"] for op, backend, reason in table()]
-    say(plain_table(["op", "backend", "on this machine"], rows))
+    say(plain_table(["op", "backend", "on this machine"], rows, width=terminal_width()))
 
 
 @app.command()
 def doctor() -> None:
-    """Show versions, the compiled extension and what is missing."""
+    """Show versions, GPUs, the compiled extension and what is missing."""
     from interlace.ops import doctor as examine
+    from interlace.report.tables import plain_table
 
-    for key, value in examine().items():
-        say(f"{key:<24} {value}")
+    rows = [[key, value] for key, value in examine().items()]
+    say(plain_table(["what", "on this machine"], rows, width=terminal_width()))
 
 
 def main() -> None:

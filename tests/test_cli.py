@@ -253,10 +253,22 @@ def test_existing_output_is_kept(interlace, scores: Path, tmp_path: Path) -> Non
     assert plan.read_text() == "mine"
 
 
-def test_ops_and_doctor_speak(interlace) -> None:
+def test_ops_and_doctor_speak_within_the_terminal(
+    interlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from interlace import ops
+
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = interlace("ops")
     assert code == 0
-    assert "layer_similarity" in out
+    for op, backend, reason in ops.table():
+        line = next(line for line in out.splitlines() if line.split()[:2] == [op, backend])
+        assert line.split()[2:5] == (reason or "runs").split()[:3]
+    assert max(map(len, out.splitlines())) <= 80
     code, out, _ = interlace("doctor")
     assert code == 0
-    assert "torch" in out
+    assert max(map(len, out.splitlines())) <= 80
+    # wrapped, but nothing is lost
+    assert " ".join(" ".join(ops.doctor().values()).split()) == " ".join(
+        line[out.index("on this machine") :].strip() for line in out.splitlines()[2:]
+    )
