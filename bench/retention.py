@@ -259,36 +259,47 @@ def measure_all(subjects: list[str], preset: Preset, path: Path) -> None:
                     )
 
 
-def _mean_spread(values: list[float]) -> str:
-    mean = statistics.fmean(values)
-    spread = (max(values) - min(values)) / 2
-    return f"{100 * mean:.1f} ± {100 * spread:.1f}"
+def _retention(rows: list[dict[str, Any]], metric: str, dense: float) -> str:
+    """Percent of the dense model: mean before -> mean after healing, half the range over seeds."""
+    done = [row for row in rows if "raw" in row]
+    if not rows:
+        return ""
+    if not done:
+        return "no plan"
+    before, after = (
+        [100 * row[when][metric] / dense for row in done] for when in ("raw", "healed")
+    )
+    spread = (max(after) - min(after)) / 2
+    return f"{statistics.fmean(before):.1f} → {statistics.fmean(after):.1f} ± {spread:.1f}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: retention in percent of the dense model, mean and half the range over seeds."""
+    """Markdown, one table per fraction: a line per rule, a column per metric of each model."""
     dense = {row["cell"][0]: row for row in rows if row["cell"][1] == "dense"}
-    cells: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    columns = [(name, metric) for name, row in dense.items() for metric in row["raw"]]
+    cells: dict[tuple[float, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if len(row["cell"]) == 4:
             name, rule, fraction, _ = row["cell"]
-            cells.setdefault((name, fraction, rule), []).append(row)
-    lines = [
-        "| model | dropped | rule | metric | dense | before healing, % | after healing, % |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for (name, fraction, rule), group in cells.items():
-        done = [row for row in group if "raw" in row]
-        for metric, full in dense[name]["raw"].items():
-            head = f"| {name} | {fraction:.0%} | {rule} | {metric} | {full:.3f} |"
-            if not done:
-                lines.append(f"{head} no plan | no plan |")
-                continue
-            raw, healed = (
-                _mean_spread([row[when][metric] / full for row in done])
-                for when in ("raw", "healed")
+            cells.setdefault((fraction, rule, name), []).append(row)
+    rules = list(dict.fromkeys(rule for _, rule, _ in cells))
+    lines = []
+    for fraction in sorted({fraction for fraction, _, _ in cells}):
+        head = " | ".join(f"{name} {metric.split('/')[1]}" for name, metric in columns)
+        full = " | ".join(f"{dense[name]['raw'][metric]:.3f}" for name, metric in columns)
+        lines += [
+            f"| {fraction:.0%} of the layers dropped | {head} |",
+            "| --- " * (len(columns) + 1) + "|",
+            f"| dense | {full} |",
+        ]
+        for rule in rules:
+            found = " | ".join(
+                _retention(
+                    cells.get((fraction, rule, name), []), metric, dense[name]["raw"][metric]
+                )
+                for name, metric in columns
             )
-            lines.append(f"{head} {raw} | {healed} |")
+            lines.append(f"| `{rule}` | {found} |")
     return "\n".join(lines)
 
 
