@@ -189,8 +189,10 @@ def _tiling_of(
 
 def _tile_of(num_heads: int, rows: int) -> tuple[int, int, int]:
     """Tokens and heads of a tile, and tiles per token: little padding, then many heads."""
+    # kernels divide by the tiles per token, so heads that are not there have one, of nothing
+    num_heads = max(1, num_heads)
     if num_heads <= 8:
-        heads = min(rows, triton.next_power_of_2(max(1, num_heads)))
+        heads = min(rows, triton.next_power_of_2(num_heads))
     else:
         # no less than 8 heads share a table
         choices = [heads for heads in (8, 16, 32, 64) if heads <= rows] or [rows]
