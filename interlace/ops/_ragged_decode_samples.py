@@ -32,7 +32,8 @@ class Form:
         window: keys that a token sees.
         gated: with a gate.
         scale: magnitude of queries and keys, and of values.
-        strided: caches as [B, L, Hkv, D] in memory, queries cut from a longer row.
+        strided: caches as [B, L, Hkv, D] in memory, queries cut from a longer row, lengths and
+            starts from a table.
         broken: a NaN among the keys, an infinity among the values.
     """
 
@@ -59,7 +60,8 @@ class Form:
             return (torch.randn(size, generator=generator) * scale).to(device, dtype)
 
         def whole(values: tuple[int, ...]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
+            made = torch.tensor(values, dtype=torch.int32, device=device)
+            return torch.stack([made, made + 1], dim=1)[:, 0] if self.strided else made
 
         size, value_size = self.scale
         q = normal(batch, self.tokens, heads, self.width, scale=size)
@@ -139,7 +141,7 @@ _FORMS = (
     Form("long", (0, 1, 5), 64, 1100, (1100, 700)),
     Form("long_ragged", _RAGGED, 72, 700, (650,), tokens=2, window=600, starts=(3,)),
     Form("room_to_grow", (0, 4), 128, 2000, (5,)),
-    Form("strided", (0, 2, 3), 32, 40, (40, 22), tokens=2, strided=True),
+    Form("strided", (0, 2, 3), 32, 40, (40, 22), tokens=2, starts=(3, 0), strided=True),
     Form("wide", (0, 2, 3), 256, 40, (40,)),
     Form("odd_width", (0, 2, 3), 33, 40, (40,), tokens=2),
     Form("many_heads", (0, 20, 21), 16, 30, (30, 9), tokens=2),

@@ -56,7 +56,7 @@ def _uniform(tower: Tower) -> list[int]:
 
 
 def _ragged(tower: Tower) -> list[int]:
-    """What pruning leaves: groups that lost 0, 1, 2 ... query heads, or kv heads that were merged."""
+    """What pruning leaves: groups that lost 0, 1, 2 ... heads, or kv heads that were merged."""
     group = tower.query_heads // tower.kv_heads
     if group > 1:
         return [group - j % group for j in range(tower.kv_heads)]
