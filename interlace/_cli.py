@@ -13,6 +13,8 @@ from interlace._files import check_new_file
 from interlace.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.figure import Figure
 
     from interlace.data.samples import Samples
@@ -54,6 +56,13 @@ def say(text: str) -> None:
 def terminal_width() -> int:
     """Columns of the terminal; 80 where there is none."""
     return shutil.get_terminal_size((80, 24)).columns
+
+
+def say_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a table to standard output, no wider than the terminal."""
+    from interlace.report.tables import plain_table
+
+    say(plain_table(head, rows, width=terminal_width()))
 
 
 def split_names(text: str | None) -> tuple[str, ...] | None:

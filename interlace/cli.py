@@ -32,8 +32,8 @@ from interlace._cli import (
     save_picture,
     save_record,
     say,
+    say_table,
     split_names,
-    terminal_width,
     whole_numbers,
 )
 from interlace._files import check_new_folder
@@ -368,20 +368,17 @@ def demo(
 def ops() -> None:
     """List every op and backend, and why a backend cannot run here."""
     from interlace.ops import table
-    from interlace.report.tables import plain_table
 
     rows = [[op, backend, reason or "runs"] for op, backend, reason in table()]
-    say(plain_table(["op", "backend", "on this machine"], rows, width=terminal_width()))
+    say_table(["op", "backend", "on this machine"], rows)
 
 
 @app.command()
 def doctor() -> None:
     """Show versions, GPUs, the compiled extension and what is missing."""
     from interlace.ops import doctor as examine
-    from interlace.report.tables import plain_table
 
-    rows = [[key, value] for key, value in examine().items()]
-    say(plain_table(["what", "on this machine"], rows, width=terminal_width()))
+    say_table(["what", "on this machine"], [[key, value] for key, value in examine().items()])
 
 
 def main() -> None:

@@ -287,6 +287,9 @@ def ragged_decode(
     if out.numel() == 0:
         return out
     q = q if q.stride(3) == 1 or width == 1 else q.contiguous()
+    lengths = lengths.contiguous()
+    starts = None if starts is None else starts.contiguous()
+    gate = None if gate is None else gate.contiguous()
     if block_table is None:
         page, capacity, table_stride = 0, k_cache.shape[2], 0
         strides = [cache.stride()[:3] for cache in (k_cache, v_cache)]

@@ -76,8 +76,8 @@ def ragged_decode(
         BackendError: a named backend cannot run these arguments; the message says why.
 
     Numerics: scores, softmax and sums in fp32; deterministic, whatever the number of threads.
-    Cost: reads the visible keys and values once per kv head. Nothing depends on the values of
-    `lengths` but the time, so that a CUDA graph replays for growing sequences.
+    Cost: reads the visible keys and values once per kv head. What is launched depends on shapes
+    alone, so that a CUDA graph replays for growing sequences; call once before capturing it.
     """
     heads = tuple(q_start)
     check(q, k_cache, v_cache, lengths, starts, block_table, heads, window, gate)
