@@ -150,7 +150,7 @@ def test_every_op_has_cases_whose_baselines_compute_the_same(name: str, bench: B
     assert len({case.name for case in found}) == len(found) > 0
     for case in found:
         # compiling takes seconds each, and computes what the eager one does
-        eager = {k: v for k, v in case.baselines.items() if not k.startswith("torch.compile")}
+        eager = {k: v for k, v in case.baselines.items() if "compile" not in k}
         plain = Case(case.name, case.args, eager, case.backward, case.left_out)
         for record in measure(timed_ops()[name], "tiny", plain, bench):
             raised = {k: v for k, v in record["left_out"].items() if v.startswith("raised")}
