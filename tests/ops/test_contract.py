@@ -18,13 +18,13 @@ from interlace.ops._selection import ORDER
 EXPECTED = {
     "cpu": {
         "layer_similarity": {"cpp", "torch"},
-        "bridge_norm": {"torch"},
+        "bridge_norm": {"cpp", "torch"},
         "bridge_norm_bwd": {"torch"},
     },
     "cuda": {
         "layer_similarity": {"torch"},
-        "bridge_norm": {"torch"},
-        "bridge_norm_bwd": {"torch"},
+        "bridge_norm": {"triton", "torch"},
+        "bridge_norm_bwd": {"triton", "torch"},
     },
 }
 
