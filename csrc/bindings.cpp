@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cpu/bridge_norm.h"
 #include "cpu/layer_similarity.h"
 #include "cpu/ragged_decode.h"
 #if defined(INTERLACE_CUDA)
@@ -43,6 +44,43 @@ void layer_similarity(const std::vector<std::uintptr_t>& states,
       max_offset,
       as_pointer<float>(sums),
       as_pointer<std::int64_t>(counts),
+      num_threads,
+      max_lanes,
+  });
+}
+
+interlace::Parameter as_parameter(std::uintptr_t address, int dtype) {
+  return {as_pointer<const void>(address), static_cast<interlace::DType>(dtype)};
+}
+
+void bridge_norm(std::uintptr_t x, std::uintptr_t residual, std::int64_t x_stride,
+                 std::int64_t residual_stride, int dtype, std::uintptr_t weight, int weight_dtype,
+                 std::uintptr_t bias, int bias_dtype, std::uintptr_t scale, int scale_dtype,
+                 std::int64_t scale_size, std::uintptr_t down, std::uintptr_t up, std::int64_t rank,
+                 std::int64_t num_rows, std::int64_t width, double eps, bool is_layer_norm,
+                 std::uintptr_t normed, std::uintptr_t new_residual, std::uintptr_t rstd,
+                 std::uintptr_t mean, int num_threads, int max_lanes) {
+  interlace::bridge_norm({
+      as_pointer<const void>(x),
+      as_pointer<const void>(residual),
+      x_stride,
+      residual_stride,
+      static_cast<interlace::DType>(dtype),
+      as_parameter(weight, weight_dtype),
+      as_parameter(bias, bias_dtype),
+      as_parameter(scale, scale_dtype),
+      scale_size,
+      as_pointer<const void>(down),
+      as_pointer<const void>(up),
+      rank,
+      num_rows,
+      width,
+      static_cast<float>(eps),
+      is_layer_norm,
+      as_pointer<void>(normed),
+      as_pointer<void>(new_residual),
+      as_pointer<float>(rstd),
+      as_pointer<float>(mean),
       num_threads,
       max_lanes,
   });
@@ -155,6 +193,14 @@ PYBIND11_MODULE(_C, module) {
              py::arg("row_strides"), py::arg("dtype"), py::arg("groups"), py::arg("num_tokens"),
              py::arg("width"), py::arg("num_groups"), py::arg("max_offset"), py::arg("sums"),
              py::arg("counts"), py::arg("num_threads"), py::arg("max_lanes"),
+             py::call_guard<py::gil_scoped_release>());
+  module.def("bridge_norm", &bridge_norm, py::kw_only(), py::arg("x"), py::arg("residual"),
+             py::arg("x_stride"), py::arg("residual_stride"), py::arg("dtype"), py::arg("weight"),
+             py::arg("weight_dtype"), py::arg("bias"), py::arg("bias_dtype"), py::arg("scale"),
+             py::arg("scale_dtype"), py::arg("scale_size"), py::arg("down"), py::arg("up"),
+             py::arg("rank"), py::arg("num_rows"), py::arg("width"), py::arg("eps"),
+             py::arg("is_layer_norm"), py::arg("normed"), py::arg("new_residual"), py::arg("rstd"),
+             py::arg("mean"), py::arg("num_threads"), py::arg("max_lanes"),
              py::call_guard<py::gil_scoped_release>());
   module.def("ragged_decode", &ragged_decode, py::kw_only(), py::arg("dtype"), py::arg("q"),
              py::arg("q_strides"), py::arg("k"), py::arg("k_strides"), py::arg("v"),

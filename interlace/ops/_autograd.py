@@ -104,4 +104,16 @@ def differentiable(
                     results[place] = by_name[backward.same.get(name, name)]
             return tuple(results)
 
-    return Joined.apply
+    joined_call: Callable[..., Any] = Joined.apply
+
+    def call(*args: Any) -> Any:
+        # an autograd.Function costs as much as a small op, for nothing where no gradient is asked
+        if torch.is_grad_enabled() and any(_wants_gradient(arg) for arg in args):
+            return joined_call(*args)
+        return forward_call(*args)
+
+    return call
+
+
+def _wants_gradient(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.requires_grad

@@ -8,6 +8,7 @@ stream, a factor per channel, or a low-rank map beside the identity.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +17,17 @@ from torch import Tensor
 from interlace.errors import ShapeError
 from interlace.ops import _bridge_norm_reference as meaning
 from interlace.ops import _bridge_norm_samples as samples
+from interlace.ops import _extension
 from interlace.ops._autograd import Backward
-from interlace.ops._registry import Op
+from interlace.ops._registry import Backend, Op
 
 __all__ = ["bridge_norm"]
 
 KINDS = ("rms", "layer")
+# the numbers that compiled kernels know them by
+_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# what it sums up for a chunk of columns is in registers
+_TRITON_MAX_RANK = 64
 
 
 def bridge_norm(
@@ -76,13 +82,15 @@ def bridge_norm(
     GPU reads x and residual three times, the second and third time from the cache.
     """
     _check(x, residual, weight, bias, eps, kind, scale, down, up)
+    options = (weight, bias, eps, kind, scale, down, up)
     # no view where none is needed: x and residual receive one gradient tensor, and behind views
     # torch could not tell that two leaves are about to share it
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    flat_residual = residual if residual is None or x.dim() == 2 else residual.reshape(flat.shape)
-    normed, new_residual, _, _ = OP(
-        flat, flat_residual, weight, bias, eps, kind, scale, down, up, backend=backend
-    )
+    if x.dim() == 2:
+        normed, new_residual, _, _ = OP(x, residual, *options, backend=backend)
+        return normed, new_residual
+    flat = x.reshape(-1, x.shape[-1])
+    flat_residual = None if residual is None else residual.reshape(flat.shape)
+    normed, new_residual, _, _ = OP(flat, flat_residual, *options, backend=backend)
     return normed.view(x.shape), new_residual.view(x.shape)
 
 
@@ -158,6 +166,107 @@ def _keep(outputs: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, ...]:
     return new_residual, rstd, mean, x, residual, weight, bias, kind, scale, down, up
 
 
+def _dtype_why_not(dtype: torch.dtype) -> str | None:
+    return None if dtype in _NUMBERS else f"works on fp32, bf16 and fp16, got {dtype}"
+
+
+def _triton_why_not(x: Tensor, *others: Any) -> str | None:
+    return _dtype_why_not(x.dtype) or _rank_why_not(others[-1])
+
+
+def _rank_why_not(up: Tensor | None) -> str | None:
+    if up is not None and up.shape[1] > _TRITON_MAX_RANK:
+        return f"takes a low-rank bridge of R <= {_TRITON_MAX_RANK}, got {up.shape[1]}"
+    return None
+
+
+def _call(
+    function: Callable[..., None],
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    scale: Tensor | None,
+    **others: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Call a compiled kernel with what all of them take, and with others."""
+    x = _side_by_side(x)
+    weight = weight.contiguous()
+    residual = None if residual is None else _side_by_side(residual)
+    bias = None if bias is None else bias.contiguous()
+    scale = None if scale is None else scale.contiguous()
+    normed, new_residual = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2)
+    )
+    num_rows, width = x.shape
+    rstd, mean = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    function(
+        x=x.data_ptr(),
+        residual=_address(residual),
+        x_stride=x.stride(0),
+        residual_stride=0 if residual is None else residual.stride(0),
+        dtype=_NUMBERS[x.dtype],
+        weight=weight.data_ptr(),
+        weight_dtype=_NUMBERS[weight.dtype],
+        bias=_address(bias),
+        bias_dtype=0 if bias is None else _NUMBERS[bias.dtype],
+        scale=_address(scale),
+        scale_dtype=0 if scale is None else _NUMBERS[scale.dtype],
+        scale_size=0 if scale is None else scale.numel(),
+        num_rows=num_rows,
+        width=width,
+        eps=eps,
+        is_layer_norm=kind == "layer",
+        normed=normed.data_ptr(),
+        new_residual=new_residual.data_ptr(),
+        rstd=rstd.data_ptr(),
+        mean=mean.data_ptr(),
+        **others,
+    )
+    return normed, new_residual, rstd, mean
+
+
+def _side_by_side(rows: Tensor) -> Tensor:
+    # rows may lie anywhere, but the elements of a row lie side by side
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _cpp_why_not(x: Tensor, *others: Any) -> str | None:
+    return _dtype_why_not(x.dtype)
+
+
+def _cpp(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    scale: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    *,
+    max_lanes: int = 16,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    down = None if down is None else down.contiguous()
+    up = None if up is None else up.contiguous()
+    return _call(
+        _extension.extension().bridge_norm,
+        *(x, residual, weight, bias, eps, kind, scale),
+        down=_address(down),
+        up=_address(up),
+        rank=0 if down is None else len(down),
+        num_threads=torch.get_num_threads(),
+        max_lanes=max_lanes,
+    )
+
+
 def _size(*tensors: Tensor | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
@@ -202,6 +311,9 @@ BACKWARD = Op(
     samples=lambda device, dtype: samples.backward(device, dtype, _keep),
     bytes_moved=_backward_bytes_moved,
     flops=_backward_flops,
+    backends=(
+        Backend("triton", "interlace.triton_kernels.bridge_norm:backward", why_not=_triton_why_not),
+    ),
 )
 
 OP = Op(
@@ -211,6 +323,10 @@ OP = Op(
     samples=samples.forward,
     bytes_moved=_bytes_moved,
     flops=_flops,
+    backends=(
+        Backend("triton", "interlace.triton_kernels.bridge_norm:forward", why_not=_triton_why_not),
+        Backend("cpp", _cpp, why_not=_cpp_why_not),
+    ),
     backward=Backward(
         BACKWARD,
         wrt=("x", "residual", "weight", "bias", "scale", "down", "up"),

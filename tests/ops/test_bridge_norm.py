@@ -12,11 +12,12 @@ from torch import Tensor
 from interlace import ops
 from interlace.errors import BackendError, ShapeError
 from interlace.ops._budget import Budget
+from interlace.ops._check import in_fp64
 
 # the module, whose name the function hides
 contract = importlib.import_module("interlace.ops.bridge_norm")
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "cpp"]
 DTYPES = list(contract.OP.dtypes)
 
 
@@ -107,6 +108,33 @@ def test_norm_is_taken_before_the_residual_is_rounded() -> None:
     normed, new_residual = ops.bridge_norm(x, residual, weight, eps=1e-12, kind="layer")
     assert normed.abs().min() > 0.9
     assert new_residual[0, 1] == 1
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("max_lanes", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_variants_for_other_processors_keep_the_budget(max_lanes: int, dtype: torch.dtype) -> None:
+    for sample in contract.OP.samples(torch.device("cpu"), dtype):
+        truth = contract.OP.reference(*in_fp64(sample.args))
+        plain = contract.OP.reference(*sample.args)
+        found = contract._cpp(*sample.args, max_lanes=max_lanes)
+        for one, own, exact in zip(found, plain, truth, strict=True):
+            assert contract.OP.budget.excess(one, own, exact) is None, sample.name
+
+
+def test_compiled_kernel_does_not_depend_on_the_number_of_threads() -> None:
+    x, residual, weight = rows(150, 3000), rows(150, 3000), rows(3000)
+    bridge = {"down": rows(7, 3000, factor=0.02), "up": rows(3000, 7), "scale": rows(1)}
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            results.append(ops.bridge_norm(x, residual, weight, eps=1e-6, **bridge, backend="cpp"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def saved_bytes(**options: Any) -> int:

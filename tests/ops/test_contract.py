@@ -17,7 +17,7 @@ from interlace.ops._selection import ORDER
 # backends that have to serve; a kernel that is skipped without a word must not look like success
 EXPECTED = {
     "cpu": {
-        "bridge_norm": {"torch"},
+        "bridge_norm": {"cpp", "torch"},
         "bridge_norm_bwd": {"torch"},
         "layer_similarity": {"cpp", "torch"},
         "qk_norm_rope": {"torch"},
@@ -27,8 +27,8 @@ EXPECTED = {
         "ragged_decode": {"cpp", "torch"},
     },
     "cuda": {
-        "bridge_norm": {"torch"},
-        "bridge_norm_bwd": {"torch"},
+        "bridge_norm": {"triton", "torch"},
+        "bridge_norm_bwd": {"triton", "torch"},
         "layer_similarity": {"triton", "torch"},
         "qk_norm_rope": {"triton", "torch"},
         "qk_norm_rope_bwd": {"triton", "torch"},
