@@ -87,6 +87,9 @@ PHASES = {
         Phase(
             750, 48, 6e-4, warmup_steps=30, caption_fraction=0.08, questions=6, list_fraction=0.5
         ),
+        Phase(
+            620, 48, 6e-4, warmup_steps=30, caption_fraction=0.15, questions=6, list_fraction=0.35
+        ),
     ),
     "clip": (Phase(1200, 192, 7e-4, warmup_steps=150),),
     "blip": (Phase(3000, 64, 8e-4),),
