@@ -68,7 +68,7 @@ _CONFIGS = {
     (64, 2): _Config(128, 4, 4),
     (16, 4): _Config(64, 2, 4),
     (32, 4): _Config(32, 4, 4),
-    (64, 4): _Config(32, 4, 4),
+    (64, 4): _Config(32, 8, 4),
 }
 # rows that start anywhere are loaded element by element
 _UNALIGNED = _Config(16, 8, 2)
@@ -259,6 +259,13 @@ def layer_similarity(
 
     The states are fp32, bf16 or fp16, fewer than 2^31 tokens.
     """
+    with torch.cuda.device_of(groups):
+        return _run(hidden, groups, num_groups, max_offset)
+
+
+def _run(
+    hidden: Sequence[Tensor], groups: Tensor, num_groups: int, max_offset: int | None
+) -> tuple[Tensor, Tensor]:
     num_states, (num_tokens, width) = len(hidden), hidden[0].shape
     sums = hidden[0].new_empty((num_groups, num_states, num_states), dtype=torch.float32)
     counts = groups.new_empty((num_groups,), dtype=torch.int64)

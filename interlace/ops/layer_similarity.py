@@ -8,6 +8,7 @@ sample. Per-sample means, token-weighted means and merging over processes all fo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,8 @@ EPS = 1e-8
 # little beside the hidden states of any model worth scoring
 _CHUNK_ELEMENTS = 1 << 22
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# kMostStates in csrc/cuda/layer_similarity.h: a kernel's arguments hold the addresses of all states
+_MOST_STATES_CUDA = 128
 
 
 def layer_similarity(
@@ -50,7 +53,7 @@ def layer_similarity(
         groups: group of every token, [T] int32, 0..num_groups - 1, or -1 for an ignored token.
         num_groups: G >= 0.
         max_offset: only pairs with |i - j| <= max_offset, 0..S - 1; None takes every pair.
-        backend: "auto", "triton", "cpp" or "torch".
+        backend: "auto", "cuda", "triton", "cpp" or "torch".
 
     Returns:
         sums [G, S, S], symmetric, fp32 (fp64 for fp64 input), 0 outside the band; divided by the
@@ -159,6 +162,58 @@ def _kernel_why_not(
     return None
 
 
+def _gpu_why_not(
+    hidden: Sequence[Tensor], groups: Tensor, num_groups: int, max_offset: int | None
+) -> str | None:
+    if groups.numel() >= 2**31:
+        return f"numbers tokens in 32 bits, got {groups.numel()} tokens; pass them in parts"
+    return _kernel_why_not(hidden, groups, num_groups, max_offset)
+
+
+def _cuda_why_not(
+    hidden: Sequence[Tensor], groups: Tensor, num_groups: int, max_offset: int | None
+) -> str | None:
+    if len(hidden) > _MOST_STATES_CUDA:
+        return f"takes up to {_MOST_STATES_CUDA} states, got {len(hidden)}"
+    return _gpu_why_not(hidden, groups, num_groups, max_offset)
+
+
+def _cuda(
+    hidden: Sequence[Tensor], groups: Tensor, num_groups: int, max_offset: int | None
+) -> tuple[Tensor, Tensor]:
+    num_states, (num_tokens, width) = len(hidden), hidden[0].shape
+    sums = groups.new_empty((num_groups, num_states, num_states), dtype=torch.float32)
+    counts = groups.new_empty((num_groups,), dtype=torch.int64)
+    if num_groups == 0:
+        return sums, counts
+    rows, groups = _dense_rows(hidden), groups.contiguous()
+    device = groups.get_device()
+    call = functools.partial(
+        _extension.extension().layer_similarity_cuda,
+        states=[h.data_ptr() for h in rows],
+        row_strides=[h.stride(0) for h in rows],
+        dtype=_DTYPES.index(hidden[0].dtype),
+        groups=groups.data_ptr(),
+        num_tokens=num_tokens,
+        width=width,
+        num_groups=num_groups,
+        max_offset=num_states - 1 if max_offset is None else max_offset,
+        sums=sums.data_ptr(),
+        counts=counts.data_ptr(),
+        device=device,
+        stream=torch._C._cuda_getCurrentRawStream(device),
+    )
+    num_bytes = call(scratch=0)
+    scratch = groups.new_empty(((num_bytes + 7) // 8,), dtype=torch.float64)
+    call(scratch=scratch.data_ptr())
+    return sums, counts
+
+
+def _dense_rows(hidden: Sequence[Tensor]) -> list[Tensor]:
+    """The states with the elements of a row side by side; rows may lie anywhere."""
+    return [h if h.stride(1) == 1 or h.shape[1] <= 1 else h.contiguous() for h in hidden]
+
+
 def _cpp(
     hidden: Sequence[Tensor],
     groups: Tensor,
@@ -168,8 +223,7 @@ def _cpp(
     max_lanes: int = 16,
 ) -> tuple[Tensor, Tensor]:
     num_states, (num_tokens, width) = len(hidden), hidden[0].shape
-    # rows may lie anywhere, but the elements of a row lie side by side
-    rows = [h if h.stride(1) == 1 or width <= 1 else h.contiguous() for h in hidden]
+    rows = _dense_rows(hidden)
     sums = torch.empty((num_groups, num_states, num_states), dtype=torch.float32)
     counts = torch.empty(num_groups, dtype=torch.int64)
     groups = groups.contiguous()
@@ -262,10 +316,11 @@ OP = Op(
     bytes_moved=_bytes_moved,
     flops=_flops,
     backends=(
+        Backend("cuda", _cuda, why_not=_cuda_why_not),
         Backend(
             "triton",
             "interlace.triton_kernels.layer_similarity:layer_similarity",
-            why_not=_kernel_why_not,
+            why_not=_gpu_why_not,
         ),
         Backend("cpp", _cpp, why_not=_kernel_why_not),
     ),

@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # two blocks of 256 threads fit on a multiprocessor
 MOST_REGISTERS = 128
+# its sums live in registers: two or three blocks of 128 threads, whose copies run ahead by
+# themselves, keep a multiprocessor busy
+MORE_REGISTERS = {"layer_similarity": 255}
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
@@ -28,4 +31,5 @@ def test_kernels_compile_without_spills(source: Path, architecture: str, tmp_pat
     assert kernels, result.stderr
     for name, properties, registers in kernels:
         assert "0 bytes stack frame, 0 bytes spill stores" in properties, f"{name}: {properties}"
-        assert int(registers) <= MOST_REGISTERS, f"{name} uses {registers} registers"
+        most = MORE_REGISTERS.get(source.stem, MOST_REGISTERS)
+        assert int(registers) <= most, f"{name} uses {registers} registers"
