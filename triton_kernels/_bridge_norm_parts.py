@@ -8,10 +8,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Triton 3.6 takes no bare string as a default
+NO_POLICY = tl.constexpr("")
+
 
 @triton.jit
 def load_sum(
-    x, residual, x_stride, residual_stride, rows, columns, inside, EVICTION: tl.constexpr = ""
+    x,
+    residual,
+    x_stride,
+    residual_stride,
+    rows,
+    columns,
+    inside,
+    EVICTION: tl.constexpr = NO_POLICY,
 ):
     """Load x + residual, in fp32."""
     h = load_rows(x, x_stride, rows, columns, inside, EVICTION)
@@ -21,20 +31,20 @@ def load_sum(
 
 
 @triton.jit
-def load_rows(at, stride, rows, columns, inside, EVICTION: tl.constexpr = ""):
+def load_rows(at, stride, rows, columns, inside, EVICTION: tl.constexpr = NO_POLICY):
     place = rows[:, None] * stride + columns[None, :]
     values = tl.load(at + place, mask=inside, other=0.0, eviction_policy=EVICTION)
     return values.to(tl.float32)
 
 
 @triton.jit
-def load_columns(at, columns, width, EVICTION: tl.constexpr = ""):
+def load_columns(at, columns, width, EVICTION: tl.constexpr = NO_POLICY):
     values = tl.load(at + columns, mask=columns < width, other=0.0, eviction_policy=EVICTION)
     return values.to(tl.float32)[None, :]
 
 
 @triton.jit
-def load_scale(scale, columns, width, SCALAR: tl.constexpr, EVICTION: tl.constexpr = ""):
+def load_scale(scale, columns, width, SCALAR: tl.constexpr, EVICTION: tl.constexpr = NO_POLICY):
     if SCALAR:
         factor = tl.load(scale).to(tl.float32)
     else:

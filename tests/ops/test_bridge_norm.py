@@ -14,6 +14,7 @@ from interlace.errors import BackendError, ShapeError
 from interlace.ops._budget import Budget
 from interlace.ops._check import in_fp64
 
+samples = importlib.import_module("interlace.ops._bridge_norm_samples")
 # the module, whose name the function hides
 contract = importlib.import_module("interlace.ops.bridge_norm")
 
@@ -135,6 +136,52 @@ def test_compiled_kernel_does_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+# numpy, which the interpreter computes with
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("tokens", "width", "options"),
+    [
+        (3, 5000, {}),
+        (2, 5000, {"kind": "layer", "bias": True}),
+        (5, 9001, {}),
+        (2, 9001, {"kind": "layer", "bias": True, "scale": 9001}),
+        (3, 17000, {"scale": 1}),
+        (9, 17000, {"kind": "layer", "residual": False, "wide": True}),
+        (70, 33, {"rank": 64, "kind": "layer"}),
+        (70, 40, {"rank": 33, "scale": 40, "residual": False}),
+    ],
+    ids=str,
+)
+def test_triton_serves_rows_and_ranks_of_any_size(
+    device: str, tokens: int, width: int, options: dict[str, Any]
+) -> None:
+    pytest.importorskip("triton")
+    draw = samples._Draw(torch.device(device), torch.float32, torch.Generator().manual_seed(3))
+    args = draw.args(tokens, width, **options)
+    kept = contract._keep(contract.OP.reference(*args), args)
+    grads = (draw.normal(tokens, width), draw.normal(tokens, width))
+    for op, given in ((contract.OP, args), (contract.BACKWARD, (*grads, *kept))):
+        truth, plain = op.reference(*in_fp64(given)), op.reference(*given)
+        for found, own, exact in zip(op.run("triton", *given), plain, truth, strict=True):
+            assert_within_budget(found, own, exact)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_what_a_kernel_cannot_serve_is_said_in_words(backend: str) -> None:
+    for dtype, rank, words in ((torch.float32, 65, "R <= 64, got 65"), (torch.float64, 2, "fp32")):
+        x, down, up = (rows(*size, dtype=dtype) for size in ((3, 8), (rank, 8), (8, rank)))
+        args = (x, None, rows(8, dtype=dtype), None, 1e-6, "rms", None, down, up)
+        kept = contract._keep(contract.OP.reference(*args), args)
+        for op, given in ((contract.OP, args), (contract.BACKWARD, (x, x, *kept))):
+            kernels = [each for each in op.backends if each.name == backend]
+            assert all(words in (each.why_not(*given) or "") for each in kernels)
 
 
 def saved_bytes(**options: Any) -> int:
