@@ -11,17 +11,13 @@
 
 #include "cpu/bridge_norm.h"
 #include "cpu/layer_similarity.h"
-<<<<<<< HEAD
 #include "cpu/ragged_decode.h"
 #if defined(INTERLACE_CUDA)
-#include "cuda/ragged_decode.h"
-    =======
-#if defined(INTERLACE_CUDA)
 #include "cuda/layer_similarity.h"
-    >>>>>>> 60f036830a01abcecf66f28b582c9fa80fadd653
+#include "cuda/ragged_decode.h"
 #endif
 
-    namespace py = pybind11;
+namespace py = pybind11;
 
 namespace {
 
@@ -54,7 +50,6 @@ void layer_similarity(const std::vector<std::uintptr_t>& states,
   });
 }
 
-<<<<<<< HEAD
 interlace::Parameter as_parameter(std::uintptr_t address, int dtype) {
   return {as_pointer<const void>(address), static_cast<interlace::DType>(dtype)};
 }
@@ -136,6 +131,36 @@ void ragged_decode(int dtype, std::uintptr_t q, const Strides& q_strides, std::u
 }
 
 #if defined(INTERLACE_CUDA)
+// Returns the bytes of scratch memory that it needs; without any it does nothing else.
+std::int64_t layer_similarity_cuda(const std::vector<std::uintptr_t>& states,
+                                   const std::vector<std::int64_t>& row_strides, int dtype,
+                                   std::uintptr_t groups, std::int64_t num_tokens,
+                                   std::int64_t width, std::int64_t num_groups,
+                                   std::int64_t max_offset, std::uintptr_t sums,
+                                   std::uintptr_t counts, std::uintptr_t scratch, int device,
+                                   std::uintptr_t stream) {
+  std::vector<const void*> pointers;
+  for (const std::uintptr_t state : states) pointers.push_back(as_pointer<const void>(state));
+  const interlace::LayerSimilarityCudaArgs args{
+      pointers.data(),
+      row_strides.data(),
+      static_cast<interlace::DType>(dtype),
+      as_pointer<const std::int32_t>(groups),
+      static_cast<std::int64_t>(states.size()),
+      num_tokens,
+      width,
+      num_groups,
+      max_offset,
+      as_pointer<float>(sums),
+      as_pointer<std::int64_t>(counts),
+      as_pointer<void>(scratch),
+      device,
+      as_pointer<void>(stream),
+  };
+  if (scratch != 0) interlace::layer_similarity_cuda(args);
+  return interlace::layer_similarity_scratch(args);
+}
+
 void ragged_decode_cuda(int dtype, std::uintptr_t q, const Strides& q_strides, std::uintptr_t k,
                         const Strides& k_strides, std::uintptr_t v, const Strides& v_strides,
                         std::uintptr_t lengths, std::uintptr_t starts, std::uintptr_t block_table,
@@ -185,37 +210,6 @@ void ragged_decode_cuda(int dtype, std::uintptr_t q, const Strides& q_strides, s
       as_pointer<void>(stream),
   };
   interlace::ragged_decode_cuda(args, heads);
-=======
-#if defined(INTERLACE_CUDA)
-// Returns the bytes of scratch memory that it needs; without any it does nothing else.
-std::int64_t layer_similarity_cuda(const std::vector<std::uintptr_t>& states,
-                                   const std::vector<std::int64_t>& row_strides, int dtype,
-                                   std::uintptr_t groups, std::int64_t num_tokens,
-                                   std::int64_t width, std::int64_t num_groups,
-                                   std::int64_t max_offset, std::uintptr_t sums,
-                                   std::uintptr_t counts, std::uintptr_t scratch, int device,
-                                   std::uintptr_t stream) {
-  std::vector<const void*> pointers;
-  for (const std::uintptr_t state : states) pointers.push_back(as_pointer<const void>(state));
-  const interlace::LayerSimilarityCudaArgs args{
-      pointers.data(),
-      row_strides.data(),
-      static_cast<interlace::DType>(dtype),
-      as_pointer<const std::int32_t>(groups),
-      static_cast<std::int64_t>(states.size()),
-      num_tokens,
-      width,
-      num_groups,
-      max_offset,
-      as_pointer<float>(sums),
-      as_pointer<std::int64_t>(counts),
-      as_pointer<void>(scratch),
-      device,
-      as_pointer<void>(stream),
-  };
-  if (scratch != 0) interlace::layer_similarity_cuda(args);
-  return interlace::layer_similarity_scratch(args);
->>>>>>> 60f036830a01abcecf66f28b582c9fa80fadd653
 }
 #endif
 
@@ -231,7 +225,6 @@ PYBIND11_MODULE(_C, module) {
              py::arg("width"), py::arg("num_groups"), py::arg("max_offset"), py::arg("sums"),
              py::arg("counts"), py::arg("num_threads"), py::arg("max_lanes"),
              py::call_guard<py::gil_scoped_release>());
-<<<<<<< HEAD
   module.def("bridge_norm", &bridge_norm, py::kw_only(), py::arg("x"), py::arg("residual"),
              py::arg("x_stride"), py::arg("residual_stride"), py::arg("dtype"), py::arg("weight"),
              py::arg("weight_dtype"), py::arg("bias"), py::arg("bias_dtype"), py::arg("scale"),
@@ -248,6 +241,11 @@ PYBIND11_MODULE(_C, module) {
              py::arg("scale"), py::arg("gate"), py::arg("out"), py::arg("num_threads"),
              py::arg("max_lanes"), py::call_guard<py::gil_scoped_release>());
 #if defined(INTERLACE_CUDA)
+  module.def("layer_similarity_cuda", &layer_similarity_cuda, py::kw_only(), py::arg("states"),
+             py::arg("row_strides"), py::arg("dtype"), py::arg("groups"), py::arg("num_tokens"),
+             py::arg("width"), py::arg("num_groups"), py::arg("max_offset"), py::arg("sums"),
+             py::arg("counts"), py::arg("scratch"), py::arg("device"), py::arg("stream"),
+             py::call_guard<py::gil_scoped_release>());
   module.def("ragged_decode_cuda", &ragged_decode_cuda, py::kw_only(), py::arg("dtype"),
              py::arg("q"), py::arg("q_strides"), py::arg("k"), py::arg("k_strides"), py::arg("v"),
              py::arg("v_strides"), py::arg("lengths"), py::arg("starts"), py::arg("block_table"),
@@ -255,13 +253,5 @@ PYBIND11_MODULE(_C, module) {
              py::arg("num_sequences"), py::arg("num_tokens"), py::arg("width"), py::arg("capacity"),
              py::arg("window"), py::arg("num_splits"), py::arg("scale"), py::arg("gate"),
              py::arg("out"), py::arg("parts"), py::arg("device"), py::arg("stream"));
-=======
-#if defined(INTERLACE_CUDA)
-  module.def("layer_similarity_cuda", &layer_similarity_cuda, py::kw_only(), py::arg("states"),
-             py::arg("row_strides"), py::arg("dtype"), py::arg("groups"), py::arg("num_tokens"),
-             py::arg("width"), py::arg("num_groups"), py::arg("max_offset"), py::arg("sums"),
-             py::arg("counts"), py::arg("scratch"), py::arg("device"), py::arg("stream"),
-             py::call_guard<py::gil_scoped_release>());
->>>>>>> 60f036830a01abcecf66f28b582c9fa80fadd653
 #endif
 }

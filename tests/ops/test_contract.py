@@ -16,7 +16,6 @@ from interlace.ops._selection import ORDER
 
 # backends that have to serve; a kernel that is skipped without a word must not look like success
 EXPECTED = {
-<<<<<<< HEAD
     "cpu": {
         "bridge_norm": {"cpp", "torch"},
         "bridge_norm_bwd": {"torch"},
@@ -30,17 +29,13 @@ EXPECTED = {
     "cuda": {
         "bridge_norm": {"triton", "torch"},
         "bridge_norm_bwd": {"triton", "torch"},
-        "layer_similarity": {"triton", "torch"},
+        "layer_similarity": {"cuda", "triton", "torch"},
         "qk_norm_rope": {"triton", "torch"},
         "qk_norm_rope_bwd": {"triton", "torch"},
         "ragged_attention": {"torch"},
         "ragged_attention_bwd": {"torch"},
         "ragged_decode": {"cuda", "triton", "torch"},
     },
-=======
-    "cpu": {"layer_similarity": {"cpp", "torch"}},
-    "cuda": {"layer_similarity": {"cuda", "triton", "torch"}},
->>>>>>> 60f036830a01abcecf66f28b582c9fa80fadd653
 }
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
