@@ -23,7 +23,7 @@ EXPECTED = {
     },
     "cuda": {
         "layer_similarity": {"torch"},
-        "ragged_attention": {"torch"},
+        "ragged_attention": {"triton", "torch"},
         "ragged_attention_bwd": {"torch"},
     },
 }
