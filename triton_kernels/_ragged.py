@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,8 +66,8 @@ def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 def head_map(q_start: Sequence[int], device: torch.device) -> Tensor:
     """Key-value head of every query head, [Hq] int32."""
-    spans = zip(q_start[:-1], q_start[1:], strict=True)
-    numbers = tuple(n for n, (begin, end) in enumerate(spans) for _ in range(begin, end))
+    groups = enumerate(pairwise(q_start))
+    numbers = tuple(n for n, (begin, end) in groups for _ in range(begin, end))
     return on_device(numbers, device)
 
 
