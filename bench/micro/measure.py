@@ -85,7 +85,8 @@ class _Ready:
             # an argument may be None, such as a gate that is not there
             self.leaves = [value.requires_grad_() for value in values if value is not None]
             faked = outputs(op.fake(*case.args))
-            gradients = (*faked, *(faked if backward.needs_outputs else ()), *case.args)
+            varied = (out for n, out in enumerate(faked) if n not in backward.constant)
+            gradients = (*varied, *backward.kept(faked, case.args))
             self.num_bytes = backward.op.bytes_moved(*gradients)
             self.num_flops = backward.op.flops(*gradients)
         else:

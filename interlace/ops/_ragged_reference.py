@@ -46,13 +46,13 @@ def reference(
     for rows, keys, hidden in _pieces(q, cu_seqlens_q, cu_seqlens_kv, causal, window):
         for kv_head, heads in _groups(q_start):
             scores = _scores(q[rows, heads], k[keys, kv_head], hidden, scale)
-            found = scores.logsumexp(-1)
-            weights = _weights(scores, found)
+            # softmax of a row that sees nothing is NaN
+            weights = scores.softmax(-1).masked_fill(hidden, 0.0)
             mixed = weights @ v[keys, kv_head].to(exact)
             if gate is not None:
                 mixed = mixed * gate[heads, None, None]
             out[rows, heads] = mixed.transpose(0, 1)
-            lse[heads, rows] = found
+            lse[heads, rows] = scores.logsumexp(-1)
     return out.to(q.dtype), lse
 
 
@@ -92,7 +92,10 @@ def backward_reference(
         for kv_head, heads in _groups(q_start):
             key, value = k[keys, kv_head].to(exact), v[keys, kv_head].to(exact)
             query, grad = (x[rows, heads].to(exact).transpose(0, 1) for x in (q, grad_out))
-            weights = _weights(_scores(q[rows, heads], key, hidden, scale), lse[heads, rows])
+            # a query that sees nothing has lse = -inf; its weights are exp(-inf - 0) = 0
+            offset = lse[heads, rows].masked_fill(lse[heads, rows].isneginf(), 0.0)
+            scores = _scores(q[rows, heads], key, hidden, scale)
+            weights = torch.exp(scores - offset[..., None])
             grad_weights = grad @ value.T
             if gate is not None:
                 grad_gate[heads] += (weights * grad_weights).sum((1, 2))
@@ -126,11 +129,6 @@ def _scores(query: Tensor, key: Tensor, hidden: Tensor, scale: float) -> Tensor:
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(exact).transpose(0, 1) @ key.to(exact).T * scale
     return scores.masked_fill(hidden, float("-inf"))
-
-
-def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    # a query that sees nothing has lse = -inf; its weights are exp(-inf - 0) = 0
-    return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
 
 
 def _groups(q_start: Sequence[int]) -> Iterator[tuple[int, slice]]:

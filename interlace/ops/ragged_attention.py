@@ -21,11 +21,13 @@ from interlace.errors import ShapeError
 from interlace.ops._autograd import Backward
 from interlace.ops._ragged_reference import backward_reference, num_visible, reference
 from interlace.ops._ragged_samples import backward_samples, not_finite, samples
-from interlace.ops._registry import Op, OpSample
+from interlace.ops._registry import Backend, Op, OpSample
 
 __all__ = ["q_start_of", "ragged_attention"]
 
 MAX_HEAD_DIM = 256
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def ragged_attention(
@@ -98,6 +100,11 @@ def ragged_attention(
         raise ShapeError(f"scale is {scale}; expected a finite number above 0, or None.")
     if window is not None and window < 1:
         raise ShapeError(f"window is {window}; expected 1 or more keys, or None for all of them.")
+    if max_seqlen_q * (len(cu_seqlens_q) - 1) < q.shape[0]:
+        raise ShapeError(
+            f"max_seqlen_q is {max_seqlen_q}; {len(cu_seqlens_q) - 1} sequences of that length do "
+            f"not hold {q.shape[0]} queries."
+        )
     if cu_seqlens_q.is_cpu and not torch.compiler.is_compiling():
         _check_lengths("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         _check_lengths("kv", cu_seqlens_kv, k.shape[0], max_seqlen_kv)
@@ -273,6 +280,12 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[OpSample]:
     return [*samples(device, dtype), *not_finite(device, dtype)]
 
 
+def _triton_why_not(q: Tensor, *others: object) -> str | None:
+    if q.dtype not in _DTYPES:
+        return f"works on fp32, bf16 and fp16, got {q.dtype}"
+    return None
+
+
 BACKWARD = Op(
     "ragged_attention_bwd",
     backward_reference,
@@ -288,5 +301,12 @@ OP = Op(
     samples=_samples,
     bytes_moved=_bytes_moved,
     flops=_flops,
+    backends=(
+        Backend(
+            "triton",
+            "interlace.triton_kernels.ragged_attention:forward",
+            why_not=_triton_why_not,
+        ),
+    ),
     backward=Backward(BACKWARD, wrt=("q", "k", "v", "gate"), needs_outputs=True, constant=(1,)),
 )

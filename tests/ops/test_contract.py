@@ -32,7 +32,7 @@ EXPECTED = {
         "layer_similarity": {"cuda", "triton", "torch"},
         "qk_norm_rope": {"triton", "torch"},
         "qk_norm_rope_bwd": {"triton", "torch"},
-        "ragged_attention": {"torch"},
+        "ragged_attention": {"triton", "torch"},
         "ragged_attention_bwd": {"torch"},
         "ragged_decode": {"cuda", "triton", "torch"},
     },

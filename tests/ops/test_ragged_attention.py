@@ -232,7 +232,11 @@ def test_groups_become_a_prefix_array() -> None:
         ({"cu_seqlens_kv": prefix([3, 3])}, "alike"),
         ({"cu_seqlens_q": prefix([5])}, "ascending from 0 to 6"),
         ({"cu_seqlens_kv": torch.tensor([1, 6], dtype=torch.int32)}, "ascending from 0 to 6"),
-        ({"max_seqlen_q": 5}, "holds a sequence of 6"),
+        ({"max_seqlen_q": 5}, "do not hold 6 queries"),
+        (
+            {"max_seqlen_q": 3, "cu_seqlens_q": prefix([4, 2]), "cu_seqlens_kv": prefix([3, 3])},
+            "holds a sequence of 4",
+        ),
         ({"max_seqlen_kv": 0}, "holds a sequence of 6"),
         ({"q_start": (0, 3)}, "expected 3 numbers"),
         ({"q_start": (0, 2, 4)}, "ascending from 0 to 3"),

@@ -7,7 +7,6 @@ All sequences fill their caches, so that the baselines need no mask: it would on
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from micro.case import Case, Setup, compiled
+from micro.heads import kv_heads, prefix, ragged, uniform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ def cases(shape: ModelShape, setup: Setup) -> Iterator[Case]:
     """Yield batches and lengths, each with the model's own head map and with a ragged one."""
     tower = shape.text
     for batch, num_keys in _sizes(shape, setup):
-        for name, groups in (("uniform", _uniform(tower)), ("ragged", _ragged(tower))):
+        for name, groups in (("uniform", uniform(tower)), ("ragged", ragged(tower))):
             size = setup.dtype.itemsize * 2 * batch * num_keys * len(groups) * tower.head_dim
             if size <= _LARGEST:
                 yield _case(f"{name}-b{batch}-k{num_keys}", tower, setup, groups, batch, num_keys)
@@ -51,18 +51,6 @@ def _sizes(shape: ModelShape, setup: Setup) -> tuple[tuple[int, int], ...]:
     return ((1, 1024),) if setup.quick else ((1, 4096), (4, 1024), (1, 16384))
 
 
-def _uniform(tower: Tower) -> list[int]:
-    return [tower.query_heads // tower.kv_heads] * tower.kv_heads
-
-
-def _ragged(tower: Tower) -> list[int]:
-    """What pruning leaves: groups that lost 0, 1, 2 ... heads, or kv heads that were merged."""
-    group = tower.query_heads // tower.kv_heads
-    if group > 1:
-        return [group - j % group for j in range(tower.kv_heads)]
-    return [1 + 2 * (j % 2) for j in range(tower.kv_heads // 2)]
-
-
 def _case(
     name: str, tower: Tower, setup: Setup, groups: list[int], batch: int, num_keys: int
 ) -> Case:
@@ -72,7 +60,7 @@ def _case(
     copied = k.nbytes + v.nbytes <= _LARGEST_COPIED
     return Case(
         name,
-        args=(*_arguments(setup, q, k, v, num_keys), None, _prefix(groups), None, _scale(q), None),
+        args=(*_arguments(setup, q, k, v, num_keys), None, prefix(groups), None, _scale(q), None),
         baselines=_baselines(setup, q, k, v, groups, copied=copied),
         left_out={} if copied else {"torch": "the reference copies the cache to fp32"},
     )
@@ -81,7 +69,7 @@ def _case(
 def _baselines(
     setup: Setup, q: Tensor, k: Tensor, v: Tensor, groups: list[int], *, copied: bool
 ) -> dict[str, Callable[[], object] | str]:
-    heads = _heads(setup, groups)
+    heads = kv_heads(setup, groups)
     rows = q.transpose(1, 2)
     made: dict[str, Callable[[], object] | str] = {}
     too_large = "copies of the cache would not fit"
@@ -103,16 +91,16 @@ def _baselines(
 def _several_tokens(
     name: str, tower: Tower, setup: Setup, *, batch: int, num_keys: int, tokens: int
 ) -> Case:
-    groups = _ragged(tower)
+    groups = ragged(tower)
     q = setup.randn(batch, tokens, sum(groups), tower.head_dim)
     k = setup.randn(batch, len(groups), num_keys, tower.head_dim)
     v = setup.randn(batch, len(groups), num_keys, tower.head_dim)
-    heads, rows = _heads(setup, groups), q.transpose(1, 2)
+    heads, rows = kv_heads(setup, groups), q.transpose(1, 2)
     mask = torch.ones(tokens, num_keys, dtype=torch.bool, device=setup.device)
     mask = mask.tril(num_keys - tokens)
     return Case(
         name,
-        args=(*_arguments(setup, q, k, v, num_keys), None, _prefix(groups), None, _scale(q), None),
+        args=(*_arguments(setup, q, k, v, num_keys), None, prefix(groups), None, _scale(q), None),
         baselines={
             "gather + SDPA": lambda: attend(rows, k[:, heads], v[:, heads], attn_mask=mask),
         },
@@ -120,7 +108,7 @@ def _several_tokens(
 
 
 def _paged(name: str, tower: Tower, setup: Setup, *, batch: int, num_keys: int) -> Case:
-    groups = _uniform(tower)
+    groups = uniform(tower)
     num_pages = batch * num_keys // PAGE
     q = setup.randn(batch, 1, sum(groups), tower.head_dim)
     k = setup.randn(num_pages, PAGE, len(groups), tower.head_dim)
@@ -134,7 +122,7 @@ def _paged(name: str, tower: Tower, setup: Setup, *, batch: int, num_keys: int) 
 
     return Case(
         name,
-        args=(*_arguments(setup, q, k, v, num_keys), table, _prefix(groups), None, _scale(q), None),
+        args=(*_arguments(setup, q, k, v, num_keys), table, prefix(groups), None, _scale(q), None),
         baselines={
             "gather pages + SDPA, enable_gqa": lambda: attend(
                 rows, gather(k), gather(v), enable_gqa=True
@@ -147,15 +135,6 @@ def _arguments(
     setup: Setup, q: Tensor, k: Tensor, v: Tensor, num_keys: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
     return q, k, v, setup.whole([num_keys] * len(q)), None
-
-
-def _prefix(groups: list[int]) -> list[int]:
-    return list(accumulate(groups, initial=0))
-
-
-def _heads(setup: Setup, groups: list[int]) -> Tensor:
-    """Kv head of every query head."""
-    return setup.whole([j for j, group in enumerate(groups) for _ in range(group)])
 
 
 def _scale(q: Tensor) -> float:
