@@ -89,11 +89,13 @@ class _Ready:
             gradients = (*varied, *backward.kept(faked, case.args))
             self.num_bytes = backward.op.bytes_moved(*gradients)
             self.num_flops = backward.op.flops(*gradients)
+            refusals = dict(backward.op.explain(*gradients))
         else:
+            refusals = {}
             self.num_bytes, self.num_flops = op.bytes_moved(*case.args), op.flops(*case.args)
         # the reference comes first, because all others are compared with it
         for name, reason in reversed(op.explain(*case.args)):
-            reason = case.left_out.get(name, reason)
+            reason = case.left_out.get(name, reason) or refusals.get(name)
             self._ready(name, True, reason or partial(op, *case.args, backend=name))
         for name, baseline in case.baselines.items():
             self._ready(name, False, baseline)
