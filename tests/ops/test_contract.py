@@ -23,7 +23,7 @@ EXPECTED = {
     },
     "cuda": {
         "layer_similarity": {"torch"},
-        "bridge_norm": {"triton", "torch"},
+        "bridge_norm": {"cuda", "triton", "torch"},
         "bridge_norm_bwd": {"triton", "torch"},
     },
 }
