@@ -13,6 +13,7 @@
 #include "cpu/layer_similarity.h"
 #include "cpu/ragged_decode.h"
 #if defined(INTERLACE_CUDA)
+#include "cuda/bridge_norm.h"
 #include "cuda/layer_similarity.h"
 #include "cuda/ragged_decode.h"
 #endif
@@ -54,37 +55,50 @@ interlace::Parameter as_parameter(std::uintptr_t address, int dtype) {
   return {as_pointer<const void>(address), static_cast<interlace::DType>(dtype)};
 }
 
-void bridge_norm(std::uintptr_t x, std::uintptr_t residual, std::int64_t x_stride,
-                 std::int64_t residual_stride, int dtype, std::uintptr_t weight, int weight_dtype,
-                 std::uintptr_t bias, int bias_dtype, std::uintptr_t scale, int scale_dtype,
-                 std::int64_t scale_size, std::uintptr_t down, std::uintptr_t up, std::int64_t rank,
-                 std::int64_t num_rows, std::int64_t width, double eps, bool is_layer_norm,
-                 std::uintptr_t normed, std::uintptr_t new_residual, std::uintptr_t rstd,
-                 std::uintptr_t mean, int num_threads, int max_lanes) {
-  interlace::bridge_norm({
-      as_pointer<const void>(x),
-      as_pointer<const void>(residual),
-      x_stride,
-      residual_stride,
-      static_cast<interlace::DType>(dtype),
-      as_parameter(weight, weight_dtype),
-      as_parameter(bias, bias_dtype),
-      as_parameter(scale, scale_dtype),
-      scale_size,
-      as_pointer<const void>(down),
-      as_pointer<const void>(up),
-      rank,
-      num_rows,
-      width,
-      static_cast<float>(eps),
-      is_layer_norm,
-      as_pointer<void>(normed),
-      as_pointer<void>(new_residual),
-      as_pointer<float>(rstd),
-      as_pointer<float>(mean),
-      num_threads,
-      max_lanes,
-  });
+// Adds a function with the arguments that bridge_norm has everywhere, and others.
+template <class... Others, class Run, class... Names>
+void define_bridge_norm(py::module_& module, const char* name, const Run& run, Names... names) {
+  using std::int64_t, std::uintptr_t;
+  const auto called = [run](uintptr_t x, uintptr_t residual, int64_t x_stride,
+                            int64_t residual_stride, int dtype, uintptr_t weight, int weight_dtype,
+                            uintptr_t bias, int bias_dtype, uintptr_t scale, int scale_dtype,
+                            int64_t scale_size, int64_t num_rows, int64_t width, double eps,
+                            bool is_layer_norm, uintptr_t normed, uintptr_t new_residual,
+                            uintptr_t rstd, uintptr_t mean, Others... others) {
+    const interlace::BridgeNormArgs args{
+        as_pointer<const void>(x),
+        as_pointer<const void>(residual),
+        x_stride,
+        residual_stride,
+        static_cast<interlace::DType>(dtype),
+        as_parameter(weight, weight_dtype),
+        as_parameter(bias, bias_dtype),
+        as_parameter(scale, scale_dtype),
+        scale_size,
+        num_rows,
+        width,
+        static_cast<float>(eps),
+        is_layer_norm,
+        as_pointer<void>(normed),
+        as_pointer<void>(new_residual),
+        as_pointer<float>(rstd),
+        as_pointer<float>(mean),
+    };
+    run(args, others...);
+  };
+  module.def(name, called, py::kw_only(), py::arg("x"), py::arg("residual"), py::arg("x_stride"),
+             py::arg("residual_stride"), py::arg("dtype"), py::arg("weight"),
+             py::arg("weight_dtype"), py::arg("bias"), py::arg("bias_dtype"), py::arg("scale"),
+             py::arg("scale_dtype"), py::arg("scale_size"), py::arg("num_rows"), py::arg("width"),
+             py::arg("eps"), py::arg("is_layer_norm"), py::arg("normed"), py::arg("new_residual"),
+             py::arg("rstd"), py::arg("mean"), py::arg(names)...,
+             py::call_guard<py::gil_scoped_release>());
+}
+
+void bridge_norm(const interlace::BridgeNormArgs& args, std::uintptr_t down, std::uintptr_t up,
+                 std::int64_t rank, int num_threads, int max_lanes) {
+  const interlace::LowRank low{as_pointer<const void>(down), as_pointer<const void>(up), rank};
+  interlace::bridge_norm(args, low, num_threads, max_lanes);
 }
 
 using Strides = std::array<std::int64_t, 3>;
@@ -225,14 +239,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("width"), py::arg("num_groups"), py::arg("max_offset"), py::arg("sums"),
              py::arg("counts"), py::arg("num_threads"), py::arg("max_lanes"),
              py::call_guard<py::gil_scoped_release>());
-  module.def("bridge_norm", &bridge_norm, py::kw_only(), py::arg("x"), py::arg("residual"),
-             py::arg("x_stride"), py::arg("residual_stride"), py::arg("dtype"), py::arg("weight"),
-             py::arg("weight_dtype"), py::arg("bias"), py::arg("bias_dtype"), py::arg("scale"),
-             py::arg("scale_dtype"), py::arg("scale_size"), py::arg("down"), py::arg("up"),
-             py::arg("rank"), py::arg("num_rows"), py::arg("width"), py::arg("eps"),
-             py::arg("is_layer_norm"), py::arg("normed"), py::arg("new_residual"), py::arg("rstd"),
-             py::arg("mean"), py::arg("num_threads"), py::arg("max_lanes"),
-             py::call_guard<py::gil_scoped_release>());
+  define_bridge_norm<std::uintptr_t, std::uintptr_t, std::int64_t, int, int>(
+      module, "bridge_norm", &bridge_norm, "down", "up", "rank", "num_threads", "max_lanes");
   module.def("ragged_decode", &ragged_decode, py::kw_only(), py::arg("dtype"), py::arg("q"),
              py::arg("q_strides"), py::arg("k"), py::arg("k_strides"), py::arg("v"),
              py::arg("v_strides"), py::arg("lengths"), py::arg("starts"), py::arg("block_table"),
@@ -241,6 +249,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("scale"), py::arg("gate"), py::arg("out"), py::arg("num_threads"),
              py::arg("max_lanes"), py::call_guard<py::gil_scoped_release>());
 #if defined(INTERLACE_CUDA)
+  define_bridge_norm<int, std::uintptr_t>(module, "bridge_norm_cuda", &interlace::bridge_norm_cuda,
+                                          "device", "stream");
   module.def("layer_similarity_cuda", &layer_similarity_cuda, py::kw_only(), py::arg("states"),
              py::arg("row_strides"), py::arg("dtype"), py::arg("groups"), py::arg("num_tokens"),
              py::arg("width"), py::arg("num_groups"), py::arg("max_offset"), py::arg("sums"),

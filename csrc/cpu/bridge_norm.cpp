@@ -78,8 +78,9 @@ namespace {
 
 struct Variant {
   void (*widen_parameter)(const Parameter&, int64_t, float*);
-  void (*pack)(const BridgeNormArgs&, float*);
-  void (*some_rows)(const BridgeNormArgs&, const Widened&, int64_t, int64_t, Scratch&);
+  void (*pack)(const void*, DType, int64_t, int64_t, float*);
+  void (*some_rows)(const BridgeNormArgs&, const LowRank&, const Widened&, int64_t, int64_t,
+                    Scratch&);
 };
 
 Variant choose_variant(int max_lanes) {
@@ -97,10 +98,10 @@ Variant choose_variant(int max_lanes) {
 
 }  // namespace
 
-void bridge_norm(const BridgeNormArgs& args) {
+void bridge_norm(const BridgeNormArgs& args, const LowRank& low, int num_threads, int max_lanes) {
   if (args.num_rows == 0) return;
-  const Variant variant = choose_variant(args.max_lanes);
-  const int64_t stride = padded(args.width), rank = args.down ? args.rank : 0;
+  const Variant variant = choose_variant(max_lanes);
+  const int64_t stride = padded(args.width), rank = low.rank;
   std::vector<Floats> kept;
   const auto widened = [&](const Parameter& parameter) -> const float* {
     if (!parameter.data || parameter.dtype == DType::kFloat32) {
@@ -121,19 +122,18 @@ void bridge_norm(const BridgeNormArgs& args) {
   }
   if (rank > 0) {
     float* const up = kept.emplace_back(floats(rank * stride)).get();
-    variant.pack(args, up);
+    variant.pack(low.up, args.dtype, args.width, rank, up);
     wide.up = up;
   }
 
   const int64_t work = args.num_rows * args.width * (1 + rank);
-  const int num_threads =
-      static_cast<int>(std::min<int64_t>(args.num_threads, 1 + work / kWorkPerThread));
+  num_threads = static_cast<int>(std::min<int64_t>(num_threads, 1 + work / kWorkPerThread));
   std::vector<Scratch> scratch;
   for (int worker = 0; worker < num_threads; ++worker) {
     scratch.emplace_back(rank > 0 ? std::min<int64_t>(kGroup, args.num_rows) : 1, args.width, rank);
   }
   parallel_for(args.num_rows, kGroup, num_threads, [&](int worker, int64_t begin, int64_t end) {
-    variant.some_rows(args, wide, begin, end, scratch[worker]);
+    variant.some_rows(args, low, wide, begin, end, scratch[worker]);
   });
 }
 

@@ -1,45 +1,23 @@
-// bridge_norm on the CPU. The meaning is the reference in interlace/ops/_bridge_norm_reference.py.
+// bridge_norm on the CPU, with every bridge.
 //
-// Letters: T rows, D width, R rank of a low-rank bridge.
+// Letters: D width, R rank of a low-rank bridge.
 #pragma once
 
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/bridge_norm.h"
 
 namespace interlace {
 
-// A tensor of parameters without gaps, in the dtype of x or fp32. Null: there is none.
-struct Parameter {
-  const void* data;
-  DType dtype;
-};
-
-struct BridgeNormArgs {
-  const void* x;         // [T, D], elements of a row side by side
-  const void* residual;  // the same, or null
-  int64_t x_stride;      // in elements
-  int64_t residual_stride;
-  DType dtype;       // of x, residual, down, up, normed and new_residual
-  Parameter weight;  // [D]
-  Parameter bias;    // [D] or null
-  Parameter scale;   // [1], [D] or null
-  int64_t scale_size;
-  const void* down;  // [R, D] or null
-  const void* up;    // [D, R] or null
+// A low-rank bridge in the dtype of x; null where there is none.
+struct LowRank {
+  const void* down;  // [R, D]
+  const void* up;    // [D, R]
   int64_t rank;
-  int64_t num_rows;
-  int64_t width;
-  float eps;
-  bool is_layer_norm;
-  void* normed;        // [T, D], every element is written, as of all outputs
-  void* new_residual;  // [T, D]
-  float* rstd;         // [T]
-  float* mean;         // [T]
-  int num_threads;     // >= 1
-  int max_lanes;       // widest vectors to use, in floats: 16 AVX-512, 8 AVX2, 4 what all have
 };
 
-void bridge_norm(const BridgeNormArgs& args);
+// num_threads: at least 1. max_lanes: widest vectors to use, in floats: 16 AVX-512, 8 AVX2, 4 what
+// all have.
+void bridge_norm(const BridgeNormArgs& args, const LowRank& low, int num_threads, int max_lanes);
 
 }  // namespace interlace

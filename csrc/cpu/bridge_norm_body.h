@@ -224,8 +224,9 @@ INTERLACE_TARGET static void finish(const BridgeNormArgs& args, const Inputs<Ele
 }
 
 template <class Element>
-INTERLACE_TARGET static void rows_of(const BridgeNormArgs& args, const Widened& wide, int64_t begin,
-                                     int64_t end, Scratch& scratch) {
+INTERLACE_TARGET static void rows_of(const BridgeNormArgs& args, const LowRank& low,
+                                     const Widened& wide, int64_t begin, int64_t end,
+                                     Scratch& scratch) {
   const auto inputs = [&](int64_t row) -> Inputs<Element> {
     const Element* const x = static_cast<const Element*>(args.x) + row * args.x_stride;
     const Element* const residual = static_cast<const Element*>(args.residual);
@@ -234,17 +235,17 @@ INTERLACE_TARGET static void rows_of(const BridgeNormArgs& args, const Widened& 
             wide.bias,  args.width};
   };
   const int64_t stride = scratch.stride();
-  if (!args.down) {
+  if (low.rank == 0) {
     for (int64_t row = begin; row < end; ++row) {
       finish<false>(args, inputs(row), row, stride, scratch.row(0));
     }
     return;
   }
-  const Element* const down = static_cast<const Element*>(args.down);
+  const Element* const down = static_cast<const Element*>(low.down);
   for (int64_t first = begin; first < end; first += kGroup) {
     const int64_t count = first + kGroup < end ? kGroup : end - first;
     for (int64_t t = 0; t < count; ++t) enter(inputs(first + t), scratch.row(t));
-    cross(down, wide.up, args.width, args.rank, count, scratch);
+    cross(down, wide.up, args.width, low.rank, count, scratch);
     for (int64_t t = 0; t < count; ++t) {
       finish<true>(args, inputs(first + t), first + t, stride, scratch.row(t));
     }
@@ -262,26 +263,28 @@ INTERLACE_TARGET static void widen_parameter(const Parameter& parameter, int64_t
   }
 }
 
-INTERLACE_TARGET static void pack(const BridgeNormArgs& args, float* packed) {
-  switch (args.dtype) {
+INTERLACE_TARGET static void pack(const void* up, DType dtype, int64_t width, int64_t rank,
+                                  float* packed) {
+  switch (dtype) {
     case DType::kFloat32:
-      return pack_up(static_cast<const float*>(args.up), args.width, args.rank, packed);
+      return pack_up(static_cast<const float*>(up), width, rank, packed);
     case DType::kBFloat16:
-      return pack_up(static_cast<const BFloat16*>(args.up), args.width, args.rank, packed);
+      return pack_up(static_cast<const BFloat16*>(up), width, rank, packed);
     case DType::kFloat16:
-      return pack_up(static_cast<const Float16*>(args.up), args.width, args.rank, packed);
+      return pack_up(static_cast<const Float16*>(up), width, rank, packed);
   }
 }
 
 // Rows begin..end-1 of the tensor.
-INTERLACE_TARGET static void some_rows(const BridgeNormArgs& args, const Widened& wide,
-                                       int64_t begin, int64_t end, Scratch& scratch) {
+INTERLACE_TARGET static void some_rows(const BridgeNormArgs& args, const LowRank& low,
+                                       const Widened& wide, int64_t begin, int64_t end,
+                                       Scratch& scratch) {
   switch (args.dtype) {
     case DType::kFloat32:
-      return rows_of<float>(args, wide, begin, end, scratch);
+      return rows_of<float>(args, low, wide, begin, end, scratch);
     case DType::kBFloat16:
-      return rows_of<BFloat16>(args, wide, begin, end, scratch);
+      return rows_of<BFloat16>(args, low, wide, begin, end, scratch);
     case DType::kFloat16:
-      return rows_of<Float16>(args, wide, begin, end, scratch);
+      return rows_of<Float16>(args, low, wide, begin, end, scratch);
   }
 }

@@ -26,6 +26,8 @@ __all__ = ["bridge_norm"]
 KINDS = ("rms", "layer")
 # the numbers that compiled kernels know them by
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# a row is in the registers of 512 threads
+_CUDA_MAX_WIDTH = 16384
 # what it sums up for a chunk of columns is in registers
 _TRITON_MAX_RANK = 64
 
@@ -267,6 +269,54 @@ def _cpp(
     )
 
 
+def _cuda_why_not(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    scale: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+) -> str | None:
+    if x.dtype not in _NUMBERS or down is not None:
+        return _dtype_why_not(x.dtype) or "takes no low-rank bridge"
+    width, pack = x.shape[1], 16 // x.element_size()
+    if width > _CUDA_MAX_WIDTH or width % pack:
+        return f"takes D up to {_CUDA_MAX_WIDTH} in multiples of {pack} for {x.dtype}, got {width}"
+    for name, tensor in (("x", x), ("residual", residual)):
+        # rows whose elements do not lie side by side are copied, and then lie well
+        if tensor is None or tensor.stride(1) != 1:
+            continue
+        if tensor.data_ptr() % 16 or (len(x) > 1 and tensor.stride(0) % pack):
+            return f"reads 16 bytes at a time, and not all rows of {name} begin at a multiple of 16"
+    for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale)):
+        if tensor is not None and len(tensor) == width and tensor.data_ptr() % 16:
+            return f"reads 16 bytes at a time, and {name} does not begin at a multiple of 16"
+    return None
+
+
+def _cuda(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    scale: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    index = x.get_device()
+    return _call(
+        _extension.extension().bridge_norm_cuda,
+        *(x, residual, weight, bias, eps, kind, scale),
+        device=index,
+        stream=torch._C._cuda_getCurrentRawStream(index),
+    )
+
+
 def _size(*tensors: Tensor | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
@@ -324,6 +374,7 @@ OP = Op(
     bytes_moved=_bytes_moved,
     flops=_flops,
     backends=(
+        Backend("cuda", _cuda, why_not=_cuda_why_not),
         Backend("triton", "interlace.triton_kernels.bridge_norm:forward", why_not=_triton_why_not),
         Backend("cpp", _cpp, why_not=_cpp_why_not),
     ),

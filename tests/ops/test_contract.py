@@ -27,7 +27,7 @@ EXPECTED = {
         "ragged_decode": {"cpp", "torch"},
     },
     "cuda": {
-        "bridge_norm": {"triton", "torch"},
+        "bridge_norm": {"cuda", "triton", "torch"},
         "bridge_norm_bwd": {"triton", "torch"},
         "layer_similarity": {"cuda", "triton", "torch"},
         "qk_norm_rope": {"triton", "torch"},
