@@ -18,8 +18,9 @@ namespace interlace {
 namespace {
 
 constexpr float kEps = 1e-8f;
-// of widened rows at a time, so that they stay in the second-level cache
-constexpr int64_t kPanelBytes = 96 * 1024;
+// of all rows at a time, as they lie in memory: small enough to stay near the processor while the
+// next ones come in
+constexpr int64_t kPanelBytes = 28 * 1024;
 constexpr int64_t kMinBlock = 64, kMaxBlock = 1024;
 // cosines held before they are added up
 constexpr int64_t kBufferBytes = 4 << 20;
@@ -141,9 +142,10 @@ struct alignas(64) CacheLine {
 // What one worker needs for one token.
 class Workspace {
  public:
-  Workspace(int64_t num_states, int64_t width, const Band& band, const Variant& variant)
+  Workspace(int64_t num_states, int64_t width, DType dtype, const Band& band,
+            const Variant& variant)
       : rows(num_states), next_rows(num_states) {
-    const int64_t fitting = kPanelBytes / (num_states * static_cast<int64_t>(sizeof(float)));
+    const int64_t fitting = kPanelBytes / (num_states * size_of(dtype));
     const int64_t block = std::clamp((fitting + 15) / 16 * 16, kMinBlock, kMaxBlock);
     const int64_t stride = std::max<int64_t>(16, std::min(block, (width + 15) / 16 * 16));
     const int64_t panel_bytes = num_states * stride * sizeof(float);
@@ -207,7 +209,8 @@ void layer_similarity(const LayerSimilarityArgs& args) {
       static_cast<int>(std::min<int64_t>(args.num_threads, 1 + flops / kFlopsPerThread));
   std::vector<std::unique_ptr<Workspace>> workspaces;
   for (int worker = 0; worker < num_threads; ++worker) {
-    workspaces.push_back(std::make_unique<Workspace>(num_states, args.width, band, variant));
+    workspaces.push_back(
+        std::make_unique<Workspace>(num_states, args.width, args.dtype, band, variant));
   }
   const int64_t chunk = std::max<int64_t>(
       1, std::min(num_tokens, kBufferBytes / (num_pairs * static_cast<int64_t>(sizeof(float)))));
