@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
-
-# of the second-level cache, for keys and values that programs share
-_CACHE_BYTES = 24 << 20
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -42,6 +40,48 @@ def parts_of(head_dim: int) -> tuple[int, int]:
     # two parts of one size are one part of the next power of two
     second = 1 << (rest - 1).bit_length() if rest else 0
     return (2 * first, 0) if second == first else (first, second)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched.
+
+    Attributes:
+        block_m: queries of a program or a step.
+        block_n: keys of a step or a program.
+        num_warps: warps of a program; with `specialize`, of each of its three groups.
+        num_stages: tiles in flight, in steps.
+        tma: tiles come by TMA.
+        specialize: one group of warps loads for two that compute.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    specialize: bool = False
+
+    def blocks(self) -> dict[str, int]:
+        """Sizes of blocks, as kernels name them."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
+
+    def options(self) -> dict[str, int]:
+        """What a launch takes."""
+        return self.blocks() | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# (bytes of an element, largest D) -> how to launch
+Table = dict[tuple[int, int], Launch]
+
+
+def choose(table: Table, size: int, head_dim: int) -> Launch:
+    """The first launch for elements of `size` bytes and a head of `head_dim` in a table."""
+    return next(
+        launch
+        for (bytes_each, most), launch in table.items()
+        if bytes_each == size and head_dim <= most
+    )
 
 
 def interpreted() -> bool:
@@ -76,18 +116,16 @@ def side_by_side(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def on_hopper(tensor: Tensor) -> bool:
+    """Whether a tensor lies on a GPU of Hopper's generation."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9
+
+
 def fits_tma(tensor: Tensor) -> bool:
     """Whether TMA can fetch tiles of [tokens, D] of a tensor [tokens, heads, D]."""
     size = tensor.element_size()
     steps = [stride * size for stride in tensor.stride()[:2]]
     return tensor.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps)
-
-
-def section_of(k: Tensor, longest: int, num_heads: int) -> int:
-    """Number of query heads whose keys and values fit in the second-level cache together."""
-    _, num_kv_heads, head_dim = k.shape
-    fitting = _CACHE_BYTES // max(1, 2 * longest * head_dim * k.element_size())
-    return min(num_heads, max(1, fitting * num_heads // num_kv_heads))
 
 
 def launch_on(device: torch.device, run: Callable[[], None]) -> None:
@@ -104,6 +142,12 @@ def launch_on(device: torch.device, run: Callable[[], None]) -> None:
     with torch.cuda.device(index):
         # a context of its own: the caller's allocator stays as it is
         contextvars.copy_context().run(launch)
+
+
+def by_group(q_start: Sequence[int], device: torch.device) -> Tensor:
+    """Key-value heads, those with the most query heads first, [Hkv] int32."""
+    sizes = [end - begin for begin, end in pairwise(q_start)]
+    return on_device(tuple(sorted(range(len(sizes)), key=lambda n: -sizes[n])), device)
 
 
 @triton.jit

@@ -14,7 +14,6 @@ Source: FlashAttention-2 (arXiv 2307.08691), FlashAttention-3 (arXiv 2407.08608)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,14 +25,16 @@ from interlace.ops._ragged_reference import UNBOUNDED, reach
 from interlace.triton_kernels._ragged import (
     LN_2,
     LOG2_E,
+    Launch,
+    choose,
     fits_tma,
     head_map,
     interpreted,
     launch_on,
     load_tile,
     locate,
+    on_hopper,
     parts_of,
-    section_of,
     side_by_side,
     slots,
     span,
@@ -50,8 +51,6 @@ _PLAIN = (
     "num_heads",
     "num_sequences",
     "slots_per_sequence",
-    "num_slots",
-    "section",
     "before",
     "behind",
 )
@@ -78,8 +77,6 @@ def _forward(
     num_heads,
     num_sequences,
     slots_per_sequence,
-    num_slots,
-    section,
     before,
     behind,
     scale,
@@ -96,14 +93,10 @@ def _forward(
     SPECIALIZE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    # sections of heads whose keys and values fit in the second-level cache, one after another
+    # heads of one key-value head side by side
     program = tl.program_id(0)
-    number = program // (num_slots * section)
-    first_head = number * section
-    within = program - number * num_slots * section
-    width = tl.minimum(section, num_heads - first_head)
-    slot = within // width
-    head = (first_head + within - slot * width).to(tl.int64)
+    slot = program // num_heads
+    head = (program % num_heads).to(tl.int64)
     sequence, block = locate(cu_seqlens_q, slot, num_sequences, slots_per_sequence, BLOCK_M, SEARCH)
     q_begin, q_length = span(cu_seqlens_q, sequence)
     kv_begin, kv_length = span(cu_seqlens_kv, sequence)
@@ -232,27 +225,6 @@ def _forward(
         store_tile(out, stride_ot, row, q_length, acc_rest, HEAD_DIM, BLOCK_M, PART, REST)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How the kernel is launched.
-
-    Attributes:
-        block_m: queries of a program.
-        block_n: keys of a step.
-        num_warps: warps of a program; with `specialize`, of each of its three groups.
-        num_stages: keys and values in flight, in steps.
-        tma: tiles come by TMA.
-        specialize: one group of warps loads for two that compute.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    tma: bool = False
-    specialize: bool = False
-
-
 # (bytes of an element, largest D) -> how to launch; the first that fits
 POINTERS = {
     (2, 128): Launch(128, 64, 8, 2),
@@ -265,20 +237,10 @@ HOPPER = {
 }
 
 
-def choose(table: dict[tuple[int, int], Launch], size: int, head_dim: int) -> Launch:
-    """How to launch for elements of `size` bytes."""
-    return next(
-        launch
-        for (bytes_each, most), launch in table.items()
-        if bytes_each == size and head_dim <= most
-    )
-
-
 def launch_for(q: Tensor, k: Tensor, v: Tensor) -> Launch:
     """How to launch on given tensors."""
-    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
-    by_tma = hopper and q.element_size() == 2 and all(map(fits_tma, (q, k, v)))
-    return choose(HOPPER if by_tma else POINTERS, q.element_size(), q.shape[2])
+    by_tma = on_hopper(q) and all(map(fits_tma, (q, k, v)))
+    return choose(POINTERS | HOPPER if by_tma else POINTERS, q.element_size(), q.shape[2])
 
 
 def forward(
@@ -314,12 +276,9 @@ def forward(
         _forward[(num_slots * num_heads,)](
             *(q, k, v, gate, cu_seqlens_q, cu_seqlens_kv, head_map(q_start, q.device), out, lse),
             *(stride for tensor in (q, k, v) for stride in tensor.stride()[:2]),
-            *(num_tokens, num_heads, num_sequences, per_sequence, num_slots),
-            section_of(k, max_seqlen_kv, num_heads),
+            *(num_tokens, num_heads, num_sequences, per_sequence),
             *(before, behind, scale),
             HEAD_DIM=head_dim,
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
             PART=part,
             REST=rest,
             BEFORE=before < UNBOUNDED,
@@ -329,8 +288,7 @@ def forward(
             TMA=launch.tma,
             SPECIALIZE=launch.specialize,
             UPCAST=interpreted(),
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **launch.options(),
         )
 
     launch_on(q.device, run)
@@ -364,8 +322,7 @@ def _variant(
         types=types,
         constants={
             "HEAD_DIM": head_dim,
-            "BLOCK_M": launch.block_m,
-            "BLOCK_N": launch.block_n,
+            **launch.blocks(),
             "PART": part,
             "REST": rest,
             "TMA": launch.tma,

@@ -100,11 +100,12 @@ def ragged_attention(
         raise ShapeError(f"scale is {scale}; expected a finite number above 0, or None.")
     if window is not None and window < 1:
         raise ShapeError(f"window is {window}; expected 1 or more keys, or None for all of them.")
-    if max_seqlen_q * (len(cu_seqlens_q) - 1) < q.shape[0]:
-        raise ShapeError(
-            f"max_seqlen_q is {max_seqlen_q}; {len(cu_seqlens_q) - 1} sequences of that length do "
-            f"not hold {q.shape[0]} queries."
-        )
+    for name, longest, tokens in (("q", max_seqlen_q, q), ("kv", max_seqlen_kv, k)):
+        if longest * (len(cu_seqlens_q) - 1) < tokens.shape[0]:
+            raise ShapeError(
+                f"max_seqlen_{name} is {longest}; {len(cu_seqlens_q) - 1} sequences of that length "
+                f"do not hold {tokens.shape[0]} tokens."
+            )
     if cu_seqlens_q.is_cpu and not torch.compiler.is_compiling():
         _check_lengths("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         _check_lengths("kv", cu_seqlens_kv, k.shape[0], max_seqlen_kv)
@@ -293,6 +294,13 @@ BACKWARD = Op(
     samples=backward_samples,
     bytes_moved=_backward_bytes_moved,
     flops=_backward_flops,
+    backends=(
+        Backend(
+            "triton",
+            "interlace.triton_kernels.ragged_attention_bwd:backward",
+            why_not=_triton_why_not,
+        ),
+    ),
 )
 OP = Op(
     "ragged_attention",
