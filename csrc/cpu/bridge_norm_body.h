@@ -12,15 +12,15 @@ constexpr int kSums = 4;
 // rows of `down` at a time; with kTokens tokens each, their sums fit in the registers
 constexpr int kDownRows = kLanes == 16 ? 4 : 2;
 
-// As many elements as there are of the `count` left: kLanes, fewer, or none, with zeros behind.
-template <class Element>
+// kLanes elements, or as many as there are of the `count` left, with zeros behind.
+template <bool kWhole, class Element>
 INTERLACE_TARGET static inline Vector load_left(const Element* from, int64_t count) {
-  return count >= kLanes ? load(from) : load_some(from, count);
+  return kWhole || count >= kLanes ? load(from) : load_some(from, count);
 }
 
-template <class Element>
+template <bool kWhole, class Element>
 INTERLACE_TARGET static inline void store_left(const Vector& vector, Element* to, int64_t count) {
-  if (count >= kLanes) {
+  if (kWhole || count >= kLanes) {
     store(vector, to);
   } else {
     store_some(vector, to, count);
@@ -29,7 +29,7 @@ INTERLACE_TARGET static inline void store_left(const Vector& vector, Element* to
 
 template <class Element>
 INTERLACE_TARGET static void widen(const Element* from, int64_t count, float* to) {
-  for (int64_t d = 0; d < count; d += kLanes) store(load_left(from + d, count - d), to + d);
+  for (int64_t d = 0; d < count; d += kLanes) store(load_left<false>(from + d, count - d), to + d);
 }
 
 // a[0] b[0] a[1] b[1] ... from the halves of two vectors that begin at kStart.
@@ -70,7 +70,7 @@ INTERLACE_TARGET static void pack_up(const Element* up, int64_t width, int64_t r
       for (int64_t i = 0; i < kLanes; ++i) {
         // what follows in memory belongs to the next row and becomes columns that nobody takes
         const int64_t at = (d + i) * rank + first;
-        rows[i] = at < size ? load_left(up + at, size - at) : Vector{};
+        rows[i] = at < size ? load_left<false>(up + at, size - at) : Vector{};
       }
       transpose(rows);
       for (int64_t r = 0; r < kLanes && first + r < rank; ++r) {
@@ -81,17 +81,18 @@ INTERLACE_TARGET static void pack_up(const Element* up, int64_t width, int64_t r
 }
 
 // Elements d.. of s = scale (x + residual), and zeros behind the row.
-template <class Element>
-INTERLACE_TARGET static inline Vector entering(const Inputs<Element>& from, int64_t d) {
-  Vector h = load_left(from.x + d, from.width - d);
-  if (from.residual) h += load_left(from.residual + d, from.width - d);
-  if (from.scale) h *= load_left(from.scale + d, from.width - d);
+template <bool kWhole, class Element>
+INTERLACE_TARGET static inline Vector entering(const Inputs<Element> from, int64_t d) {
+  const int64_t left = from.width - d;
+  Vector h = load_left<kWhole>(from.x + d, left);
+  if (from.residual) h += load_left<kWhole>(from.residual + d, left);
+  if (from.scale) h *= load_left<kWhole>(from.scale + d, left);
   return h;
 }
 
 template <class Element>
-INTERLACE_TARGET static void enter(const Inputs<Element>& from, float* s) {
-  for (int64_t d = 0; d < from.width; d += kLanes) store(entering(from, d), s + d);
+INTERLACE_TARGET static void enter(const Inputs<Element> from, float* s) {
+  for (int64_t d = 0; d < from.width; d += kLanes) store(entering<false>(from, d), s + d);
 }
 
 // z[token][first..] = <down[first..], s[token]> for kDownRows rows of down and kCount tokens.
@@ -110,7 +111,7 @@ INTERLACE_TARGET static void dots(const Element* down, int64_t width, int64_t ra
     for (int t = 0; t < kCount; ++t) token[t] = load(s + t * stride + d);
 #pragma GCC unroll 4
     for (int r = 0; r < kDownRows; ++r) {
-      const Vector weight = load_left(row[r] + d, width - d);
+      const Vector weight = load_left<false>(row[r] + d, width - d);
 #pragma GCC unroll 4
       for (int t = 0; t < kCount; ++t) sum[r][t] += weight * token[t];
     }
@@ -165,22 +166,34 @@ INTERLACE_TARGET static inline float total(const Vector (&sums)[kSums]) {
   return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// Writes new_residual, leaves r in scratch memory, and returns the sum of r or of its squares. r is
-// there already behind a low-rank bridge, and s = r otherwise.
-template <bool kIsThere, bool kSquares, class Element>
-INTERLACE_TARGET static float settle(const Inputs<Element>& from, int64_t stride, float* r,
-                                     Element* new_residual) {
-  Vector sums[kSums] = {};
-  for (int64_t start = 0; start < stride; start += kSums * kLanes) {
+// Writes elements d.. of new_residual, leaves r in scratch memory, and adds to sums. r is there
+// already behind a low-rank bridge, and s = r otherwise.
+template <bool kIsThere, bool kSquares, bool kWhole, class Element>
+INTERLACE_TARGET static inline void settle_some(const Inputs<Element> from, int64_t start, float* r,
+                                                Element* new_residual, Vector (&sums)[kSums]) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kSums; ++i) {
-      const int64_t d = start + i * kLanes;
-      // what is behind the row is left over from another
-      const Vector value = kIsThere ? load_left(r + d, from.width - d) : entering(from, d);
-      store(value, r + d);
-      store_left(value, new_residual + d, from.width - d);
-      sums[i] += kSquares ? value * value : value;
-    }
+  for (int i = 0; i < kSums; ++i) {
+    const int64_t d = start + i * kLanes, left = from.width - d;
+    // what lies behind the row is left over from another
+    const Vector value = kIsThere ? load_left<kWhole>(r + d, left) : entering<kWhole>(from, d);
+    store(value, r + d);
+    store_left<kWhole>(value, new_residual + d, left);
+    sums[i] += kSquares ? value * value : value;
+  }
+}
+
+// Returns the sum of r or of its squares.
+template <bool kIsThere, bool kSquares, class Element>
+INTERLACE_TARGET static float settle(const Inputs<Element> from, int64_t stride, float* r,
+                                     Element* new_residual) {
+  constexpr int64_t kStep = kSums * kLanes;
+  Vector sums[kSums] = {};
+  int64_t d = 0;
+  for (; d + kStep <= from.width; d += kStep) {
+    settle_some<kIsThere, kSquares, true>(from, d, r, new_residual, sums);
+  }
+  for (; d < stride; d += kStep) {
+    settle_some<kIsThere, kSquares, false>(from, d, r, new_residual, sums);
   }
   return total(sums);
 }
@@ -197,16 +210,25 @@ INTERLACE_TARGET static float sum_of_squares(const float* r, float mean, int64_t
   return total(sums);
 }
 
+template <bool kWhole, class Element>
+INTERLACE_TARGET static inline void normalise(const Inputs<Element> from, int64_t d, const float* r,
+                                              float mean, float rstd, Element* normed) {
+  const int64_t left = from.width - d;
+  Vector value = (load(r + d) - mean) * rstd * load_left<kWhole>(from.weight + d, left);
+  if (from.bias) value += load_left<kWhole>(from.bias + d, left);
+  store_left<kWhole>(value, normed + d, left);
+}
+
 template <bool kIsThere, class Element>
-INTERLACE_TARGET static void finish(const BridgeNormArgs& args, const Inputs<Element>& from,
+INTERLACE_TARGET static void finish(const BridgeNormArgs& args, const Inputs<Element> from,
                                     int64_t row, int64_t stride, float* r) {
-  const int64_t width = args.width;
+  const int64_t width = from.width;
   Element* const new_residual = static_cast<Element*>(args.new_residual) + row * width;
   const float count = static_cast<float>(width);
   float mean = 0, squares;
   if (args.is_layer_norm) {
     mean = settle<kIsThere, false>(from, stride, r, new_residual) / count;
-    // so that what is behind the row adds nothing to the variance
+    // so that what lies behind the row adds nothing to the variance
     for (int64_t d = width; d < stride; ++d) r[d] = mean;
     squares = sum_of_squares(r, mean, stride);
   } else {
@@ -216,11 +238,9 @@ INTERLACE_TARGET static void finish(const BridgeNormArgs& args, const Inputs<Ele
   args.rstd[row] = rstd;
   args.mean[row] = mean;
   Element* const normed = static_cast<Element*>(args.normed) + row * width;
-  for (int64_t d = 0; d < width; d += kLanes) {
-    Vector value = (load(r + d) - mean) * rstd * load_left(from.weight + d, width - d);
-    if (from.bias) value += load_left(from.bias + d, width - d);
-    store_left(value, normed + d, width - d);
-  }
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) normalise<true>(from, d, r, mean, rstd, normed);
+  if (d < width) normalise<false>(from, d, r, mean, rstd, normed);
 }
 
 template <class Element>

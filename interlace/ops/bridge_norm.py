@@ -77,9 +77,10 @@ def bridge_norm(
         BackendError: a named backend cannot run these arguments; the message says why.
 
     Numerics: fp32 throughout (fp64 for fp64 input), each output rounded once; the norm is taken of
-    r before it is rounded. The values that enter a low-rank product are rounded to the dtype of x,
-    its sums are not. Squares have to stay within fp32 (|r| < 1e18). Gradients see r as new_residual
-    holds it, unless a scale makes x and residual necessary anyway. Deterministic.
+    r before it is rounded. What enters a low-rank product is rounded to the dtype of x, as matrix
+    units take it ("cpp" spares it that), its sums are not. Squares have to stay within fp32
+    (|r| < 1e18). Gradients see r as new_residual holds it, unless a scale makes x and residual
+    necessary anyway. Deterministic, on the CPU whatever the number of threads.
     Cost: reads x and residual, writes normed and new_residual, each once; a low-rank bridge on a
     GPU reads x and residual three times, the second and third time from the cache.
     """
@@ -172,14 +173,12 @@ def _dtype_why_not(dtype: torch.dtype) -> str | None:
     return None if dtype in _NUMBERS else f"works on fp32, bf16 and fp16, got {dtype}"
 
 
-def _triton_why_not(x: Tensor, *others: Any) -> str | None:
-    return _dtype_why_not(x.dtype) or _rank_why_not(others[-1])
-
-
-def _rank_why_not(up: Tensor | None) -> str | None:
+def _triton_why_not(first: Tensor, *others: Any) -> str | None:
+    # up comes last, forward and backward
+    up = others[-1]
     if up is not None and up.shape[1] > _TRITON_MAX_RANK:
         return f"takes a low-rank bridge of R <= {_TRITON_MAX_RANK}, got {up.shape[1]}"
-    return None
+    return _dtype_why_not(first.dtype)
 
 
 def _call(

@@ -6,8 +6,10 @@ import importlib
 import os
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies
 from torch import Tensor
 
 from interlace import ops
@@ -122,6 +124,33 @@ def test_variants_for_other_processors_keep_the_budget(max_lanes: int, dtype: to
         found = contract._cpp(*sample.args, max_lanes=max_lanes)
         for one, own, exact in zip(found, plain, truth, strict=True):
             assert contract.OP.budget.excess(one, own, exact) is None, sample.name
+
+
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(
+    size=strategies.tuples(strategies.integers(0, 40), strategies.integers(1, 300)),
+    kind=strategies.sampled_from(["rms", "layer"]),
+    flags=strategies.tuples(*[strategies.booleans()] * 3),
+    scale=strategies.sampled_from(["none", "one", "all"]),
+    rank=strategies.integers(0, 40),
+    dtype=strategies.sampled_from(DTYPES),
+)
+def test_compiled_kernel_keeps_the_budget_on_any_shape(
+    size: tuple[int, int],
+    kind: str,
+    flags: tuple[bool, bool, bool],
+    scale: str,
+    rank: int,
+    dtype: torch.dtype,
+) -> None:
+    draw = samples._Draw(torch.device("cpu"), dtype, torch.Generator().manual_seed(size[1]))
+    residual, bias, wide = flags
+    count = {"none": 0, "one": 1, "all": size[1]}[scale]
+    options = {"kind": kind, "residual": residual, "bias": bias, "wide": wide, "rank": rank}
+    args = draw.args(*size, scale=count, **options)
+    truth, plain = contract.OP.reference(*in_fp64(args)), contract.OP.reference(*args)
+    for found, own, exact in zip(contract._cpp(*args), plain, truth, strict=True):
+        assert_within_budget(found, own, exact)
 
 
 def test_compiled_kernel_does_not_depend_on_the_number_of_threads() -> None:
