@@ -1,6 +1,7 @@
 # Needs Python 3.11 or newer, make, and g++ for the compiled part. Everything else goes into a
 # virtual environment, .venv, on first use.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+GPU_PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -9,7 +10,7 @@ CPP := $(wildcard csrc/*.* csrc/*/*.*)
 SANITIZED := build/sanitized
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize lint format bench clean
+.PHONY: help install demo test sanitize lint format bench gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -43,8 +44,23 @@ format: $(VENV)/.installed-dev  ## rewrite the code in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-bench: $(VENV)/.installed-dev  ## time scoring against the published procedure
+bench: $(VENV)/.installed-dev  ## time the ops and scoring on the CPU
+	$(BIN)/python bench/run.py --device cpu --all
 	$(BIN)/python bench/score_speed.py
+
+# Under ten minutes, with torch, triton, transformers, pytest and nvcc there and no package index in
+# reach. Installs into GPU_PYTHON itself. Every step runs, whatever became of the one before. -P: the
+# repository's root must not be on sys.path, where it would hide the installed package.
+gpu:  ## on a GPU machine: install, run the GPU tests, time the ops (RESULTS=folder)
+	@failed=; \
+	step() { echo; echo "== $$*"; "$$@" || failed="$$failed\n  $$*"; }; \
+	step env INTERLACE_EXTENSION=require INTERLACE_BUILD_CUDA=1 \
+		$(GPU_PYTHON) -P -m pip install --disable-pip-version-check --no-deps --no-build-isolation .; \
+	step timeout 280 $(GPU_PYTHON) -P -m pytest -m gpu -n 4 --benchmark-disable \
+		--continue-on-collection-errors $(PYTEST_ARGS); \
+	step timeout 260 $(GPU_PYTHON) bench/run.py --device cuda --all --budget 200 \
+		$(if $(RESULTS),--output $(RESULTS)) $(BENCH_ARGS); \
+	if test -n "$$failed"; then printf "\nfailed:%b\n" "$$failed"; exit 1; fi
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info interlace/_C*.so .pytest_cache .mypy_cache .ruff_cache

@@ -92,19 +92,21 @@ class Toolkit:
         """Say why it cannot be used; None if it can."""
         if self.libraries is None:
             return f"{self.root} has no libcudart_static.a"
-        if not self.flags():
+        if not self.architectures():
             return f"{self.nvcc} knows none of sm_{', sm_'.join(ARCHITECTURES)}"
         return None
 
-    def flags(self) -> list[str]:
-        """Flags that select what code is generated."""
+    def architectures(self) -> list[str]:
+        """Those of ARCHITECTURES that it can generate code for."""
         command = [str(self.nvcc), "--list-gpu-code"]
         listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
-        known = [each for each in ARCHITECTURES if f"sm_{each.rstrip('a')}" in listed]
+        return [each for each in ARCHITECTURES if f"sm_{each.rstrip('a')}" in listed]
+
+    def flags(self) -> list[str]:
+        """Flags that select what code is generated."""
+        known = self.architectures()
         flags = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in known]
-        if known:
-            flags.append(f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}")
-        return flags
+        return [*flags, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
 
 
 def _toolkit() -> Toolkit | None:
@@ -190,7 +192,9 @@ def _rules(
     objects = dict.fromkeys(ext.sources, "cxx")
     if toolkit is not None:
         objects |= dict.fromkeys(_sources("csrc/cuda/*.cu"), "nvcc")
-        lines[1] += f" -DINTERLACE_CUDA -I{_quoted(toolkit.root / 'include')}"
+        # its value is what `interlace doctor` says
+        built = ", ".join(f"sm_{each}" for each in toolkit.architectures())
+        lines[1] += f" '-DINTERLACE_CUDA=\"{built}\"' -I{_quoted(toolkit.root / 'include')}"
         lines[2] += f" -L{_quoted(toolkit.libraries)} -lcudart_static -ldl -lrt"
         host = "-fPIC,-fvisibility=hidden,-pthread"
         lines += [

@@ -25,13 +25,14 @@ import torch
 
 import interlace as il
 from interlace.config import HealSettings
+from interlace.data.collate import Collator
 from interlace.errors import PlanError
-from interlace.records import Provenance
+from interlace.records import Provenance, TowerPlan
 
 log = logging.getLogger("retention")
 
 PUBLISHED = ("interlace", "interlace_oa", "interlace_tn", "random", "consecutive")
-OTHERS = ("triplet_optimal", "shortgpt", "uidl", "last", "uniform")
+OTHERS = ("triplet_optimal", "shortgpt", "uidl", "last", "uniform", "sleb")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Subject:
     towers: tuple[str, ...]
     tasks: dict[str, tuple[str, ...]]
     data_tasks: tuple[str, ...]
+    objective: str
     learning_rate: float
 
 
@@ -51,6 +53,7 @@ SUBJECTS = {
         ("text",),
         {"vqa": ("accuracy",), "caption": ("cider",)},
         ("vqa", "caption"),
+        "chat",
         5e-4,
     ),
     "clip": Subject(
@@ -58,9 +61,12 @@ SUBJECTS = {
         ("text", "vision"),
         {"retrieval": ("image_to_text_r1", "text_to_image_r1")},
         ("retrieval",),
+        "contrastive",
         5e-4,
     ),
-    "blip": Subject("blip", ("text",), {"caption": ("cider", "exact_match")}, ("caption",), 5e-4),
+    "blip": Subject(
+        "blip", ("text",), {"caption": ("cider", "exact_match")}, ("caption",), "caption", 5e-4
+    ),
 }
 
 
@@ -78,8 +84,8 @@ class Preset:
 
 
 PRESETS = {
-    "smoke": Preset(("interlace", "random"), (0.25,), (0,), 16, 64, 16, 32),
-    "small": Preset((*PUBLISHED, "triplet_optimal"), (0.25,), (0, 1, 2), 128, 2048, 32, 384),
+    "smoke": Preset(("interlace", "random", "sleb"), (0.25,), (0,), 16, 64, 16, 32),
+    "small": Preset((*PUBLISHED, *OTHERS), (0.25,), (0, 1, 2), 128, 2048, 32, 384),
     "full": Preset(
         (*PUBLISHED, *OTHERS), (0.10, 0.15, 0.20, 0.25, 0.33), (0, 1, 2), 256, 4096, 32, 512
     ),
@@ -92,6 +98,22 @@ def _headline(subject: Subject, metrics: dict[str, dict[str, float]]) -> dict[st
         for task, names in subject.tasks.items()
         for name in names
     }
+
+
+def _loss_without(subject: Subject, vlm: Any, scores: Any, samples: list[Any]) -> Any:
+    """What `sleb` chooses by: the model's own loss on calibration samples, without some layers."""
+    collate = Collator(vlm.processor, subject.objective)
+    batches = [collate(samples[start : start + 32]) for start in range(0, len(samples), 32)]
+    options = {"return_loss": True} if subject.objective == "contrastive" else {}
+
+    def loss(tower: str, drop: tuple[int, ...]) -> float:
+        planned = TowerPlan(num_layers=vlm.towers[tower].num_layers, drop=drop)
+        plan = il.Plan(towers={tower: planned}, shape=scores.shape, inputs=dict(scores.inputs))
+        model = il.prune(vlm, plan).model
+        with torch.no_grad():
+            return statistics.fmean(float(model(**batch, **options).loss) for batch in batches)
+
+    return loss
 
 
 def _cell(
@@ -117,6 +139,7 @@ def _cell(
         protect="auto",
         seed=seed,
         towers=subject.towers,
+        loss=_loss_without(subject, vlm, scores, data["calibration"][:64]),
     )
     student = il.prune(vlm, plan)
 
@@ -226,8 +249,8 @@ def measure_all(subjects: list[str], preset: Preset, path: Path) -> None:
                 [name, "speed", fraction],
                 lambda s=subject, v=vlm, f=fraction: {"speed": _speed(s, v, f)},
             )
-            for seed in preset.seeds:
-                for rule in preset.rules:
+            for rule in preset.rules:
+                for seed in preset.seeds:
                     keep(
                         [name, rule, fraction, seed],
                         lambda s=subject, v=vlm, r=rule, f=fraction, n=seed, t=test: _cell(
@@ -236,36 +259,47 @@ def measure_all(subjects: list[str], preset: Preset, path: Path) -> None:
                     )
 
 
-def _mean_spread(values: list[float]) -> str:
-    mean = statistics.fmean(values)
-    spread = (max(values) - min(values)) / 2
-    return f"{100 * mean:.1f} ± {100 * spread:.1f}"
+def _retention(rows: list[dict[str, Any]], metric: str, dense: float) -> str:
+    """Percent of the dense model: mean before -> mean after healing, half the range over seeds."""
+    done = [row for row in rows if "raw" in row]
+    if not rows:
+        return ""
+    if not done:
+        return "no plan"
+    before, after = (
+        [100 * row[when][metric] / dense for row in done] for when in ("raw", "healed")
+    )
+    spread = (max(after) - min(after)) / 2
+    return f"{statistics.fmean(before):.1f} → {statistics.fmean(after):.1f} ± {spread:.1f}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: retention in percent of the dense model, mean and half the range over seeds."""
+    """Markdown, one table per fraction: a line per rule, a column per metric of each model."""
     dense = {row["cell"][0]: row for row in rows if row["cell"][1] == "dense"}
-    cells: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    columns = [(name, metric) for name, row in dense.items() for metric in row["raw"]]
+    cells: dict[tuple[float, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if len(row["cell"]) == 4:
             name, rule, fraction, _ = row["cell"]
-            cells.setdefault((name, fraction, rule), []).append(row)
-    lines = [
-        "| model | dropped | rule | metric | dense | before healing, % | after healing, % |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for (name, fraction, rule), group in cells.items():
-        done = [row for row in group if "raw" in row]
-        for metric, full in dense[name]["raw"].items():
-            head = f"| {name} | {fraction:.0%} | {rule} | {metric} | {full:.3f} |"
-            if not done:
-                lines.append(f"{head} no plan | no plan |")
-                continue
-            raw, healed = (
-                _mean_spread([row[when][metric] / full for row in done])
-                for when in ("raw", "healed")
+            cells.setdefault((fraction, rule, name), []).append(row)
+    rules = list(dict.fromkeys(rule for _, rule, _ in cells))
+    lines = []
+    for fraction in sorted({fraction for fraction, _, _ in cells}):
+        head = " | ".join(f"{name} {metric.split('/')[1]}" for name, metric in columns)
+        full = " | ".join(f"{dense[name]['raw'][metric]:.3f}" for name, metric in columns)
+        lines += [
+            f"| {fraction:.0%} of the layers dropped | {head} |",
+            "| --- " * (len(columns) + 1) + "|",
+            f"| dense | {full} |",
+        ]
+        for rule in rules:
+            found = " | ".join(
+                _retention(
+                    cells.get((fraction, rule, name), []), metric, dense[name]["raw"][metric]
+                )
+                for name, metric in columns
             )
-            lines.append(f"{head} {raw} | {healed} |")
+            lines.append(f"| `{rule}` | {found} |")
     return "\n".join(lines)
 
 

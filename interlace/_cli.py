@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path  # noqa: TC003 (typer reads it at run time)
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from interlace._files import check_new_file
 from interlace.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.figure import Figure
+
     from interlace.data.samples import Samples
     from interlace.models import VLM
     from interlace.records import Record
@@ -33,6 +39,10 @@ Data = Annotated[
 Root = Annotated[
     str | None, typer.Option(help="Folder that image paths start from. Default: the file's own.")
 ]
+Split = Annotated[str, typer.Option(help="Part of a data set that has several, or of the scenes.")]
+MaxBad = Annotated[
+    float, typer.Option(help="Share of samples with bad images to skip before it is an error.")
+]
 Count = Annotated[int, typer.Option(min=1, help="Number of samples.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -43,6 +53,18 @@ def say(text: str) -> None:
     typer.echo(text)
 
 
+def terminal_width() -> int:
+    """Columns of the terminal; 80 where there is none."""
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+def say_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a table to standard output, no wider than the terminal."""
+    from interlace.report.tables import plain_table
+
+    say(plain_table(head, rows, width=terminal_width()))
+
+
 def split_names(text: str | None) -> tuple[str, ...] | None:
     """Split a comma separated option; None stays None."""
     if text is None:
@@ -50,8 +72,8 @@ def split_names(text: str | None) -> tuple[str, ...] | None:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def whole_numbers(text: str, option: str) -> tuple[int, ...]:
-    """Read a comma separated option of whole numbers.
+def whole_numbers(text: str, option: str, words: str) -> tuple[int, ...]:
+    """Read a comma separated option of whole numbers; `words` are what else it accepts.
 
     Raises:
         ConfigError: a part is no whole number.
@@ -59,13 +81,32 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in split_names(text) or ())
     except ValueError as error:
-        raise ConfigError(f"{option} is {text!r}; give whole numbers such as 1,2,3.") from error
+        raise ConfigError(
+            f"{option} is {text!r}; give {words}, or whole numbers such as 1,2,3."
+        ) from error
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise ConfigError for an output file that exists, before any work is spent on it."""
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists already. Choose another name or add --overwrite.")
+def output_option(text: str) -> Any:
+    """The option that says where a command writes its result."""
+    return typer.Option("--output", "-o", help=text)
+
+
+def check_outputs(output: Path | None, picture: Path | None, overwrite: bool) -> None:
+    """Refuse outputs of a command that cannot be written, before any work is spent on them.
+
+    Raises:
+        ConfigError: one exists, is a folder, is a picture of an unknown kind, or both are one file.
+        CheckpointError: the place cannot be written to.
+    """
+    for path in (output, picture):
+        if path is not None:
+            check_new_file(path, overwrite=overwrite)
+    if picture is not None:
+        from interlace.report.plots import figure_format
+
+        figure_format(picture)
+        if output is not None and picture.absolute() == output.absolute():
+            raise ConfigError(f"{picture} is named for the record and for the picture. Name two.")
 
 
 def open_vlm(model: str, dtype: str | None, device: str | None, remote: bool) -> VLM:
@@ -80,14 +121,32 @@ def open_vlm(model: str, dtype: str | None, device: str | None, remote: bool) ->
     return open_model(model, dtype=dtype, device=device, trust_remote_code=remote)
 
 
-def read_samples(data: str, root: str | None, vlm: VLM, **options: Any) -> Samples:
+def read_samples(
+    vlm: VLM, data: str, root: str | None, split: str, count: int, seed: int, max_bad: float
+) -> Samples:
     """Read samples for a model as the options say."""
     from interlace.data.samples import samples
 
-    return samples(data, root=root, processor=vlm.processor, **options)
+    return samples(
+        data,
+        root=root,
+        split=split,
+        count=count,
+        seed=seed,
+        processor=vlm.processor,
+        max_bad_fraction=max_bad,
+    )
 
 
 def save_record(record: Record, path: Path) -> None:
     """Save a record and say where."""
     record.save(path)
+    say(f"Wrote {path}")
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Save a figure and say where."""
+    from interlace.report.plots import save_figure
+
+    save_figure(figure, path)
     say(f"Wrote {path}")

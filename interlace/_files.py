@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,54 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
     return atomic_write_bytes(path, text.encode("utf-8"))
 
 
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Find out whether a file or folder could be made, before any work is spent on its content.
+
+    Args:
+        path: what is to be made; neither it nor its parent folders need to exist.
+
+    Raises:
+        CheckpointError: the nearest folder above it that exists is none, or cannot be written to.
+    """
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        # Asking for rights is not enough: file systems refuse for other reasons too.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot create {os.fspath(path)} in {folder} ({error.strerror or error}). "
+            "Choose another place."
+        ) from error
+
+
+def check_new_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Refuse an output file that exists or cannot be made, before any work is spent on it.
+
+    Args:
+        path: the file that is to be written.
+        overwrite: allow an existing file, which will then be replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: the file exists and `overwrite` is off, or a folder is in its place.
+        CheckpointError: see `check_place`.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise ConfigError(f"{target} is a folder. Name a file to write.")
+    if target.exists() and not overwrite:
+        raise ConfigError(
+            f"{target} exists already. Choose another name, or allow overwriting (--overwrite)."
+        )
+    check_place(target)
+    return target
+
+
 def check_new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Refuse an output folder that exists, before any work is spent on filling it.
 
@@ -124,9 +173,11 @@ def check_new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -
     Raises:
         ConfigError: the folder exists and `overwrite` is off, a file is in its place, or
             replacing it would remove the working folder.
+        CheckpointError: see `check_place`.
     """
     target = Path(path)
     if not target.exists() and not target.is_symlink():
+        check_place(target)
         return target
     if not overwrite:
         raise ConfigError(

@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+# What a forward raises when its inputs do not suit the model.
+FORWARD_REFUSALS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    ImportError,
+)
+
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
@@ -23,6 +35,7 @@ def inference(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
+        # not inference_mode: rotary tables rebuilt inside it could not be trained through later
         with torch.no_grad():
             yield
     finally:

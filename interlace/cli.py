@@ -18,21 +18,27 @@ from interlace._cli import (
     Data,
     Device,
     Dtype,
+    MaxBad,
     Model,
     Overwrite,
     Remote,
     Root,
     Seed,
+    Split,
+    check_outputs,
     open_vlm,
+    output_option,
     read_samples,
-    refuse_existing,
+    save_picture,
     save_record,
     say,
+    say_table,
     split_names,
     whole_numbers,
 )
+from interlace._files import check_new_folder
 from interlace.errors import InterlaceError
-from interlace.plan.rules import rule_names
+from interlace.plan.rules import USE_LOSS, check_rule_without_code, rule_names
 
 app = typer.Typer(
     name="interlace",
@@ -49,14 +55,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_RULES = [name for name in rule_names() if name not in USE_LOSS]
+
 
 @app.command()
 def score(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the scores.")],
+    output: Annotated[Path, output_option("Where to write the scores.")],
     data: Data = "scenes",
     root: Root = None,
+    split: Split = "train",
     count: Count = 256,
+    max_bad_fraction: MaxBad = 0.01,
     metric: Annotated[str, typer.Option(help="Metrics, comma separated.")] = "similarity",
     packs: Annotated[
         str, typer.Option(help="Distances of compared hidden states, such as 1,2,3, or all.")
@@ -77,28 +87,27 @@ def score(
     """Measure how redundant every layer is, in one forward pass per sample."""
     from interlace.scores import score as run_score
 
-    refuse_existing(output, overwrite)
+    check_outputs(output, heatmap, overwrite)
     vlm = open_vlm(model, dtype, device, trust_remote_code)
     scores = run_score(
         vlm,
-        read_samples(data, root, vlm, count=count, seed=seed),
+        read_samples(vlm, data, root, split, count, seed, max_bad_fraction),
         metrics=split_names(metric) or (),
-        packs="all" if packs.strip() == "all" else whole_numbers(packs, "--packs"),
+        packs="all" if packs.strip() == "all" else whole_numbers(packs, "--packs", "all"),
         towers=split_names(tower),
         batch_size=batch_size,
     )
     save_record(scores, output)
     if heatmap is not None:
-        from interlace.report.plots import save_figure, similarity_map
+        from interlace.report.plots import similarity_map
 
-        save_figure(similarity_map(scores), heatmap)
-        say(f"Wrote {heatmap}")
+        save_picture(similarity_map(scores), heatmap)
 
 
 @app.command()
 def plan(
     scores: Annotated[Path, typer.Argument(help="The file that `interlace score` wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")],
+    output: Annotated[Path, output_option("Where to write the plan.")],
     drop_fraction: Annotated[
         float | None, typer.Option(help="Share of the layers to drop, 0..1. Default: 0.25.")
     ] = None,
@@ -106,7 +115,7 @@ def plan(
         int | None, typer.Option(help="Number of layers to drop, instead of a share.")
     ] = None,
     rule: Annotated[
-        str, typer.Option(help=f"How layers are chosen: {', '.join(rule_names())}.")
+        str, typer.Option(help=f"How layers are chosen: {', '.join(_RULES)}.")
     ] = "interlace",
     protect: Annotated[
         str,
@@ -128,12 +137,13 @@ def plan(
     from interlace.plan import make_plan
     from interlace.records import Scores
 
-    refuse_existing(output, overwrite)
+    check_outputs(output, picture, overwrite)
+    check_rule_without_code(rule)
     guarded: Any = protect.strip()
     if guarded == "none":
         guarded = ()
     elif guarded != "auto":
-        guarded = whole_numbers(guarded, "--protect")
+        guarded = whole_numbers(guarded, "--protect", "auto, none")
     settings = PlanSettings(
         drop_fraction=drop_fraction,
         num_drop=num_drop,
@@ -147,17 +157,16 @@ def plan(
     say(str(made))
     save_record(made, output)
     if picture is not None:
-        from interlace.report.plots import plan_strip, save_figure
+        from interlace.report.plots import plan_strip
 
-        save_figure(plan_strip(made), picture)
-        say(f"Wrote {picture}")
+        save_picture(plan_strip(made), picture)
 
 
 @app.command()
 def prune(
     model: Model,
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="What `interlace plan` wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint.")],
+    output: Annotated[Path, output_option("Folder of the new checkpoint.")],
     allow_pinned: Annotated[
         bool, typer.Option("--allow-pinned", help="Also drop layers that the family pins.")
     ] = False,
@@ -167,7 +176,6 @@ def prune(
     overwrite: Overwrite = False,
 ) -> None:
     """Remove the planned layers and save the student, not yet healed."""
-    from interlace._files import check_new_folder
     from interlace.export import export as run_export
     from interlace.records import Plan
     from interlace.surgery import prune as run_prune
@@ -185,10 +193,12 @@ def prune(
 def heal(
     model: Annotated[str, typer.Argument(help="The DENSE model: folder, hub name, bundled:NAME.")],
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="What `interlace plan` wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the healed model.")],
+    output: Annotated[Path, output_option("Folder of the healed model.")],
     data: Data = "scenes",
     root: Root = None,
+    split: Split = "train",
     count: Count = 4096,
+    max_bad_fraction: MaxBad = 0.01,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps, instead of epochs.")
@@ -218,7 +228,6 @@ def heal(
 
     Checkpoints go to OUTPUT.healing beside the result; `--resume` goes on from the newest.
     """
-    from interlace._files import check_new_folder
     from interlace.config import HealSettings
     from interlace.export import export as run_export
     from interlace.heal import heal as run_heal
@@ -245,7 +254,7 @@ def heal(
     report = run_heal(
         student,
         teacher=teacher if distil else None,
-        data=read_samples(data, root, teacher, count=count, seed=seed),
+        data=read_samples(teacher, data, root, split, count, seed, max_bad_fraction),
         settings=settings,
         output=output.with_name(output.name + ".healing"),
         resume=resume,
@@ -257,9 +266,7 @@ def heal(
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write the measurements.")
-    ] = None,
+    output: Annotated[Path | None, output_option("Where to write the measurements.")] = None,
     task: Annotated[
         str, typer.Option(help="Comma separated: fidelity, vqa, caption, retrieval, speed.")
     ] = "vqa",
@@ -268,8 +275,9 @@ def evaluate(
     ] = None,
     data: Data = "scenes",
     root: Root = None,
+    split: Split = "test",
     count: Count = 256,
-    split: Annotated[str, typer.Option(help="Part of the data to measure on.")] = "test",
+    max_bad_fraction: MaxBad = 0.01,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     seed: Seed = 0,
@@ -282,13 +290,12 @@ def evaluate(
     from interlace.evaluate import evaluate as run_evaluate
     from interlace.report.tables import eval_table
 
-    if output is not None:
-        refuse_existing(output, overwrite)
+    check_outputs(output, None, overwrite)
     vlm = open_vlm(model, dtype, device, trust_remote_code)
     held_out = None
     tasks = split_names(task) or ()
     if data != "scenes":
-        chosen = read_samples(data, root, vlm, count=count, seed=seed, split=split)
+        chosen = read_samples(vlm, data, root, split, count, seed, max_bad_fraction)
         held_out = dict.fromkeys(tasks, chosen)
     report = run_evaluate(
         vlm,
@@ -299,6 +306,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         count=count,
         seed=seed,
+        split=split,
     )
     say(eval_table(report))
     if output is not None:
@@ -321,6 +329,7 @@ def export(
     from interlace.export import export as run_export
     from interlace.records import load_record
 
+    check_new_folder(output, overwrite=overwrite)
     vlm = open_vlm(model, dtype, "cpu", trust_remote_code)
     records = tuple(load_record(path) for path in record or ())
     say(f"Wrote {run_export(vlm, output, records=records, overwrite=overwrite)}")
@@ -329,9 +338,7 @@ def export(
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path(
-        "interlace-run"
-    ),
+    output: Annotated[Path, output_option("Folder of the run.")] = Path("interlace-run"),
 ) -> None:
     """Do the whole flow of a recipe; stages that are done and still fit are skipped."""
     from interlace.pipeline import run as run_flow
@@ -347,9 +354,7 @@ def run(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page.")] = Path(
-        "interlace-demo"
-    ),
+    output: Annotated[Path, output_option("Folder for the page.")] = Path("interlace-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and steps.")] = False,
 ) -> None:
     """Show the main job on the bundled model: three rules, before and after healing."""
@@ -363,19 +368,17 @@ def demo(
 def ops() -> None:
     """List every op and backend, and why a backend cannot run here."""
     from interlace.ops import table
-    from interlace.report.tables import plain_table
 
     rows = [[op, backend, reason or "runs"] for op, backend, reason in table()]
-    say(plain_table(["op", "backend", "on this machine"], rows))
+    say_table(["op", "backend", "on this machine"], rows)
 
 
 @app.command()
 def doctor() -> None:
-    """Show versions, the compiled extension and what is missing."""
+    """Show versions, GPUs, the compiled extension and what is missing."""
     from interlace.ops import doctor as examine
 
-    for key, value in examine().items():
-        say(f"{key:<24} {value}")
+    say_table(["what", "on this machine"], [[key, value] for key, value in examine().items()])
 
 
 def main() -> None:

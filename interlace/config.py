@@ -277,6 +277,8 @@ class EvalSettings(Settings):
     Attributes:
         tasks: names of the evaluations.
         count: samples per task.
+        source: other data to measure on; default: the source of [data].
+        root: folder that its relative image paths start from.
         split: part of the data to measure on.
         batch_size: samples per forward pass.
         max_new_tokens: longest answer.
@@ -285,6 +287,8 @@ class EvalSettings(Settings):
 
     tasks: tuple[str, ...] = ("fidelity",)
     count: int = _within(256, 1)
+    source: str | None = None
+    root: str | None = None
     split: str = "test"
     batch_size: int = _within(16, 1)
     max_new_tokens: int = _within(64, 1)
@@ -293,6 +297,8 @@ class EvalSettings(Settings):
     def _check_together(self) -> None:
         if not self.tasks:
             raise ConfigError("EvalSettings.tasks is empty. Name at least one task.")
+        if self.root is not None and self.source is None:
+            raise ConfigError("EvalSettings.root belongs to a source of its own. Give both.")
 
 
 @dataclass(frozen=True)
@@ -300,7 +306,7 @@ class ExportSettings(Settings):
     """How to write the result.
 
     Attributes:
-        overwrite: replace an existing folder.
+        overwrite: replace an existing folder that is not from an earlier run of the recipe.
         verify: reload the checkpoint in a fresh process and compare.
     """
 

@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from interlace._files import atomic_write_text, sha256_of
+from interlace._files import atomic_write_text, check_new_folder, check_place, sha256_of
 from interlace.config import DataSettings, EvalSettings, Recipe
-from interlace.data.samples import Samples, samples
-from interlace.errors import CheckpointError, ConfigError
+from interlace.data.samples import Samples, samples, scenes_split
+from interlace.errors import CheckpointError, ConfigError, unknown_name
 from interlace.evaluate import evaluate
+from interlace.evaluate.selection import check_models, checked_names
 from interlace.export import export
 from interlace.heal import heal
 from interlace.models import VLM, open_model
 from interlace.plan import make_plan
+from interlace.plan.rules import check_rule_without_code
 from interlace.records import EvalReport, HealReport, Plan, Record, Scores
 from interlace.scores import score
+from interlace.scores.metrics import meter_classes
 from interlace.surgery import prune
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 __all__ = ["RunResult", "run"]
 
@@ -73,8 +76,9 @@ class _Stages:
         path = folder / STATE
         if path.exists():
             try:
-                self.keys = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                self.keys = {name: {**key} for name, key in found.items()}
+            except (OSError, ValueError, TypeError, AttributeError) as error:
                 raise CheckpointError(
                     f"{path} is damaged ({error}). Remove it to run every stage again."
                 ) from error
@@ -91,7 +95,7 @@ class _Stages:
         path = self.folder / f"{name}.json"
         if self.is_done(name, key) and path.exists():
             record = kind.load(path)
-            if record.fingerprint == self.keys[name]["fingerprint"]:
+            if record.fingerprint == self.keys[name].get("fingerprint"):
                 log.info("%s: unchanged, taken from %s", name, path)
                 self.skipped.append(name)
                 return record
@@ -102,13 +106,13 @@ class _Stages:
 
 
 def _samples(settings: DataSettings, vlm: VLM, **choice: Any) -> Samples:
-    """Read samples from the recipe's source; `choice` says which and how many."""
+    """Read samples from the recipe's source; `choice` says which and how many, or where else."""
+    place = {"source": settings.source, "root": settings.root} | choice
     return samples(
-        settings.source,
-        root=settings.root,
+        place.pop("source"),
         processor=vlm.processor,
         max_bad_fraction=settings.max_bad_fraction,
-        **choice,
+        **place,
     )
 
 
@@ -127,10 +131,58 @@ def _healing(settings: DataSettings, vlm: VLM) -> Samples:
 
 
 def _measured(data: DataSettings, settings: EvalSettings, vlm: VLM) -> dict[str, Samples] | None:
-    if data.source == "scenes":
+    place = {} if settings.source is None else {"source": settings.source, "root": settings.root}
+    if place.get("source", data.source) == "scenes":
         return None
-    held_out = _samples(data, vlm, count=settings.count, split=settings.split, seed=settings.seed)
+    choice = {"count": settings.count, "split": settings.split, "seed": settings.seed}
+    held_out = _samples(data, vlm, **choice, **place)
     return dict.fromkeys(settings.tasks, held_out)
+
+
+def _warn_of_overlap(held_out: Mapping[str, Samples] | None, *seen: Samples) -> None:
+    """Say so when the student is measured on what it was made with."""
+    if not held_out:
+        return
+    # a sample has no name outside of its source, so what is asked and answered tells it apart
+    known = {(each.id, each.turns, each.references) for samples in seen for each in samples}
+    measured = next(iter(held_out.values()))
+    shared = sum((each.id, each.turns, each.references) in known for each in measured)
+    if shared:
+        log.warning(
+            "%d of the %d samples to measure on were also used to score or heal, so the figures "
+            "flatter the student. Measure on another split ([eval] split) or source ([eval] "
+            "source).",
+            shared,
+            len(measured),
+        )
+
+
+def _check_names(settings: Recipe) -> None:
+    """Refuse names that a later stage would refuse, before any work is spent."""
+    meter_classes(settings.score.metrics)
+    check_rule_without_code(settings.plan.rule)
+    checked_names(settings.eval.tasks)
+    if settings.data.source == "scenes":
+        scenes_split(settings.data.split)
+    if (settings.eval.source or settings.data.source) == "scenes":
+        scenes_split(settings.eval.split)
+
+
+def _check_towers(settings: Recipe, vlm: VLM) -> None:
+    """Refuse towers that the model does not have, or that are planned but not scored."""
+    scored = settings.score.towers or tuple(vlm.towers)
+    plan = settings.plan
+    amounts = [each for each in (plan.drop_fraction, plan.num_drop) if isinstance(each, dict)]
+    planned = [*(plan.towers or ()), *(name for each in amounts for name in each)]
+    for name in (*scored, *planned):
+        if name not in vlm.towers:
+            raise ConfigError(unknown_name(f"tower of {vlm.name}", name, vlm.towers))
+    unscored = [name for name in planned if name not in scored]
+    if unscored:
+        raise ConfigError(
+            f"The recipe plans the tower {unscored[0]}, but scores only {', '.join(scored)}. "
+            "Name it under [score] towers too, or leave it out of [plan]."
+        )
 
 
 def run(
@@ -149,19 +201,32 @@ def run(
     Raises:
         InterlaceError: as the stages raise it; finished stages stay.
     """
+    if not isinstance(recipe, (Recipe, str, os.PathLike)):
+        raise ConfigError(
+            f"The recipe is a {type(recipe).__name__}; give a Recipe (Recipe.from_dict makes one "
+            "of nested dicts) or the path of a TOML file."
+        )
     settings = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    _check_names(settings)
     folder = Path(output)
     if folder.is_file():
         raise ConfigError(f"The output {folder} is a file; name a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    check_place(folder / STATE)
     stages = _Stages(folder)
+    target = folder / "model"
+    # a folder that an earlier run of this recipe made is its own to replace
+    replace = settings.export.overwrite or "export" in stages.keys
+    check_new_folder(target, overwrite=replace)
     vlm = open_model(
         settings.model.path,
         dtype=settings.model.dtype,
         device=settings.model.device,
         trust_remote_code=settings.model.trust_remote_code,
     )
+    _check_towers(settings, vlm)
+    check_models(vlm, vlm, settings.eval.tasks)
     calibration = _calibration(settings.data, vlm)
+    folder.mkdir(parents=True, exist_ok=True)
 
     scores_key = sha256_of([vlm.fingerprint, calibration.fingerprint, settings.score.to_dict()])
     scores = stages.record(
@@ -174,38 +239,44 @@ def run(
     plan = stages.record("plan", Plan, plan_key, lambda: make_plan(scores, **vars(settings.plan)))
     student = prune(vlm, plan, allow_pinned=settings.prune.allow_pinned)
 
+    held_out = _measured(settings.data, settings.eval, vlm)
+    heals = settings.heal.max_steps != 0 and (settings.heal.epochs > 0 or settings.heal.max_steps)
+    healing = _healing(settings.data, vlm) if heals else None
+    _warn_of_overlap(held_out, calibration, *([healing] if healing is not None else []))
     measure: dict[str, Any] = {
         "tasks": settings.eval.tasks,
-        "data": _measured(settings.data, settings.eval, vlm),
+        "data": held_out,
         "baseline": vlm,
         "batch_size": settings.eval.batch_size,
         "max_new_tokens": settings.eval.max_new_tokens,
         "count": settings.eval.count,
         "seed": settings.eval.seed,
+        "split": settings.eval.split,
     }
-    eval_inputs = [settings.eval.to_dict(), settings.data.to_dict()]
+    eval_inputs: list[Any] = [settings.eval.to_dict(), settings.data.to_dict()]
+    if held_out is not None:
+        eval_inputs += [each.fingerprint for each in held_out.values()]
     raw_key = sha256_of([plan_key, *eval_inputs])
     raw = stages.record("eval_raw", EvalReport, raw_key, lambda: evaluate(student, **measure))
 
     healed: HealReport | None = None
     heal_key = ""
-    if settings.heal.max_steps != 0 and (settings.heal.epochs > 0 or settings.heal.max_steps):
-        data = _healing(settings.data, vlm)
-        heal_key = sha256_of([plan_key, data.fingerprint, settings.heal.to_dict()])
+    if healing is not None:
+        heal_key = sha256_of([plan_key, healing.fingerprint, settings.heal.to_dict()])
         checkpoints = folder / "healing" / heal_key[:12]
 
         def run_healing() -> HealReport:
             return heal(
                 student,
                 teacher=vlm,
-                data=data,
+                data=healing,
                 settings=settings.heal,
                 output=checkpoints,
                 # an unfinished run goes on; a finished one only gives its weights back
                 resume=checkpoints.exists(),
             )
 
-        done = stages.is_done("heal", heal_key)
+        done = stages.is_done("heal", heal_key) and (folder / "heal.json").exists()
         if done:
             log.info("heal: unchanged, weights taken from %s", checkpoints)
             stages.skipped.append("heal")
@@ -220,12 +291,12 @@ def run(
 
     records = [scores, plan, *([healed] if healed else []), result]
     export_key = sha256_of([eval_key, [record.fingerprint for record in records]])
-    target = folder / "model"
     if stages.is_done("export", export_key) and target.exists():
         log.info("export: unchanged, %s", target)
         stages.skipped.append("export")
     else:
-        # the folder is the run's own, so a newer result replaces the older one
-        export(student, target, records=records, overwrite=True, verify=settings.export.verify)
+        # noted before the folder is there, so that a run killed in between knows it for its own
+        stages.mark("export", "")
+        export(student, target, records=records, overwrite=replace, verify=settings.export.verify)
         stages.mark("export", export_key)
     return RunResult(target, scores, plan, healed, raw, result, tuple(stages.skipped))

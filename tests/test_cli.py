@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 
 from interlace import cli
 
@@ -119,6 +120,9 @@ def test_heal_writes_a_student_and_can_be_resumed(interlace, scores: Path, tmp_p
         (("eval", "bundled:clip", "--task", "retrival"), "Did you mean 'retrieval'"),
         (("score", "bundled:clip", "-o", "OUT", "--data", "none.json"), "none.json"),
         (("run", "none.toml"), "none.toml"),
+        (("plan", "SCORES", "-o", "OUT", "--protect", "autoo"), "give auto, none, or whole"),
+        (("plan", "SCORES", "-o", "OUT", "--rule", "sleb"), "only be called from Python"),
+        (("eval", "bundled:clip", "--task", "retrieval", "--split", "tset"), "split of scenes"),
     ],
 )
 def test_bad_input_ends_with_code_2_and_says_why(
@@ -131,6 +135,94 @@ def test_bad_input_ends_with_code_2_and_says_why(
     assert says in err
     assert "Traceback" not in err
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("score", "MODEL", "-o", "FILE/s.json"), "Cannot create"),
+        (("score", "MODEL", "-o", "FOLDER", "--overwrite"), "is a folder"),
+        (("score", "MODEL", "-o", "NEW", "--heatmap", "FILE"), "exists already"),
+        (("score", "MODEL", "-o", "NEW", "--heatmap", "NEW.bmp"), "figure format 'bmp'"),
+        (("score", "MODEL", "-o", "NEW.png", "--heatmap", "NEW.png"), "Name two"),
+        (("plan", "FILE", "-o", "NEW", "--picture", "FILE/p.png"), "Cannot create"),
+        (("prune", "MODEL", "FILE", "-o", "FILE/student"), "Cannot create"),
+        (("heal", "MODEL", "FILE", "-o", "FILE/student"), "Cannot create"),
+        (("eval", "MODEL", "-o", "FILE/e.json"), "Cannot create"),
+        (("eval", "MODEL", "-o", "FOLDER", "--overwrite"), "is a folder"),
+        (("export", "MODEL", "FOLDER"), "exists already"),
+        (("demo", "-o", "FILE"), "Cannot create"),
+        (("run", "RECIPE", "-o", "FILE/run"), "Cannot create"),
+    ],
+)
+def test_outputs_are_refused_before_a_model_is_opened(
+    interlace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    says: str,
+) -> None:
+    places = {name: tmp_path / name.lower() for name in ("FILE", "FOLDER", "NEW", "RECIPE")}
+    places["FILE"].write_text("mine")
+    places["FOLDER"].mkdir()
+    places["RECIPE"].write_text('[model]\npath = "bundled:clip"\n')
+    before = sorted(tmp_path.rglob("*"))
+
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("a model was opened first")
+
+    for module in ("interlace.cli.open_vlm", "interlace.demo.open_model"):
+        monkeypatch.setattr(module, opened)
+    monkeypatch.setattr("interlace.pipeline.open_model", opened)
+    filled = []
+    for part in arguments:
+        name = next((name for name in places if part.startswith(name)), "")
+        filled.append(f"{places[name]}{part.removeprefix(name)}" if name else part)
+    code, _, err = interlace(*filled)
+    assert code == 2
+    assert says in err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert places["FILE"].read_text() == "mine"
+
+
+def test_the_split_that_is_asked_for_is_measured(interlace, tmp_path: Path) -> None:
+    found = {}
+    for split in ("train", "test"):
+        path = tmp_path / f"{split}.json"
+        task = ("--task", "retrieval", "--count", 8, "--split", split)
+        assert interlace("eval", "bundled:clip", *task, "-o", path)[0] == 0
+        found[split] = json.loads(path.read_text())
+    assert found["train"]["inputs"] != found["test"]["inputs"]
+    assert found["train"]["details"]["settings"]["data"] == "train scenes, 8 per task, seed 0"
+
+
+def test_data_options_reach_the_data(interlace, tmp_path: Path) -> None:
+    import datasets
+
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    (tmp_path / "empty.png").touch()
+    names = ["red.png", "red.png", "red.png", "empty.png"]
+    rows = [{"image": name, "caption": f"caption {i}"} for i, name in enumerate(names)]
+    listing = tmp_path / "rows.json"
+    listing.write_text(json.dumps(rows))
+    call = ("score", "bundled:clip", "-o", tmp_path / "s.json", "--overwrite", "--data")
+    code, _, err = interlace(*call, listing)
+    assert code == 2
+    assert "empty.png: empty (0 bytes)" in err
+    assert interlace(*call, listing, "--max-bad-fraction", 0.5)[0] == 0
+    scored = json.loads((tmp_path / "s.json").read_text())
+    assert scored["towers"]["text"]["num_samples"] == 3
+
+    parts = {"train": datasets.Dataset.from_list(rows[:2]), "val": datasets.Dataset.from_list(rows)}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    (tmp_path / "red.png").rename(tmp_path / "saved" / "red.png")
+    assert interlace(*call, tmp_path / "saved")[0] == 0
+    code, _, err = interlace(*call, tmp_path / "saved", "--split", "val")
+    assert code == 2
+    assert "empty.png" in err
+    code, _, err = interlace(*call, tmp_path / "saved", "--split", "test")
+    assert code == 2
+    assert "It has train, val" in err
 
 
 def test_altered_scores_are_refused(interlace, scores: Path, tmp_path: Path) -> None:
@@ -161,10 +253,22 @@ def test_existing_output_is_kept(interlace, scores: Path, tmp_path: Path) -> Non
     assert plan.read_text() == "mine"
 
 
-def test_ops_and_doctor_speak(interlace) -> None:
+def test_ops_and_doctor_speak_within_the_terminal(
+    interlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from interlace import ops
+
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = interlace("ops")
     assert code == 0
-    assert "layer_similarity" in out
+    for op, backend, reason in ops.table():
+        line = next(line for line in out.splitlines() if line.split()[:2] == [op, backend])
+        assert line.split()[2:5] == (reason or "runs").split()[:3]
+    assert max(map(len, out.splitlines())) <= 80
     code, out, _ = interlace("doctor")
     assert code == 0
-    assert "torch" in out
+    assert max(map(len, out.splitlines())) <= 80
+    # wrapped, but nothing is lost
+    assert " ".join(" ".join(ops.doctor().values()).split()) == " ".join(
+        line[out.index("on this machine") :].strip() for line in out.splitlines()[2:]
+    )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from interlace.demo import RULES, run_demo
+from interlace.evaluate.speed import measure as measure_speed
 from interlace.records import EvalReport, Plan
 
 if TYPE_CHECKING:
@@ -13,13 +14,24 @@ if TYPE_CHECKING:
 
     import pytest
 
+    from interlace.models import VLM
+
 
 def test_quick_demo_prints_a_table_and_writes_a_page(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    timed: list[list[int]] = []
+
+    def measure(models: list[VLM], *args: Any, **options: Any) -> Any:
+        timed.append([vlm.towers["text"].num_layers for vlm in models])
+        return measure_speed(models, *args, **options)
+
+    monkeypatch.setattr("interlace.demo.measure_speed", measure)
     page = run_demo(tmp_path / "demo", quick=True)
     text = page.read_text(encoding="utf-8")
     printed = capsys.readouterr().out
+    # one run for all: a busy minute slows every model alike
+    assert timed == [[16, 12, 12, 12]]
     for rule in ("dense", *RULES):
         assert rule in printed
         assert rule in text

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import interlace as il
 from interlace.config import Recipe
-from interlace.errors import ConfigError
+from interlace.errors import CheckpointError, ConfigError, InterlaceError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,9 +69,10 @@ def test_missing_model_folder_is_exported_again(tmp_path: Path) -> None:
     import shutil
 
     out = tmp_path / "out"
-    text = RECIPE.replace("max_steps = 2", "max_steps = 0")
+    text = RECIPE.replace("max_steps = 2", "max_steps = 0") + 'split = "train"\n'
     first = il.run(_recipe(tmp_path, text), out)
     assert first.healed is None
+    assert first.result.details["settings"]["data"].startswith("train scenes")
     shutil.rmtree(first.folder)
     second = il.run(_recipe(tmp_path, text), out)
     assert "export" not in second.skipped
@@ -83,6 +86,72 @@ def test_unknown_recipe_key_is_refused_before_anything_is_made(tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("drop_fraction = 0.25", "rule = 'interlac'", "Did you mean 'interlace'"),
+        ("drop_fraction = 0.25", "rule = 'sleb'", "only be called from Python"),
+        ("drop_fraction = 0.25", "towers = ['vison']", "Did you mean 'vision'"),
+        ("drop_fraction = 0.25", "drop_fraction = {vision = 0.5}", "scores only text"),
+        ("towers =", "metrics = ['similarty']\ntowers =", "Did you mean 'similarity'"),
+        ('"vqa"', '"vqaa"', "Did you mean 'vqa'"),
+        ('"vqa"', '"retrieval"', "cannot be done by"),
+        ("count = 16", "split = 'tset'", "Did you mean 'test'"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_anything_is_made(
+    tmp_path: Path, old: str, new: str, says: str
+) -> None:
+    assert old in RECIPE
+    with pytest.raises(InterlaceError, match=says):
+        il.run(_recipe(tmp_path, RECIPE.replace(old, new)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_folder_of_somebody_else_is_kept(tmp_path: Path) -> None:
+    mine = tmp_path / "out" / "model" / "mine"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ConfigError, match="exists already"):
+        il.run(_recipe(tmp_path), tmp_path / "out")
+    assert [each.name for each in (tmp_path / "out").rglob("*")] == ["model", "mine"]
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"scores": 3}'])
+def test_a_damaged_state_is_told(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
+        il.run(_recipe(tmp_path), out)
+
+
 def test_recipe_object_and_file_are_the_same(tmp_path: Path) -> None:
     recipe = Recipe.load(_recipe(tmp_path))
     assert recipe.model.path == "bundled:qwen3-vl"
+
+
+def test_measuring_on_what_was_healed_with_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b"):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.png")
+        rows = [{"image": f"{name}.png", "caption": f"{name} {i}"} for i in range(4)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    text = "[export]\nverify = false\n" + RECIPE.replace("max_steps = 2", "max_steps = 1")
+    text = text.replace("[data]", f'[data]\nsource = "{tmp_path / "a.json"}"')
+    text = text.replace('tasks = ["fidelity", "vqa"]', 'tasks = ["perplexity"]')
+    out = tmp_path / "out"
+    il.run(_recipe(tmp_path, text), out)
+    assert "4 of the 4 samples to measure on were also used" in caplog.text
+    caplog.clear()
+
+    apart = text + f'source = "{tmp_path / "b.json"}"\n'
+    second = il.run(_recipe(tmp_path, apart), out)
+    assert "were also used" not in caplog.text
+    assert "/b.json;" in second.result.details["settings"]["data"]
+    # the records stand for the content of the data, not for its name alone
+    rows = (tmp_path / "b.json").read_text().replace("b 3", "c 3")
+    (tmp_path / "b.json").write_text(rows)
+    third = il.run(_recipe(tmp_path, apart), out)
+    assert set(third.skipped) == {"scores", "plan", "heal"}

@@ -167,12 +167,19 @@ def test_records_are_frozen():
         ({7: []}, ShapeError, "Packs of 6 layers"),
         ({1: [0.5, math.nan, 0.5, 0.5, 0.5]}, DataError, "pack 1, layer 1 is nan"),
         ({2: [0.5, 0.5, 0.5, 1.5]}, DataError, "no cosine"),
+        ({2: [0.5, 0.5, 0.5, 1.01]}, DataError, "no cosine"),
         ({1: [0.5, "x", 0.5, 0.5, 0.5]}, ConfigError, "expected float, got 'x'"),
     ],
 )
 def test_tables_that_cannot_be(packs, error, words):
     with pytest.raises(error, match=words):
         Scores.from_similarity("text", packs, 6)
+
+
+def test_cosines_of_bfloat16_are_taken():
+    # what identical states give there
+    made = Scores.from_similarity("text", {1: [1.0078125] * 5}, 6)
+    assert made["text"].packs(1) == (1.0078125,) * 5
 
 
 def test_missing_packs_say_what_to_score():

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Case:
     """One set of arguments that an op is timed on, beside its baselines.
 
-    A cases file yields cases one by one, and the runner drops each before it asks for the next, so
-    a case may fill the memory. Yield the cases that matter most first: where the time is limited,
+    A cases file yields cases one by one, and a case is dropped when the next is there, so two of
+    them have to fit in memory. Yield the cases that matter most first: where the time is limited,
     the last ones are left out (and listed as such).
 
     Attributes:
@@ -32,8 +32,10 @@ class Case:
             be made ready beforehand (layouts, index tensors, masks) is made outside the callable,
             so that nothing slows a baseline down but its own work. A baseline that raises is
             listed with what it raised.
-        backward: time the gradient too. The op's tensors named in its `Backward.wrt` are made to
-            require a gradient, so baselines have to compute from these very tensors of `args`.
+        backward: time the gradient too, by torch.autograd.grad alone. The tensors that the op's
+            `Backward.wrt` names are then made to require a gradient, so baselines have to compute
+            from these very tensors of `args`, their views made within the callable.
+            Plain PyTorch under autograd belongs among them; the reference has its own backward.
         left_out: backend -> why it is not timed here, for a reference that would need 30 GB, say.
     """
 

@@ -19,8 +19,9 @@ from interlace.errors import ConfigError, DataError, PlanError, ShapeError, unkn
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# Cosines of rounded vectors may leave [-1, 1] by this much.
-_COSINE_SLACK = 1e-3
+# Cosines that were computed in bfloat16, as the published code does, may leave [-1, 1] by one
+# rounding step.
+_COSINE_SLACK = 2**-7
 
 
 @dataclass(frozen=True)

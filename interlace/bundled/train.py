@@ -23,7 +23,17 @@ from interlace._files import atomic_folder
 from interlace.bundled.build import build
 from interlace.data.collate import Collator
 from interlace.data.samples import IMAGE_PLACEHOLDER, Sample, Turn
-from interlace.data.scenes import CAPTION_PROMPT, Scene, SceneImage, ask, make_scene
+from interlace.data.scenes import (
+    CAPTION_PROMPT,
+    CELL_NAMES,
+    COLOURS,
+    DIGITS,
+    SHAPES,
+    Scene,
+    SceneImage,
+    ask,
+    make_scene,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +60,8 @@ class Phase:
         easy_fraction: share of the steps, at the beginning, that ask about single objects only.
         caption_fraction: share of the scenes whose chat is a caption; the others are questions.
         questions: questions in one chat.
+        list_fraction: share of the questions that ask to describe all objects of a colour, of a
+            kind, or both.
     """
 
     steps: int
@@ -61,6 +73,7 @@ class Phase:
     easy_fraction: float = 0.0
     caption_fraction: float = 0.5
     questions: int = 4
+    list_fraction: float = 0.0
 
 
 PHASES = {
@@ -69,6 +82,14 @@ PHASES = {
         Phase(1100, 64, 7e-4, final_fraction=0.5, easy_fraction=0.6),
         # an answer is one token, so what needs thought is learned from many questions
         Phase(2000, 48, 6e-4, warmup_steps=50, caption_fraction=0.15, questions=6),
+        # a caption says what is where; to count, or to tell whether there is one, the model has to
+        # find where something is, and a list teaches that object by object
+        Phase(
+            750, 48, 6e-4, warmup_steps=30, caption_fraction=0.08, questions=6, list_fraction=0.5
+        ),
+        Phase(
+            620, 48, 6e-4, warmup_steps=30, caption_fraction=0.15, questions=6, list_fraction=0.35
+        ),
     ),
     "clip": (Phase(1200, 192, 7e-4, warmup_steps=150),),
     "blip": (Phase(3000, 64, 8e-4),),
@@ -78,6 +99,26 @@ PHASES = {
 OBJECTIVES = {"qwen3-vl": "chat", "clip": "contrastive", "blip": "caption"}
 
 
+def _list(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """Ask to describe all objects of a colour, of a kind, or both; and the answer."""
+    thing = rng.choice(scene.objects)
+    colour, kind = thing.colour, thing.kind
+    if rng.random() < 0.4:
+        # perhaps something that is not there
+        colour = rng.choice(tuple(COLOURS))
+    elif rng.random() < 0.5:
+        kind = rng.choice(DIGITS if thing.is_digit else SHAPES)
+    wanted = rng.choice(("colour", "kind", "both"))
+    words = {"colour": f"{colour} objects", "kind": kind, "both": f"{colour} {kind}"}[wanted]
+    found = [
+        f"a {each.name} at {CELL_NAMES[each.cell]}"
+        for each in scene.objects
+        if wanted == "kind" or each.colour == colour
+        if wanted == "colour" or each.kind == kind
+    ]
+    return f"Describe the {words}.", ", ".join(found) or "no"
+
+
 def _conversation(scene: Scene, rng: random.Random, phase: Phase, easy: bool) -> tuple[Turn, ...]:
     """Turns about a scene: one caption, or several questions."""
     if rng.random() < phase.caption_fraction:
@@ -85,6 +126,9 @@ def _conversation(scene: Scene, rng: random.Random, phase: Phase, easy: bool) ->
     else:
         pairs = []
         for _ in range(phase.questions):
+            if phase.list_fraction and rng.random() < phase.list_fraction:
+                pairs.append(_list(scene, rng))
+                continue
             hard = not easy and rng.random() < HARD_FRACTION
             _, question, answer = ask(scene, rng, HARD_KINDS if hard else EASY_KINDS)
             pairs.append((question, answer))

@@ -5,27 +5,24 @@ Names are loaded when they are first used, so that importing the package stays c
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "Collator": "interlace.data.collate",
-    "Sample": "interlace.data.samples",
-    "Samples": "interlace.data.samples",
-    "Turn": "interlace.data.samples",
-    "make_scenes": "interlace.data.scenes",
-}
+from interlace._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from interlace.data.collate import Collator
+    from interlace.data.samples import Sample, Samples, Turn
+    from interlace.data.scenes import make_scenes
 
 __all__ = ["Collator", "Sample", "Samples", "Turn", "make_scenes"]
 
-
-def __getattr__(name: str) -> Any:
-    """Load a public name from its home on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    """List the public names."""
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Collator": "collate",
+        "Sample": "samples",
+        "Samples": "samples",
+        "Turn": "samples",
+        "make_scenes": "scenes",
+    },
+)

@@ -55,6 +55,8 @@ class Collator:
         seed: Which of several captions a sample trains with; fixed per sample and seed.
         start_token_id: First token of BLIP's decoder (`config.text_config.bos_token_id`), where it
             is another than the one the tokenizer puts in front.
+        encoder_decoder: Whether the language model of BLIP-2 reads the prompt in an encoder of its
+            own (T5), so that the answer alone stands in the labels.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Collator:
         max_length: int | None = None,
         seed: int = 0,
         start_token_id: int | None = None,
+        encoder_decoder: bool = False,
     ) -> None:
         if objective not in OBJECTIVES:
             raise ConfigError(unknown_name("objective", objective, OBJECTIVES))
@@ -80,8 +83,40 @@ class Collator:
         self._max_length = max_length
         self._seed = seed
         self._start_token_id = start_token_id
+        self._encoder_decoder = encoder_decoder
         self._chat = ChatText(processor)
         self._blip2 = "Blip2" in type(processor).__name__
+
+    @classmethod
+    def for_model(cls, vlm: Any, *, answers: bool = True, seed: int = 0) -> Collator:
+        """Make the collator that a model needs, as its config says.
+
+        Args:
+            vlm: The `VLM`, opened with its processor.
+            answers: See the class.
+            seed: See the class.
+
+        Raises:
+            ConfigError: The model was opened without a processor.
+        """
+        if vlm.processor is None:
+            raise ConfigError(
+                f"{vlm.name} was opened without a processor, so it cannot be given images and "
+                "text. Open it from a folder that holds one, or pass processor= to open_model."
+            )
+        text: Any = getattr(vlm.model.config, "text_config", None)
+        objective = vlm.family.objective
+        limit = getattr(text, "max_position_embeddings", None)
+        start = getattr(text, "bos_token_id", None)
+        return cls(
+            vlm.processor,
+            objective,
+            answers=answers,
+            max_length=limit if objective == "contrastive" else None,
+            seed=seed,
+            start_token_id=start if objective in ("caption", "vqa") else None,
+            encoder_decoder=bool(getattr(text, "is_encoder_decoder", False)),
+        )
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Make one batch on the CPU.
@@ -204,9 +239,8 @@ class Collator:
     def _blip2_batch(self, samples: Sequence[Sample]) -> Batch:
         images = _single_images(samples)
         prompts = [_blip2_prompt(sample) for sample in samples]
-        encoder_decoder = "T5" in type(self._tokenizer).__name__
-        if encoder_decoder or not self._answers:
-            side = "right" if encoder_decoder else "left"
+        if self._encoder_decoder or not self._answers:
+            side = "right" if self._encoder_decoder else "left"
             batch = self._process(
                 samples, text=prompts, images=images, padding=True, padding_side=side
             )

@@ -6,6 +6,7 @@ set stays where it is until it is opened.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import random
 import re
@@ -182,12 +183,18 @@ def open_hub(
         datasets.exceptions.DatasetsError,
     ) as error:
         reason = " ".join(str(error).split())[:300]
+        near = " Did you mean 'scenes', the built-in data?" if _like_scenes(name) else ""
         raise DataError(
-            f"Data set {name!r} (split {split!r}) cannot be loaded: {reason}. If it is a file or "
-            "folder, check the path; if it is on the hub, this needs a network or a filled cache."
+            f"Data set {name!r} (split {split!r}) cannot be loaded: {reason}.{near} If it is a "
+            "file or folder, check the path; if it is on the hub, this needs a network or a filled "
+            "cache."
         ) from error
     base = root or Path(datasets.config.HF_CACHE_HOME)
     return open_object(dataset, split=split, root=base, count=count, seed=seed, name=name)
+
+
+def _like_scenes(name: str) -> bool:
+    return bool(difflib.get_close_matches(name.lower(), ["scenes"], cutoff=0.7))
 
 
 def _datasets() -> Any:

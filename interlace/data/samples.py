@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -200,6 +201,8 @@ def samples(
     from interlace.data.sampling import take
 
     base = None if root is None else Path(root).expanduser()
+    if base is not None and not base.is_dir():
+        raise DataError(f"{base}: no such folder to look for images in; check root.")
     reader = _open(source, split, base, count, seed, streaming)
     if not len(reader):
         raise DataError(f"{reader.name}: holds no samples; give a source with at least one.")
@@ -217,8 +220,9 @@ def _check_arguments(
 ) -> None:
     if count is not None and fraction is not None:
         raise ConfigError(f"count={count} and fraction={fraction} are both given; give one.")
-    if count is not None and count < 1:
-        raise ConfigError(f"count is {count}; give a number of samples of at least 1.")
+    whole: Any = count
+    if count is not None and (not isinstance(whole, numbers.Integral) or count < 1):
+        raise ConfigError(f"count is {count!r}; give a number of samples of at least 1.")
     if fraction is not None and not 0 < fraction <= 1:
         raise ConfigError(f"fraction is {fraction}; give a number above 0 and at most 1.")
     if not 0 <= max_bad_fraction <= 1:
@@ -237,10 +241,15 @@ def _scenes(
 
     if count is None:
         raise ConfigError("The built-in scenes have no end; say how many samples with count=.")
-    if split not in ("train", "test"):
-        raise DataError(unknown_name("split of scenes", split, ("train", "test")))
-    chosen: Literal["train", "test"] = "train" if split == "train" else "test"
+    chosen = scenes_split(split)
     return make_scenes(count, tasks=tuple(tasks or ("vqa", "caption")), seed=seed, split=chosen)
+
+
+def scenes_split(name: str) -> Literal["train", "test"]:
+    """Return the name of a split of the built-in scenes; DataError for any other."""
+    if name not in ("train", "test"):
+        raise DataError(unknown_name("split of scenes", name, ("train", "test")))
+    return "train" if name == "train" else "test"
 
 
 def _open(

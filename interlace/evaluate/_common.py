@@ -6,9 +6,7 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from interlace.data.collate import Collator
+from interlace._torch_utils import inference, to_device
 from interlace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,30 +56,16 @@ def batches(samples: Sequence[Sample], batch_size: int) -> list[list[Sample]]:
 
 def to_model(batch: dict[str, Any], vlm: VLM) -> dict[str, Any]:
     """Move the tensors of a batch to the model: its device, and its dtype where they are float."""
-    moved: dict[str, Any] = {}
-    for name, value in batch.items():
-        if not isinstance(value, torch.Tensor):
-            moved[name] = value
-        elif value.is_floating_point():
-            moved[name] = value.to(device=vlm.device, dtype=vlm.dtype)
-        else:
-            moved[name] = value.to(vlm.device)
-    return moved
+    return to_device(batch, vlm.device, vlm.dtype)
 
 
 @contextlib.contextmanager
 def held_still(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients inside the block; every module's own mode afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
+    with contextlib.ExitStack() as stack:
         for model in models:
-            model.eval()
-        # not inference_mode: rotary tables rebuilt inside it could not be trained through later
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+            stack.enter_context(inference(model))
+        yield
 
 
 def processor_of(vlm: VLM) -> Any:
@@ -96,18 +80,6 @@ def processor_of(vlm: VLM) -> Any:
             "Open it from a folder that holds one, or pass processor= to open_model."
         )
     return vlm.processor
-
-
-def collator_for(vlm: VLM, *, answers: bool) -> Collator:
-    """Make the collator of a model that predicts tokens."""
-    text_config = getattr(vlm.model.config, "text_config", None)
-    start = getattr(text_config, "bos_token_id", None)
-    return Collator(
-        processor_of(vlm),
-        vlm.family.objective,
-        answers=answers,
-        start_token_id=start if vlm.family.objective in ("caption", "vqa") else None,
-    )
 
 
 def tokenizer_of(vlm: VLM) -> Any:

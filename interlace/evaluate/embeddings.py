@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from interlace._progress import track
-from interlace.errors import FamilyError
+from interlace.errors import DataError, FamilyError
 from interlace.evaluate._common import batches, held_still, processor_of, to_model, tokenizer_of
 
 if TYPE_CHECKING:
@@ -29,6 +29,18 @@ __all__ = ["embed_images", "embed_texts", "image_batch", "text_batch"]
 def _pooled(output: Any) -> Tensor:
     embedding: Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
     return functional.normalize(embedding.float(), dim=-1).cpu()
+
+
+def _joined(vlm: VLM, parts: Sequence[Tensor], what: str) -> Tensor:
+    whole = torch.cat(list(parts))
+    bad = ~whole.isfinite().all(dim=1)
+    if bool(bad.any()):
+        raise DataError(
+            f"{vlm.name} embeds {what} {int(bad.nonzero()[0])} into values that are not finite "
+            "(NaN or infinite). Use a wider dtype, check the checkpoint, or look with `score` at "
+            "which layer it begins."
+        )
+    return whole
 
 
 def _encoder(vlm: VLM, name: str) -> Any:
@@ -81,6 +93,7 @@ def embed_images(vlm: VLM, samples: Sequence[Sample], options: Options) -> Tenso
 
     Raises:
         FamilyError: the model has no image encoder of its own.
+        DataError: an embedding is not finite.
     """
     encode = _encoder(vlm, "get_image_features")
     with held_still(vlm.model):
@@ -91,7 +104,7 @@ def embed_images(vlm: VLM, samples: Sequence[Sample], options: Options) -> Tenso
                 description=f"embedding images{options.whose}",
             )
         ]
-    return torch.cat(parts)
+    return _joined(vlm, parts, "image")
 
 
 def embed_texts(vlm: VLM, texts: Sequence[str], options: Options) -> Tensor:
@@ -102,6 +115,7 @@ def embed_texts(vlm: VLM, texts: Sequence[str], options: Options) -> Tensor:
 
     Raises:
         FamilyError: the model has no text encoder of its own.
+        DataError: an embedding is not finite.
     """
     encode = _encoder(vlm, "get_text_features")
     size = options.batch_size
@@ -111,4 +125,4 @@ def embed_texts(vlm: VLM, texts: Sequence[str], options: Options) -> Tensor:
             _pooled(encode(**text_batch(vlm, chunk)))
             for chunk in track(chunks, description=f"embedding captions{options.whose}")
         ]
-    return torch.cat(parts)
+    return _joined(vlm, parts, "text")

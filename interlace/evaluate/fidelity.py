@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from interlace._progress import track
+from interlace.data.collate import Collator
 from interlace.errors import ConfigError, DataError, ShapeError
-from interlace.evaluate._common import TaskResult, batches, collator_for, held_still
+from interlace.evaluate._common import TaskResult, batches, held_still
 from interlace.evaluate.answer_states import answer_states, output_head
 from interlace.evaluate.divergence import token_divergence
 from interlace.evaluate.fidelity_pairs import compare_embeddings
@@ -76,7 +77,7 @@ def _add_batch(sums: _Sums, vlm: VLM, teacher: VLM, batch: dict[str, Any]) -> No
 
 
 def _sum_tokens(vlm: VLM, teacher: VLM, samples: Sequence[Sample], options: Options) -> _Sums:
-    collator = collator_for(vlm, answers=True)
+    collator = Collator.for_model(vlm)
     sums = _Sums()
     description = "comparing tokens" if teacher is not vlm else f"perplexity{options.whose}"
     with held_still(vlm.model, teacher.model):

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from interlace._progress import track
-from interlace.errors import ConfigError
+from interlace.data.collate import Collator
+from interlace.errors import ConfigError, DataError
 from interlace.evaluate._common import (
     batches,
-    collator_for,
     held_still,
     to_model,
     tokenizer_of,
@@ -43,6 +44,24 @@ GREEDY: dict[str, Any] = {
 }
 
 
+class _NoNaN(LogitsProcessor):  # type: ignore[misc]
+    """Changes nothing, and stops where greedy choice would quietly take the first token."""
+
+    def __init__(self, vlm: VLM, samples: Sequence[Sample]) -> None:
+        self._vlm = vlm
+        self._samples = samples
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        bad = scores.isnan().any(dim=1)
+        if bool(bad.any()):
+            sample = self._samples[int(bad.nonzero()[0])]
+            raise DataError(
+                f"{self._vlm.name} gives NaN as logits for sample {sample.id!r}. Use a wider "
+                "dtype, check the checkpoint, or look with `score` at which layer it begins."
+            )
+        return scores
+
+
 def prompt_batch(vlm: VLM, samples: Sequence[Sample]) -> dict[str, Any]:
     """Batch the questions of samples, without answers, on the model's device.
 
@@ -56,7 +75,7 @@ def prompt_batch(vlm: VLM, samples: Sequence[Sample]) -> dict[str, Any]:
     Raises:
         ConfigError: the model was opened without a processor.
     """
-    return to_model(collator_for(vlm, answers=False)(samples), vlm)
+    return to_model(Collator.for_model(vlm, answers=False)(samples), vlm)
 
 
 def _equal_lengths(batch: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
@@ -114,6 +133,7 @@ def generate_texts(
 
     Raises:
         ConfigError: the model generates no text, or has no processor.
+        DataError: its logits are NaN.
     """
     if vlm.family.objective == "contrastive":
         raise ConfigError(f"{vlm.name} compares images and texts; it generates no text.")
@@ -131,7 +151,14 @@ def generate_texts(
             answers = [""] * len(chunk)
             parts = _equal_lengths(batch) if unpadded else [(list(range(len(chunk))), batch)]
             for rows, part in parts:
-                output = vlm.model.generate(**part, **GREEDY, max_new_tokens=options.max_new_tokens)
+                output = vlm.model.generate(
+                    **part,
+                    **GREEDY,
+                    max_new_tokens=options.max_new_tokens,
+                    logits_processor=LogitsProcessorList(
+                        [_NoNaN(vlm, [chunk[row] for row in rows])]
+                    ),
+                )
                 decoded = tokenizer.batch_decode(
                     _new_tokens(output, part), skip_special_tokens=True
                 )

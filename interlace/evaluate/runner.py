@@ -46,6 +46,7 @@ def evaluate(
     max_new_tokens: int = 64,
     count: int = 256,
     seed: int = 0,
+    split: str = "test",
 ) -> EvalReport:
     """Measure a model, and what it retains of a baseline.
 
@@ -57,13 +58,14 @@ def evaluate(
             "perplexity" (of the right answers), "vqa" (accuracy), "caption" (CIDEr, BLEU, exact
             match), "retrieval" (R@1, R@5, R@10 both ways) and "speed".
         data: what to measure on: one `Samples` for all tasks, of which each takes what it can
-            use; or task -> `Samples`; or None for test scenes of the built-in data set.
+            use; or task -> `Samples`; or None for scenes of the built-in data set.
         baseline: the model to compare with, measured in the same call on the same data, or the
             report of an earlier call on the same data.
         batch_size: samples per batch, at least 1.
         max_new_tokens: longest answer or caption in tokens, at least 1.
         count: samples per task where `data` leaves the built-in scenes to be used, at least 1.
         seed: which scenes those are.
+        split: part of the built-in scenes they are from, "test" or "train".
 
     Returns:
         The report. Retention is value / baseline value, or baseline value / value where lower is
@@ -77,7 +79,7 @@ def evaluate(
     names = checked_names(tasks)
     check_numbers(batch_size=batch_size, max_new_tokens=max_new_tokens, count=count)
     check_models(vlm, baseline, names)
-    chosen = choose(vlm, names, data, count, seed)
+    chosen = choose(vlm, names, data, count=count, seed=seed, split=split)
     options = Options(batch_size=batch_size, max_new_tokens=max_new_tokens)
     check_before_work(vlm, baseline, names, chosen, options)
     results, base = _run(vlm, baseline, names, chosen, options)
@@ -87,7 +89,7 @@ def evaluate(
     details["settings"] = {
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
-        "data": _data_words(data, count, seed),
+        "data": _data_words(data, f"{split} scenes, {count} per task, seed {seed}"),
     }
     if baseline is not None:
         inputs["baseline"] = baseline.fingerprint
@@ -179,8 +181,7 @@ def _retentions(
     }
 
 
-def _data_words(data: Samples | Mapping[str, Samples] | None, count: int, seed: int) -> str:
-    scenes = f"test scenes, {count} per task, seed {seed}"
+def _data_words(data: Samples | Mapping[str, Samples] | None, scenes: str) -> str:
     if data is None:
         return scenes
     if isinstance(data, Mapping):

@@ -126,8 +126,10 @@ def choose(
     vlm: VLM,
     names: Sequence[str],
     data: Samples | Mapping[str, Samples] | None,
+    *,
     count: int,
     seed: int,
+    split: str,
 ) -> Chosen:
     """Samples of every task, and the fingerprint of the data set they were taken from."""
     if isinstance(data, Mapping):
@@ -145,7 +147,7 @@ def choose(
         given = data.get(name) if isinstance(data, Mapping) else data
         if given is None:
             kinds = TASK_TABLE[name].scenes[objective]
-            given = samples("scenes", count=count, seed=seed, split="test", tasks=kinds)
+            given = samples("scenes", count=count, seed=seed, split=split, tasks=kinds)
         wanted = _serving(name, objective)
         fitting = [item for item in (as_task(each, wanted) for each in given) if item is not None]
         if not fitting:

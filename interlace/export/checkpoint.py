@@ -12,6 +12,7 @@ from interlace.errors import CheckpointError, ConfigError
 from interlace.export.card import model_card
 from interlace.export.verify import verify_checkpoint
 from interlace.models.checkpoint import MANIFEST
+from interlace.models.handle import check_vlm
 from interlace.records import Plan, PruneRecord, Record
 
 if TYPE_CHECKING:
@@ -23,11 +24,15 @@ if TYPE_CHECKING:
     from interlace.models.handle import VLM
 
 
+# What a record may name as made from, that ties it to a model.
+_LINKS = ("model", "student", "teacher", "baseline", "plan", "scores")
+
+
 def export(
     vlm: VLM,
     folder: str | os.PathLike[str],
     *,
-    records: Iterable[Record | None] = (),
+    records: Record | Iterable[Record | None] = (),
     overwrite: bool = False,
     verify: bool = True,
     inputs: Mapping[str, torch.Tensor] | None = None,
@@ -41,8 +46,8 @@ def export(
     Args:
         vlm: the model; a student with its plan and manifest, or any other model.
         folder: where to write; must not exist, unless `overwrite`.
-        records: records to put beside it, in any order; None entries are skipped. The plan of the
-            student is added.
+        records: a record to put beside it, or several in any order; None entries are skipped. The
+            plan of the student is added.
         overwrite: replace an existing folder, once the new one is complete.
         verify: reload the folder in a fresh process with transformers alone and compare outputs.
         inputs: forward inputs to compare on; default: synthetic ones.
@@ -51,10 +56,13 @@ def export(
         The folder.
 
     Raises:
-        ConfigError: the folder exists; a record is none, or of another cut.
+        ConfigError: the folder exists; a record is none, or of another cut or model.
         CheckpointError: the disk is full, the folder cannot be written, or the checkpoint failed
             its verification. Nothing is left behind.
     """
+    check_vlm(vlm, "model")
+    if isinstance(records, Record):
+        records = (records,)
     target = check_new_folder(Path(folder), overwrite=overwrite)
     named = _file_names(_complete(vlm, records))
     try:
@@ -101,7 +109,34 @@ def _complete(vlm: VLM, records: Iterable[Record | None]) -> list[Record]:
             "The manifest among the records is of another cut. Leave it out: it is written from "
             "the model itself."
         )
+    _check_same_model(vlm, given)
     return [record for record in given if not isinstance(record, PruneRecord)]
+
+
+def _check_same_model(vlm: VLM, records: Iterable[Record]) -> None:
+    """Refuse records that name models, none of which this one was made from.
+
+    A record may name this model, the one before the cut, or what another record here is linked to
+    (measurements before healing name a student that only the report of healing knows). Records that
+    name no model are taken on trust.
+    """
+    known = {vlm.fingerprint}
+    if vlm.record is not None:
+        known |= {vlm.record.inputs.get(name, "") for name in _LINKS}
+    named = {
+        name: {record.inputs[key] for key in _LINKS if key in record.inputs}
+        for name, record in _file_names(records).items()
+    }
+    waiting = {name: prints for name, prints in named.items() if prints}
+    while linked := [name for name, prints in waiting.items() if prints & known]:
+        for name in linked:
+            known |= waiting.pop(name)
+    if waiting:
+        raise ConfigError(
+            f"The records for {', '.join(sorted(waiting))} are of another model: none of the "
+            f"fingerprints they name belongs to {vlm.name} or to the model it was cut from. "
+            "Leave them out."
+        )
 
 
 def _file_names(records: Iterable[Record]) -> dict[str, Record]:

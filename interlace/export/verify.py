@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from interlace._torch_utils import inference, to_device
+from interlace._torch_utils import FORWARD_REFUSALS, inference, to_device
 from interlace.errors import CheckpointError
 from interlace.export import _reload
 from interlace.export.probe import probes
@@ -28,17 +28,6 @@ if TYPE_CHECKING:
 
     from interlace.models.handle import VLM
 
-# What a forward with inputs that do not suit a model raises.
-_REFUSALS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    AssertionError,
-    ImportError,
-)
 # Rounding steps, at the size of the largest value, by which two runs of one model may differ: they
 # add up over the layers, but in 16 bits a step is already large.
 _MAX_STEPS, _MAX_STEPS_16_BIT = 128, 4
@@ -133,7 +122,7 @@ def _in_memory(
             try:
                 used = to_device(make(), vlm.device, vlm.dtype)
                 outputs = _reload.run(vlm.model, used)
-            except _REFUSALS as error:
+            except FORWARD_REFUSALS as error:
                 refusals.append(f"{type(error).__name__}: {str(error).strip()[:200]}")
                 continue
         return used, outputs, tuple(name for name in vlm.towers if name in ran)
@@ -243,6 +232,11 @@ def _difference(name: str, expected: torch.Tensor, found: torch.Tensor) -> float
         )
     if torch.equal(expected, found):
         return 0.0
+    if bool(expected.isnan().any()):
+        raise CheckpointError(
+            f"The model in memory computes NaN in {name}, so the checkpoint cannot be compared "
+            "with it. Check its weights; `score` says which layer it begins at."
+        )
     difference = _size(expected.double() - found.double())
     steps = _MAX_STEPS if expected.dtype.itemsize > 2 else _MAX_STEPS_16_BIT
     allowed = steps * torch.finfo(expected.dtype).eps * max(_size(expected), 1.0)

@@ -6,23 +6,15 @@ loaded when they are first used, so that importing the package stays cheap.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from interlace._lazy import lazy_names
 
 if TYPE_CHECKING:
     from interlace.heal.healing import heal
     from interlace.heal.losses import head_terms, normalised_error, similarity_divergence
     from interlace.heal.model import HealModel
     from interlace.heal.trainer import HealTrainer
-
-_HOMES = {
-    "HealModel": "interlace.heal.model",
-    "HealTrainer": "interlace.heal.trainer",
-    "head_terms": "interlace.heal.losses",
-    "heal": "interlace.heal.healing",
-    "normalised_error": "interlace.heal.losses",
-    "similarity_divergence": "interlace.heal.losses",
-}
 
 __all__ = [
     "HealModel",
@@ -33,14 +25,14 @@ __all__ = [
     "similarity_divergence",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Load a public name from its home on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    """List the public names."""
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "HealModel": "model",
+        "HealTrainer": "trainer",
+        "head_terms": "losses",
+        "heal": "healing",
+        "normalised_error": "losses",
+        "similarity_divergence": "losses",
+    },
+)

@@ -126,11 +126,12 @@ def complete(output: Path, step: int, manifest: Manifest) -> Path:
 
 
 @contextlib.contextmanager
-def worded_errors(output: Path) -> Iterator[None]:
-    """Turn errors of writing into CheckpointError."""
+def worded_errors(output: Path, step: int) -> Iterator[None]:
+    """Turn errors of writing a checkpoint into CheckpointError, and leave no part of it behind."""
     try:
         yield
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(part_of(output, step), ignore_errors=True)
         if is_disk_full(error):
             raise CheckpointError(disk_full_message(output)) from error
         raise CheckpointError(

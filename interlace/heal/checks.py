@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interlace._files import check_place
 from interlace.data.samples import Samples
 from interlace.errors import ConfigError
 
@@ -37,6 +38,7 @@ def output_folder(output: str | os.PathLike[str] | None, *, resume: bool) -> Pat
     Raises:
         ConfigError: it exists and the run does not resume, it is a file, or a run that is to be
             resumed has none.
+        CheckpointError: it cannot be made.
     """
     if output is None:
         if resume:
@@ -51,6 +53,8 @@ def output_folder(output: str | os.PathLike[str] | None, *, resume: bool) -> Pat
             f"The output folder {folder} exists already. Resume the run in it (resume=True, "
             "--resume), remove it, or choose another one."
         )
+    if not folder.exists():
+        check_place(folder)
     return folder
 
 

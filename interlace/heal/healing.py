@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,16 @@ from interlace.errors import ConfigError, DataError
 from interlace.heal import checkpoints, checks
 from interlace.heal.anchors import find_anchors, plan_of, tuned_parameters
 from interlace.heal.arguments import count_steps, training_arguments
-from interlace.heal.model import CONTRASTIVE, HealModel
+from interlace.heal.model import HealModel
 from interlace.heal.order import ShuffledRepeats
 from interlace.heal.shell import HALF, hand_over, make_shell, move_together
 from interlace.heal.trainer import HealTrainer
+from interlace.models.handle import check_vlm
 from interlace.records import HealReport, Provenance
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from torch import nn
     from transformers import TrainingArguments
@@ -87,6 +89,14 @@ def heal(
         DataError: no samples, or a loss that is not finite.
         CheckpointError: the checkpoints belong to another run, or the disk is full.
     """
+    check_vlm(student, "student")
+    if teacher is not None:
+        check_vlm(teacher, "teacher")
+    given: Any = data
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise DataError(
+            f"data is a {type(given).__name__}; give samples, such as those of interlace.samples."
+        )
     chosen = (settings or HealSettings()).replace(**overrides)
     plan = plan_of(student)
     names = tuned_parameters(student, plan)
@@ -103,7 +113,7 @@ def heal(
     if total == 0:
         logger.info("Healing is skipped: the settings ask for no steps.")
         return _report(student, chosen, inputs, sizes, None)
-    collate = collate or _collator(student, chosen)
+    collate = collate or Collator.for_model(student, seed=chosen.seed)
     identity = checks.identity_of(inputs, chosen, total)
     steps = count_steps(total, chosen, checks.world_size())
     with contextlib.ExitStack() as stack:
@@ -137,18 +147,6 @@ def heal(
         trainer.close()
         hand_over(student.model, names, trainer.trained_values())
     return _report(student, chosen, inputs, sizes, trainer)
-
-
-def _collator(student: VLM, settings: HealSettings) -> Collate:
-    text: Any = getattr(student.model.config, "text_config", None)
-    contrastive = student.family.objective == CONTRASTIVE
-    return Collator(
-        student.processor,
-        student.family.objective,
-        max_length=getattr(text, "max_position_embeddings", None) if contrastive else None,
-        seed=settings.seed,
-        start_token_id=getattr(text, "bos_token_id", None),
-    )
 
 
 def _total_samples(num_samples: int, settings: HealSettings) -> int:

@@ -232,7 +232,7 @@ class HealTrainer(Trainer):  # type: ignore[misc]
         output, step = Path(self.args.output_dir), self.state.global_step
         self._tick()
         trained = self._trained()
-        with checkpoints.worded_errors(output):
+        with checkpoints.worded_errors(output, step):
             if self.args.should_save:
                 checkpoints.begin(output, step)
             self.accelerator.wait_for_everyone()

@@ -6,8 +6,9 @@ use, so that importing this package loads neither torch nor transformers.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from interlace._lazy import lazy_names
 
 if TYPE_CHECKING:
     from interlace.models.family import Family
@@ -16,18 +17,6 @@ if TYPE_CHECKING:
     from interlace.models.processor import load_processor
     from interlace.models.registry import FAMILIES, family_of, known_families
     from interlace.models.tokens import token_units
-
-_HOMES = {
-    "FAMILIES": "registry",
-    "Family": "family",
-    "Tower": "handle",
-    "VLM": "handle",
-    "family_of": "registry",
-    "known_families": "registry",
-    "load_processor": "processor",
-    "open_model": "opening",
-    "token_units": "tokens",
-}
 
 __all__ = [
     "FAMILIES",
@@ -41,9 +30,17 @@ __all__ = [
     "token_units",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Load a public name from its module."""
-    if name not in _HOMES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "FAMILIES": "registry",
+        "Family": "family",
+        "Tower": "handle",
+        "VLM": "handle",
+        "family_of": "registry",
+        "known_families": "registry",
+        "load_processor": "processor",
+        "open_model": "opening",
+        "token_units": "tokens",
+    },
+)

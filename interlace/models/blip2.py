@@ -2,7 +2,8 @@
 
 Q-Former layer i attends to the image where i % `cross_attention_frequency` == 0, so only cuts that
 leave such a pattern exist. T5 keeps the relative position bias of a whole stack in block 0, so it
-moves to the first kept block.
+moves to the first kept block; and transformers makes the KV cache of its decoder as deep as its
+encoder unless the config says `decoder_layers`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _KEY = "cross_attention_frequency"
+_CACHE_KEY = "decoder_layers"
 
 
 def frequency_of(crossing: Sequence[bool], preferred: int) -> int | None:
@@ -75,12 +77,28 @@ def _move_position_bias(cut: Cut, stack: nn.ModuleList) -> None:
     target.has_relative_attention_bias = True
 
 
+def _state_cache_depth(cut: Cut) -> Changes:
+    """State the depth of a T5 decoder that is deeper than its encoder where the KV cache reads it.
+
+    `PreTrainedConfig.get_text_config(decoder=True)` takes it from `decoder_layers`, which T5 itself
+    neither has nor reads; without it generation runs out of cache layers.
+    """
+    config: Any = cut.config
+    depth = getattr(config.text_config, "num_decoder_layers", None)
+    if depth is None or depth <= config.text_config.num_layers:
+        return {}
+    before = getattr(config.text_config, _CACHE_KEY, None)
+    if before == depth:
+        return {}
+    setattr(config.text_config, _CACHE_KEY, depth)
+    return {f"text_config.{_CACHE_KEY}": (before, depth)}
+
+
 def _remap(cut: Cut) -> Changes:
-    if cut.tower_name == "qformer":
-        return _remap_qformer(cut)
+    changes = _remap_qformer(cut) if cut.tower_name == "qformer" else {}
     if cut.tower_name in ("text", "text_encoder") and cut.kept:
         _move_position_bias(cut, BLIP2.stack(cut.model, cut.tower_name).layers)
-    return {}
+    return changes | _state_cache_depth(cut)
 
 
 BLIP2 = Family(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from interlace._torch_utils import inference
+from interlace._torch_utils import FORWARD_REFUSALS, inference
 from interlace.errors import FamilyError
 
 if TYPE_CHECKING:
@@ -25,17 +25,6 @@ if TYPE_CHECKING:
 
     from interlace.models.discovery import Stack
 
-# What a forward with inputs that do not suit a model raises.
-_REFUSALS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    AssertionError,
-    NotImplementedError,
-)
 _NUM_TOKENS = 6
 
 
@@ -180,7 +169,7 @@ def self_check(
                 break
             try:
                 checked |= check_forward(model, stacks, forward)
-            except _REFUSALS as error:
+            except FORWARD_REFUSALS as error:
                 refusals.append(
                     f"{type(error).__name__}: "
                     f"{str(error).splitlines()[0][:120] if str(error) else ''}"

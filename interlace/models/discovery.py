@@ -154,8 +154,8 @@ def _depth_keys(config: PreTrainedConfig, path: str, *, copy: bool) -> list[str]
             role = DECODER_KEYS
         elif _ENCODER.search(path):
             role = ENCODER_KEYS
-    counted = next((key for key in role if key in own), None)
-    keys = [plain, counted] if copy or counted is None else [counted]
+    counted = [key for key in role if key in own]
+    keys = [plain, *counted] if copy or not counted else counted
     return list(dict.fromkeys(key for key in keys if key is not None))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from interlace.errors import CheckpointError, FamilyError, ShapeError, unknown_name
+from interlace.errors import CheckpointError, ConfigError, FamilyError, ShapeError, unknown_name
 from interlace.models.discovery import has_cross_attention
 from interlace.records import ModelShape, TowerShape
 
@@ -234,6 +234,19 @@ class VLM:
             if parameter.device.type != "meta":
                 digest.update(_values(parameter.detach()))
         return digest.hexdigest()
+
+
+def check_vlm(value: object, role: str) -> None:
+    """Refuse anything but a `VLM`, such as the transformers model inside one.
+
+    Raises:
+        ConfigError: it is something else; `role` says what it was given as.
+    """
+    if not isinstance(value, VLM):
+        raise ConfigError(
+            f"The {role} is a {type(value).__name__}, not a VLM. Give what open_model or prune "
+            "returns; open_model(model) also wraps a loaded transformers model."
+        )
 
 
 def _stable(value: Any) -> Any:

@@ -70,8 +70,10 @@ def _remap(cut: Cut) -> Changes:
                 f"reads. The last state of a '{kind}' tower passes its final norm, the one read so "
                 "far does not. Keep the last layer."
             )
+    # The state in front of all layers is always counted from the end: transformers takes a plain 0
+    # for "no hidden states wanted" and fails.
     after_list = [
-        now if given >= 0 else now - (depth + 1)
+        now if given >= 0 and now > 0 else now - (depth + 1)
         for given, now in zip(_as_list(before), new, strict=True)
     ]
     after = after_list[0] if isinstance(before, int) else after_list

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
-from interlace.bundled import resolve
+from interlace.bundled import PREFIX, resolve
 from interlace.errors import BackendError, CheckpointError, ConfigError, FamilyError, unknown_name
 from interlace.models.checkpoint import check_folder, read_manifest
 from interlace.models.handle import VLM
@@ -34,7 +35,16 @@ _DTYPES = {
     "fp16": torch.float16,
 }
 # What transformers and huggingface_hub raise for names, files and configs they cannot use.
-_LOAD_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError)
+_LOAD_FAILURES = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    ImportError,
+    AttributeError,
+    StrictDataclassError,
+)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -97,6 +107,7 @@ def _model_class(path: str, trust_remote_code: bool) -> Any:
     for name in candidates:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            _check_fit(path, found, config)
             return found
     if trust_remote_code:
         return transformers.AutoModelForImageTextToText
@@ -105,6 +116,16 @@ def _model_class(path: str, trust_remote_code: bool) -> Any:
         f"{path}: its config names the class {', '.join(named) or '(none)'}, which transformers "
         f"{transformers.__version__} does not have. Expected one of: {expected}."
     )
+
+
+def _check_fit(path: str, model_class: Any, config: Any) -> None:
+    wanted = model_class.config_class
+    if wanted is not None and not isinstance(config, wanted):
+        raise FamilyError(
+            f"{path}: its config names the class {model_class.__name__}, which is built from a "
+            f"{wanted.__name__}, but states the model type '{config.model_type}'. One of the two "
+            "is wrong."
+        )
 
 
 def _load(path: str, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
@@ -185,7 +206,10 @@ def open_model(
         if wanted_dtype is not None:
             model.to(wanted_dtype)
     else:
-        name = resolve(str(model_or_path))
+        given = str(model_or_path)
+        if not given.strip():
+            raise ConfigError("The name of the model is empty. Give a folder or a hub name.")
+        name = resolve(given)
         folder = Path(name).expanduser()
         local = folder.exists()
         if local:
@@ -202,6 +226,9 @@ def open_model(
         model.requires_grad_(False)
         if processor is None and (not local or has_processor(folder)):
             processor = load_processor(name, trust_remote_code)
+        if given.startswith(PREFIX):
+            # where the package is installed says nothing to the reader of a record
+            name = given
     if isinstance(processor, (str, Path)):
         processor = load_processor(processor, trust_remote_code)
     if wanted_device is not None:

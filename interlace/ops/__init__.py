@@ -14,7 +14,25 @@ Adding an op `X`:
 from __future__ import annotations
 
 from interlace.ops._diagnosis import Row, doctor, explain, table
+from interlace.ops._rope import rope_tables
 from interlace.ops._selection import backend
+from interlace.ops.bridge_norm import bridge_norm
 from interlace.ops.layer_similarity import layer_similarity
+from interlace.ops.qk_norm_rope import qk_norm_rope
+from interlace.ops.ragged_attention import q_start_of, ragged_attention
+from interlace.ops.ragged_decode import ragged_decode
 
-__all__ = ["Row", "backend", "doctor", "explain", "layer_similarity", "table"]
+__all__ = [
+    "Row",
+    "backend",
+    "bridge_norm",
+    "doctor",
+    "explain",
+    "layer_similarity",
+    "q_start_of",
+    "qk_norm_rope",
+    "ragged_attention",
+    "ragged_decode",
+    "rope_tables",
+    "table",
+]

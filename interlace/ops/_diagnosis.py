@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from interlace.errors import BackendError, unknown_name
-from interlace.ops import _extension
+from interlace.ops import _extension, _order
 from interlace.ops._registry import OPS
 from interlace.ops._selection import ORDER, resolve
 
@@ -80,19 +80,44 @@ def doctor() -> dict[str, str]:
 
     Returns:
         "python", "platform", the packages by name, "threads" (CPU threads of torch), "devices"
-        (CUDA devices), "backend" (what INTERLACE_BACKEND asks for) and "extension" (the compiled
-        part: "loaded", or why not).
+        (GPUs with their compute capability), "order" (whether the order of the backends was
+        measured on them), "backend" (what INTERLACE_BACKEND asks for), "extension" (the compiled
+        part: "loaded", or why not) and "cuda kernels" (what GPUs they are built for, or why not).
     """
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = {index: torch.cuda.get_device_name(index) for index in range(count)}
+    capabilities = {index: torch.cuda.get_device_capability(index) for index in gpus}
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         **{name: _version(name) for name in _PACKAGES},
         "threads": str(torch.get_num_threads()),
-        "devices": ", ".join(torch.cuda.get_device_name(index) for index in gpus) or "no GPU",
+        "devices": ", ".join(
+            f"{name} (compute capability {'.'.join(map(str, capabilities[index]))})"
+            for index, name in gpus.items()
+        )
+        or "no GPU",
+        "order": ", ".join(_measured(name) for name in dict.fromkeys(gpus.values()))
+        or "the general one: " + ", ".join(ORDER),
         "backend": resolve("auto"),
         "extension": _extension.why_not() or "loaded",
+        "cuda kernels": _cuda_kernels(),
     }
+
+
+def _measured(gpu: str) -> str:
+    if gpu in _order.measured():
+        return f"measured on {gpu}"
+    return f"not measured on {gpu}, so the general one: {', '.join(ORDER)}"
+
+
+def _cuda_kernels() -> str:
+    reason, architectures = _extension.why_not(), _extension.cuda_architectures()
+    if reason is not None:
+        return "not built: there is no compiled part"
+    if architectures is None:
+        return "not built: nvcc was not found, or was not wanted, when the package was installed"
+    return f"built for {architectures}"
 
 
 def _version(package: str) -> str:

@@ -39,6 +39,12 @@ def why_not(function: str | None = None) -> str | None:
     return reason
 
 
+def cuda_architectures() -> str | None:
+    """Name the GPU generations that the compiled part has machine code for; None without any."""
+    module, _ = _load()
+    return getattr(module, "cuda_architectures", None)
+
+
 def extension() -> ModuleType:
     """Return the compiled part.
 

@@ -121,9 +121,11 @@ class Op:
         _LIBRARY.define(f"{self.name}{arguments}, str backend) ->{returns}")
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"interlace::{self.name}", self._run_fake, lib=_LIBRARY)
-        self._call = getattr(torch.ops.interlace, self.name).default
+        overload: Any = getattr(torch.ops.interlace, self.name).default
+        self._call = overload
         if self.backward is not None:
-            self._call = differentiable(self._call, self.parameters, self.backward)
+            num_outputs = len(overload._schema.returns)
+            self._call = differentiable(self._call, self.parameters, num_outputs, self.backward)
         OPS[self.name] = self
 
     def __call__(self, *args: Any, backend: str = "auto") -> Any:

@@ -27,6 +27,10 @@ MIN_LAYERS_LEFT = 2
 def _tower_names(
     scores: Scores, towers: Sequence[str] | str | None, amounts: Mapping[str, Any] | None
 ) -> list[str]:
+    if not (towers is None or isinstance(towers, (str, list, tuple))):
+        raise ConfigError(
+            f"towers={towers!r} cannot be used. Give a tower's name, or a list of them."
+        )
     named = [towers] if isinstance(towers, str) else None if towers is None else list(towers)
     if amounts is not None:
         if named is not None and set(named) != set(amounts):

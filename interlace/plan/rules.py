@@ -40,6 +40,9 @@ USE_LAYER_SCORES = frozenset(
     {"interlace", "interlace_tn", "consecutive", "triplet_optimal", "shortgpt"}
 )
 
+# The rules that call back for the loss of a model, which only Python code can give.
+USE_LOSS = frozenset({"sleb"})
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -141,13 +144,29 @@ def rule_names() -> tuple[str, ...]:
     return tuple(RULES)
 
 
+def check_rule_without_code(name: str) -> None:
+    """Refuse a rule that a recipe or the command line cannot carry out.
+
+    Raises:
+        ConfigError: there is no such rule, or it needs a callback.
+    """
+    find_rule(name)
+    if name in USE_LOSS:
+        others = ", ".join(each for each in RULES if each not in USE_LOSS)
+        raise ConfigError(
+            f"The rule '{name}' needs the loss of the model without some layers, so it can only be "
+            f"called from Python: make_plan(..., rule='{name}', loss=callback). Here choose from "
+            f"{others}."
+        )
+
+
 def find_rule(name: str) -> Rule:
     """Return a rule by its name.
 
     Raises:
         ConfigError: there is no such rule; the message has the nearest name.
     """
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ConfigError(unknown_name("rule", name, RULES))
     module, function = RULES[name].split(":")
     rule: Rule = getattr(importlib.import_module(module), function)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
 import statistics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from interlace.errors import ConfigError, DataError, PlanError, unknown_name
 
@@ -55,8 +56,10 @@ def combined_scores(
     """
     if not weights or not any(weights.values()):
         raise ConfigError(f"weights must give a metric a weight other than 0, got {dict(weights)}.")
-    for name, weight in weights.items():
-        if isinstance(weight, bool) or not math.isfinite(weight):
+    given: Mapping[str, Any] = weights
+    for name, weight in given.items():
+        number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight):
             raise ConfigError(f"The weight of '{name}' must be a finite number, got {weight!r}.")
     tables = {name: _metric(scores, name, group, tower) for name in weights}
     layers = [

@@ -265,6 +265,21 @@ def retention_chart(
     return figure
 
 
+def _known_format(name: str) -> str:
+    if name not in _FORMATS:
+        raise ConfigError(unknown_name("figure format", name, _FORMATS))
+    return name
+
+
+def figure_format(path: str | os.PathLike[str]) -> str:
+    """Return the format that a file's ending asks for: "png", "svg" or "pdf".
+
+    Raises:
+        ConfigError: the ending is none of these.
+    """
+    return _known_format(Path(path).suffix.lower().lstrip("."))
+
+
 def figure_bytes(figure: Figure, file_format: str = "png", dpi: int = 150) -> bytes:
     """Return a figure as a file's content; the same figure gives the same bytes.
 
@@ -276,8 +291,7 @@ def figure_bytes(figure: Figure, file_format: str = "png", dpi: int = 150) -> by
     Raises:
         ConfigError: an unknown format.
     """
-    if file_format not in _FORMATS:
-        raise ConfigError(unknown_name("figure format", file_format, _FORMATS))
+    _known_format(file_format)
     # Dates and program versions would make equal figures differ.
     dateless = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     buffer = io.BytesIO()
@@ -292,5 +306,4 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) ->
         ConfigError: the file's ending is none of these.
         CheckpointError: the file cannot be written.
     """
-    target = Path(path)
-    return atomic_write_bytes(target, figure_bytes(figure, target.suffix.lower().lstrip("."), dpi))
+    return atomic_write_bytes(path, figure_bytes(figure, figure_format(path), dpi))

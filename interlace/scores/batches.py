@@ -5,7 +5,7 @@ Legend: B samples of a batch, T tokens of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from interlace.scores.metrics import Units
 from interlace.scores.packing import pack, refuse_if_unpackable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from interlace.models.handle import VLM, Tower
 
@@ -93,6 +93,12 @@ class Batches:
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size!r}; give a number of at least 1.")
+        given: Any = data
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise DataError(
+                f"The calibration data is a {type(given).__name__}; give samples (see "
+                "interlace.samples) or batches of model inputs."
+            )
         items: Sequence[Any] = data if isinstance(data, Sequence) else list(data)
         if not items:
             raise DataError("There is no calibration data: the given data holds no sample.")
@@ -104,7 +110,7 @@ class Batches:
         if packed:
             refuse_if_unpackable(vlm)
         if isinstance(items[0], Sample):
-            self._collate = _collator(vlm, self._answers)
+            self._collate = Collator.for_model(vlm, answers=self._answers)
             self._rows = _by_length(items, batch_size)
         elif isinstance(items[0], Mapping):
             self._rows = _cut(range(len(items)), batch_size if packed else 1)
@@ -200,23 +206,6 @@ def _num_samples(inputs: Mapping[str, Any]) -> int:
     raise DataError(
         f"A batch with {', '.join(inputs) or 'nothing'} cannot be scored; it needs input_ids or "
         "pixel_values, as the model's forward takes them."
-    )
-
-
-def _collator(vlm: VLM, answers: bool) -> Collator:
-    if vlm.processor is None:
-        raise ConfigError(
-            f"{vlm.name} was opened without a processor, so samples cannot be turned into its "
-            "inputs. Open it with one (open_model(..., processor=...)), or give ready batches."
-        )
-    text = getattr(vlm.model.config, "text_config", None)
-    contrastive = vlm.family.objective == "contrastive"
-    return Collator(
-        vlm.processor,
-        vlm.family.objective,
-        answers=answers,
-        max_length=getattr(text, "max_position_embeddings", None) if contrastive else None,
-        start_token_id=getattr(text, "bos_token_id", None) if vlm.family.name == "blip" else None,
     )
 
 

@@ -22,6 +22,7 @@ from interlace._torch_utils import (
     without_cache,
 )
 from interlace.errors import ConfigError, DataError, InterlaceError, unknown_name
+from interlace.models.handle import check_vlm
 from interlace.records import Provenance, Scores, TowerScores
 from interlace.scores.batches import Batch, Batches
 from interlace.scores.metrics import Meter, meter_classes
@@ -93,6 +94,7 @@ def score(
             that are not finite; it says which tower, layer, batch and sample.
         ShapeError: a tower that does not run its layers one after the other.
     """
+    check_vlm(vlm, "model")
     classes = meter_classes(metrics)
     chosen = _towers(vlm, towers)
     batches = Batches(vlm, data, batch_size=batch_size, answers=answers, packed=packed)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from interlace.errors import PlanError
-from interlace.models.handle import VLM
+from interlace.models.handle import VLM, check_vlm
 from interlace.records import Plan, Provenance, PruneRecord
 from interlace.surgery.cuts import (
     Cut,
@@ -80,6 +80,7 @@ def prune(vlm: VLM, plan: Plan, *, allow_pinned: bool = False) -> VLM:
             or leaves fewer than 2 layers; the model is not as transformers builds it (adapters,
             quantised or fused modules); or stock transformers cannot express the result.
     """
+    check_vlm(vlm, "model")
     fingerprint = vlm.fingerprint
     check_plan(vlm, plan, fingerprint)
     cuts = {name: read_cut(vlm, name, tower) for name, tower in plan.towers.items()}

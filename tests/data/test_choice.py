@@ -162,6 +162,13 @@ def test_too_many_bad_images_names_the_first(llava_file: Callable[..., Path]) ->
         samples(path, max_bad_fraction=0.5)
 
 
+@pytest.mark.parametrize("root", ["nowhere", "data.json"])
+def test_a_root_that_is_no_folder_is_told(llava_file: Callable[..., Path], root: str) -> None:
+    path = llava_file(2)
+    with pytest.raises(DataError, match=rf"{root}: no such folder to look for images in"):
+        samples(path, root=path.parent / root, max_bad_fraction=1.0)
+
+
 @pytest.mark.parametrize("way", ["dots", "absolute", "link", "linked folder", "nul"])
 def test_image_path_may_not_leave_the_root(
     way: str, tmp_path: Path, save_image: Callable[..., Path], write_json: Callable[..., Path]

@@ -191,6 +191,8 @@ def test_hub_without_network_and_without_the_package(monkeypatch: pytest.MonkeyP
         samples("owner/name:part")
     with pytest.raises(DataError, match="neither an existing file"):
         samples("what is this?")
+    with pytest.raises(DataError, match="Did you mean 'scenes', the built-in data"):
+        samples("sceens")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):
         samples("owner/name")

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from interlace.data.collate import Collator
 from interlace.data.samples import samples
 from interlace.errors import DataError, FamilyError
 from interlace.evaluate import fidelity, fidelity_pairs
-from interlace.evaluate._common import Options, collator_for
+from interlace.evaluate._common import Options
 from interlace.evaluate.answer_states import answer_states, output_head
 from interlace.evaluate.divergence import token_divergence
 
@@ -83,7 +84,7 @@ def test_model_metrics_equal_those_of_full_logits(
 ) -> None:
     student, teacher = tiny_vlm(name, 1), tiny_vlm(name, 0)
     data = samples("scenes", count=3, tasks=(task,), split="test")
-    batch = collator_for(student, answers=True)(data)
+    batch = Collator.for_model(student)(data)
     ours, labels = full_logits(student, batch)
     theirs, _ = full_logits(teacher, batch)
     expected = in_fp64(ours, theirs, labels)
@@ -116,7 +117,7 @@ def test_logits_changed_after_the_head_are_noticed(
     tiny_vlm: Callable[..., VLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vlm = tiny_vlm("qwen3_vl")
-    batch = collator_for(vlm, answers=True)(samples("scenes", count=1, tasks=("vqa",)))
+    batch = Collator.for_model(vlm)(samples("scenes", count=1, tasks=("vqa",)))
     plain = vlm.model.forward
 
     def capped(**arguments: Any) -> Any:

@@ -3,9 +3,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from interlace.data.samples import samples
-from interlace.errors import ConfigError
+from interlace.errors import ConfigError, DataError
 from interlace.evaluate import generate
 from interlace.evaluate._common import Options
 from interlace.evaluate.generate import generate_texts
@@ -76,3 +77,22 @@ def test_models_without_text_or_processor_are_refused(tiny_vlm: Callable[..., VL
     whole = tiny_vlm("qwen3_vl")
     with pytest.raises(ConfigError, match="without a processor"):
         generate_texts(VLM(whole.model, whole.family), asked, Options())
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "blip_caption", "blip_vqa", "blip2_t5"])
+def test_nan_is_an_error_and_no_answer(tiny_vlm: Callable[..., VLM], name: str) -> None:
+    vlm = tiny_vlm(name)
+    asked = samples("scenes", count=2, tasks=("caption",), split="test")
+    norm = (
+        vlm.towers["text"]
+        .layers[-1]
+        .register_forward_hook(
+            lambda *call: torch.utils._pytree.tree_map_only(
+                torch.Tensor, lambda each: each * float("nan"), call[-1]
+            )
+        )
+    )
+    with pytest.raises(DataError, match="gives NaN as logits for sample 'scenes-test"):
+        generate_texts(vlm, asked, Options(max_new_tokens=3))
+    norm.remove()
+    generate_texts(vlm, asked, Options(max_new_tokens=3))

@@ -93,3 +93,21 @@ def test_embeddings_are_those_of_the_forward_pass(tiny_vlm: Callable[..., VLM], 
     assert torch.allclose(images, output.image_embeds, atol=1e-5)
     assert torch.allclose(captions, output.text_embeds, atol=1e-5)
     assert measure(vlm, pool, Options(1)).metrics == measure(vlm, pool, Options(5)).metrics
+
+
+@pytest.mark.parametrize(("tower", "what"), [("vision", "image"), ("text", "text")])
+def test_embeddings_that_are_not_finite_are_an_error(
+    tiny_vlm: Callable[..., VLM], tower: str, what: str
+) -> None:
+    vlm = tiny_vlm("clip")
+    found = samples("scenes", count=3, tasks=("retrieval",), split="test")
+    weight = next(vlm.towers[tower].layers[1].parameters())
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.fill_(float("nan"))
+        with pytest.raises(DataError, match=f"embeds {what} 0 into values that are not finite"):
+            measure(vlm, found, Options())
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import yaml
+from tiny import TINY
 
 from interlace.errors import CheckpointError, ConfigError
 from interlace.export import _reload, export, model_card, verify
+from interlace.models import open_model
 from interlace.records import EvalReport, HealReport, Plan, PruneRecord, TowerPlan
 
 if TYPE_CHECKING:
@@ -144,6 +146,32 @@ def test_records_of_another_cut_are_refused(student: VLM, tmp_path: Path) -> Non
         export(student, tmp_path / "out", records=(manifest,))
     with pytest.raises(ConfigError, match="got str"):
         export(student, tmp_path / "out", records=("plan.json",))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_records_of_another_model_are_refused(student: VLM, tmp_path: Path) -> None:
+    dense = student.record.inputs["model"]
+    shared = {"metrics": {"vqa": {"accuracy": 0.5}}}
+    raw = EvalReport(**shared, inputs={"model": "raw", "baseline": "earlier"})
+    healed = dataclasses.replace(HEALED, inputs={"student": "raw", "teacher": dense})
+    alien = EvalReport(**shared, inputs={"model": "alien"})
+    with pytest.raises(ConfigError, match=r"records for eval\.json are of another model"):
+        export(student, tmp_path / "out", records=(alien, healed), verify=False)
+    # by itself nothing ties it to this model; the report of healing does
+    with pytest.raises(ConfigError, match="of another model"):
+        export(student, tmp_path / "out", records=(raw,), verify=False)
+    assert list(tmp_path.iterdir()) == []
+    own = EvalReport(**shared, inputs={"model": student.fingerprint})
+    folder = export(student, tmp_path / "out", records=(raw, own, healed), verify=False)
+    assert {"eval.json", "eval_2.json", "heal.json"} <= {path.name for path in folder.iterdir()}
+
+
+def test_a_model_that_computes_nan_is_told(tmp_path: Path) -> None:
+    model = TINY["clip"](text=2, vision=2)
+    with torch.no_grad():
+        model.visual_projection.weight[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match="The model in memory computes NaN in logits_per"):
+        export(open_model(model), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -97,9 +97,13 @@ def test_only_complete_checkpoints_of_the_same_run_are_used(
     assert checkpoints.newest(folder) is None
 
 
-def test_a_full_disk_is_reported_in_words(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_words_and_leaves_no_part(tmp_path: Path) -> None:
+    checkpoints.begin(tmp_path, 2)
+    (checkpoints.part_of(tmp_path, 2) / checkpoints.WEIGHTS).write_bytes(b"half")
+    (tmp_path / "checkpoint-1").mkdir()
     with (
         pytest.raises(CheckpointError, match="disk is full"),
-        checkpoints.worded_errors(tmp_path),
+        checkpoints.worded_errors(tmp_path, 2),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]

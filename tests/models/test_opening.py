@@ -154,3 +154,34 @@ def test_unknown_types_and_classes(folder: Path) -> None:
     _edit(folder, auto_map={"AutoConfig": "configuration_x.XConfig"})
     with pytest.raises(FamilyError, match="own model code, which is not run unless asked for"):
         open_model(folder)
+
+
+def _change(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in values.items():
+        part, _, leaf = key.rpartition("__")
+        (config[part] if part else config)[leaf] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "words"),
+    [
+        ({"text_config__num_attention_heads": "two"}, CheckpointError, "num_attention_heads"),
+        ({"architectures": ["LlamaForCausalLM"]}, FamilyError, "built from a LlamaConfig"),
+        ({"architectures": ["BlipForConditionalGeneration"]}, FamilyError, "'clip'"),
+    ],
+)
+def test_a_config_that_cannot_be_is_told(
+    folder: Path, values: dict[str, object], error: type[Exception], words: str
+) -> None:
+    _change(folder, **values)
+    with pytest.raises(error, match=words):
+        open_model(folder)
+
+
+def test_names(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="name of the model is empty"):
+        open_model(" ")
+    # no path of this machine gets into records and cards
+    assert open_model("bundled:clip").name == "bundled:clip"

@@ -81,6 +81,7 @@ CASES = [
     ("llava", {}, "vision", (4,), {}),
     ("llava", {}, "vision", (5,), {"vision_feature_layer": -1}),
     ("llava", {"feature_layer": 4}, "vision", (1, 3), {"vision_feature_layer": 2}),
+    ("llava", {"feature_layer": 3}, "vision", (0, 1, 2), {"vision_feature_layer": -4}),
     ("llava", {"feature_layer": [-2, 3]}, "vision", (0,), {"vision_feature_layer": [-2, 2]}),
     ("llava_next", {}, "vision", (2,), {}),
     ("llava_onevision", {}, "vision", (0, 5), {}),
@@ -90,7 +91,8 @@ CASES = [
     ("blip2_opt", {}, "qformer", (2, 3), {}),
     ("blip2_opt", {}, "qformer", (1, 3, 5, 7), {"qformer_config.cross_attention_frequency": 1}),
     ("blip2_t5", {}, "text", (0, 3), {}),
-    ("blip2_t5", {}, "text_encoder", (0, 1), {}),
+    ("blip2_t5", {}, "text_encoder", (0,), {}),
+    ("blip2_t5", {}, "text_encoder", (0, 1), {"text_config.decoder_layers": 6}),
 ]
 
 

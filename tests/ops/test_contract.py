@@ -16,8 +16,26 @@ from interlace.ops._selection import ORDER
 
 # backends that have to serve; a kernel that is skipped without a word must not look like success
 EXPECTED = {
-    "cpu": {"layer_similarity": {"cpp", "torch"}},
-    "cuda": {"layer_similarity": {"cuda", "triton", "torch"}},
+    "cpu": {
+        "bridge_norm": {"cpp", "torch"},
+        "bridge_norm_bwd": {"torch"},
+        "layer_similarity": {"cpp", "torch"},
+        "qk_norm_rope": {"torch"},
+        "qk_norm_rope_bwd": {"torch"},
+        "ragged_attention": {"torch"},
+        "ragged_attention_bwd": {"torch"},
+        "ragged_decode": {"cpp", "torch"},
+    },
+    "cuda": {
+        "bridge_norm": {"cuda", "triton", "torch"},
+        "bridge_norm_bwd": {"triton", "torch"},
+        "layer_similarity": {"cuda", "triton", "torch"},
+        "qk_norm_rope": {"triton", "torch"},
+        "qk_norm_rope_bwd": {"triton", "torch"},
+        "ragged_attention": {"triton", "torch"},
+        "ragged_attention_bwd": {"triton", "torch"},
+        "ragged_decode": {"cuda", "triton", "torch"},
+    },
 }
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -202,6 +202,37 @@ def test_table_and_doctor_describe_this_machine() -> None:
     assert all(isinstance(value, str) for value in facts.values())
 
 
+def test_doctor_names_gpus_and_whether_their_order_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", ["Some GPU", "Other GPU"].__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (12, 1)].__getitem__)
+    monkeypatch.setattr(_order, "measured", lambda: {"Some GPU": {"toy": ["triton"]}})
+    facts = ops.doctor()
+    assert facts["devices"] == (
+        "Some GPU (compute capability 9.0), Other GPU (compute capability 12.1)"
+    )
+    assert facts["order"].startswith("measured on Some GPU, not measured on Other GPU")
+
+
+@pytest.mark.parametrize(
+    ("reason", "architectures", "says"),
+    [
+        (None, "sm_80, sm_90a", "built for sm_80, sm_90a"),
+        (None, None, "not built: nvcc was not found"),
+        ("it was not built", None, "not built: there is no compiled part"),
+    ],
+)
+def test_doctor_says_what_cuda_kernels_are_built_for(
+    monkeypatch: pytest.MonkeyPatch, reason: str | None, architectures: str | None, says: str
+) -> None:
+    monkeypatch.setattr(_extension, "why_not", lambda function=None: reason)
+    monkeypatch.setattr(_extension, "cuda_architectures", lambda: architectures)
+    assert ops.doctor()["cuda kernels"].startswith(says)
+
+
 def test_measured_orders_go_first_and_the_others_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     orders = {"Some GPU": {"toy": ["triton", "torch"]}}
     monkeypatch.setattr(_order, "measured", lambda: orders)

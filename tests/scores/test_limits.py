@@ -190,6 +190,8 @@ def test_samples_are_asked_their_first_question_alone_and_batched_by_length(
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.answers = kwargs["answers"]
 
+        for_model = classmethod(lambda cls, *args, **kwargs: cls(*args, **kwargs))
+
         def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
             seen.append(list(samples))
             length = max(len(turn.text) for sample in samples for turn in sample.turns)

@@ -81,6 +81,7 @@ def test_deepstack_cuts_that_cannot_be_stated_are_refused(
         (-2, (4, 5), -1),
         (-1, (2,), -1),
         (3, (0, 1), 1),
+        (3, (0, 1, 2), -4),
         ([2, -2], (1,), [1, -2]),
     ],
 )
@@ -123,6 +124,39 @@ def test_position_bias_of_t5_moves_to_the_first_kept_block(kit: Any) -> None:
     assert (text_config.num_layers, text_config.num_decoder_layers) == (4, 4)
     expected = _expected(kit, dense.vlm, dense.inputs, drop)
     assert kit.bit_equal(kit.outputs(student.model, dense.inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("layers", "drop", "stated"),
+    [
+        ((6, 6), {"text_encoder": (1, 4)}, 6),
+        ((8, 5), {"text": (3,)}, 7),
+        ((8, 5), {"vision": (2,)}, 8),
+        ((6, 7), {"text_encoder": (1,)}, None),
+    ],
+)
+def test_a_t5_decoder_deeper_than_its_encoder_generates_with_a_cache(
+    layers: tuple[int, int], drop: Any, stated: int | None, kit: Any, tmp_path: Any
+) -> None:
+    model = tiny.blip2_t5(text=layers[0], text_encoder=layers[1])
+    vlm = _vlm(model, "blip2_t5")
+    student = prune(vlm, kit.plan_of(vlm, drop))
+    assert getattr(student.model.config.text_config, "decoder_layers", None) == stated
+    student.model.save_pretrained(tmp_path)
+    reloaded = type(model).from_pretrained(tmp_path)
+    inputs = tiny.generation_inputs("blip2_t5", model)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 1}
+    with torch.no_grad():
+        plain = student.model.generate(**inputs, **settings, use_cache=False)
+        assert torch.equal(student.model.generate(**inputs, **settings), plain)
+        assert torch.equal(reloaded.generate(**inputs, **settings), plain)
+    # the key that was added counts the decoder too when it is cut again
+    again = prune(_vlm(reloaded, "blip2_t5"), kit.plan_of(student, {"text": (0,)}))
+    text_config = again.model.config.text_config
+    assert text_config.num_decoder_layers == student.towers["text"].num_layers - 1
+    assert getattr(text_config, "decoder_layers", text_config.num_decoder_layers) == (
+        text_config.num_decoder_layers
+    )
 
 
 def test_cross_attention_of_a_qformer_stays_periodic(kit: Any) -> None:
