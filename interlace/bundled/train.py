@@ -62,6 +62,9 @@ class Phase:
         questions: questions in one chat.
         list_fraction: share of the questions that ask to describe all objects of a colour, of a
             kind, or both.
+        lists_last: put such lists at the end of the chat, where their answers give away nothing.
+        hard_kinds: kinds of the other questions that need thought; one named twice is asked twice
+            as often.
     """
 
     steps: int
@@ -74,6 +77,8 @@ class Phase:
     caption_fraction: float = 0.5
     questions: int = 4
     list_fraction: float = 0.0
+    lists_last: bool = False
+    hard_kinds: tuple[str, ...] = HARD_KINDS
 
 
 PHASES = {
@@ -89,6 +94,18 @@ PHASES = {
         ),
         Phase(
             620, 48, 6e-4, warmup_steps=30, caption_fraction=0.15, questions=6, list_fraction=0.35
+        ),
+        # asked first, before any other answer has told what there is
+        Phase(
+            1400,
+            48,
+            6e-4,
+            warmup_steps=30,
+            caption_fraction=0.1,
+            questions=3,
+            list_fraction=0.25,
+            lists_last=True,
+            hard_kinds=(*HARD_KINDS, "count", "exist"),
         ),
     ),
     "clip": (Phase(1200, 192, 7e-4, warmup_steps=150),),
@@ -124,14 +141,16 @@ def _conversation(scene: Scene, rng: random.Random, phase: Phase, easy: bool) ->
     if rng.random() < phase.caption_fraction:
         pairs = [(CAPTION_PROMPT, rng.choice(scene.captions()))]
     else:
-        pairs = []
+        pairs, asked = [], 0
         for _ in range(phase.questions):
             if phase.list_fraction and rng.random() < phase.list_fraction:
                 pairs.append(_list(scene, rng))
+                asked += not phase.lists_last
                 continue
             hard = not easy and rng.random() < HARD_FRACTION
-            _, question, answer = ask(scene, rng, HARD_KINDS if hard else EASY_KINDS)
-            pairs.append((question, answer))
+            _, question, answer = ask(scene, rng, phase.hard_kinds if hard else EASY_KINDS)
+            pairs.insert(asked, (question, answer))
+            asked += 1
     turns: list[Turn] = []
     for question, answer in pairs:
         image = "" if turns else f"{IMAGE_PLACEHOLDER}\n"
