@@ -17,7 +17,7 @@ from interlace._records.base import (
 )
 from interlace._records.plan import Action, Plan, PruneRecord, TowerPlan
 from interlace._records.scores import Scores, TowerScores
-from interlace._records.shape import ModelShape, TowerShape
+from interlace._records.shape import ModelShape, SiteShape, TowerShape
 from interlace.errors import CheckpointError, unknown_name
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = [
     "PruneRecord",
     "Record",
     "Scores",
+    "SiteShape",
     "TowerPlan",
     "TowerScores",
     "TowerShape",

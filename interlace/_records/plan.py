@@ -25,6 +25,9 @@ class TowerPlan(Checked):
         freeze: anchors of the triplets, in selection order; kept and frozen.
         layer_scores: the score each layer was judged by; None where the rule has none.
         reasons: layer -> why it is dropped, tuned, frozen or protected, in words.
+        cut: place in a layer, such as "self_attn" or "mlp" -> kept layer -> the units taken out
+            there, ascending: query heads, or neurons. Units count in the model that is cut. A KV
+            head goes with the last of its query heads.
     """
 
     num_layers: int
@@ -33,8 +36,19 @@ class TowerPlan(Checked):
     freeze: tuple[int, ...] = ()
     layer_scores: tuple[float | None, ...] = ()
     reasons: dict[int, str] = field(default_factory=dict)
+    cut: dict[str, dict[int, tuple[int, ...]]] = field(default_factory=dict)
 
     def _check(self) -> None:
+        for site, layers in self.cut.items():
+            wrong = sorted({i for i in layers if i in self.drop or not 0 <= i < self.num_layers})
+            if wrong:
+                raise PlanError(f"Units of '{site}' are cut in the layers {wrong}, not kept ones.")
+            for layer, units in layers.items():
+                if list(units) != sorted({unit for unit in units if unit >= 0}):
+                    raise PlanError(
+                        f"The units cut from '{site}' of layer {layer} must be ascending numbers "
+                        "of at least 0, each once."
+                    )
         named = [*self.drop, *self.tune, *self.freeze]
         outside = sorted({each for each in named if not 0 <= each < self.num_layers})
         if outside:
@@ -81,6 +95,8 @@ class Plan(Record):
         model_name: name or path the model was opened by.
         shape: sizes of the original model, where known.
         settings: the other arguments of the choice (any JSON values).
+        standard: the result must load in plain transformers. Without it, widths that no config of
+            the family can state are allowed; only `open_model` loads the result then.
     """
 
     kind: ClassVar[str] = "plan"
@@ -91,6 +107,7 @@ class Plan(Record):
     model_name: str = ""
     shape: ModelShape | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    standard: bool = True
 
     def __getitem__(self, tower: str) -> TowerPlan:
         """Return one tower's plan."""
@@ -120,6 +137,9 @@ class PruneRecord(Record):
         parameters_before: parameters of the original model.
         parameters_after: parameters of the student.
         standard: the checkpoint loads in plain transformers.
+        widths: what the config of a checkpoint that is not standard cannot state: tower ->
+            original layer -> place in the layer -> query heads of every KV head, or the number of
+            neurons.
         notes: anything a user of the student should know.
     """
 
@@ -132,6 +152,7 @@ class PruneRecord(Record):
     parameters_before: int = 0
     parameters_after: int = 0
     standard: bool = True
+    widths: dict[str, dict[int, dict[str, tuple[int, ...]]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def _check(self) -> None:
@@ -139,6 +160,8 @@ class PruneRecord(Record):
             both = sorted(set(gone) & set(self.towers.get(name, ())))
             if both:
                 raise PlanError(f"Tower '{name}': the layers {both} are both kept and dropped.")
+        if self.standard and self.widths:
+            raise PlanError("A standard checkpoint has no widths beside its config.")
         for key, change in self.config_changes.items():
             if len(change) != 2:
                 raise PlanError(f"config_changes['{key}'] must be [before, after], got {change}.")

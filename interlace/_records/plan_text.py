@@ -28,6 +28,18 @@ def _table(tower: TowerPlan) -> list[str]:
     return lines
 
 
+def _cuts(tower: TowerPlan) -> list[str]:
+    """One line per place that loses units: how many, and in how many layers."""
+    lines = []
+    for site, layers in tower.cut.items():
+        counts = [len(units) for units in layers.values()]
+        span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}..{max(counts)}"
+        lines.append(
+            f"{site}: {span} units cut in each of {len(counts)} layers, {sum(counts)} in all"
+        )
+    return lines
+
+
 def _count(value: float, step: float, units: tuple[str, ...]) -> str:
     unit = 0
     while abs(value) >= step and unit < len(units) - 1:
@@ -51,8 +63,7 @@ def _saved(plan: Plan) -> str:
     before = plan.shape
     if before is None:
         return ""
-    known = {name: gone for name, gone in plan.dropped.items() if name in before.towers}
-    after = before.without(known)
+    after = before.after({n: tower for n, tower in plan.towers.items() if n in before.towers})
     width = before.bytes_per_parameter
     share = after.total_parameters / before.total_parameters if before.total_parameters else 1.0
     weights = [size(each.total_parameters * width) for each in (before, after)]
@@ -80,7 +91,7 @@ def plan_text(plan: Plan) -> str:
             f"{name}: {tower.num_layers} layers, drop {len(tower.drop)}, tune {len(tower.tune)}, "
             f"freeze {len(tower.freeze)}, {len(tower.kept)} left"
         )
-        blocks.append("\n".join([head, *_table(tower)]))
+        blocks.append("\n".join([head, *_cuts(tower), *_table(tower)]))
     width = max((len(name) for name in plan.towers), default=0)
     strips = [f"{name:<{width}}  |{strip(tower)}|" for name, tower in plan.towers.items()]
     blocks.append("\n".join([*strips, f"{'':<{width}}   {_LEGEND}"]))

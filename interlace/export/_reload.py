@@ -1,8 +1,9 @@
-"""Load checkpoints with transformers alone and write down what they compute.
+"""Load checkpoints in a fresh process and write down what they compute.
 
-Run as a script in a fresh process, with the path of a JSON list of requests; it imports nothing of
-this package. A request has the keys `folder`, `architecture`, `device`, `attention`, `threads`,
-`inputs` and `outputs` (safetensors files) and `report` (a JSON file to write).
+Run as a script, with the path of a JSON list of requests. It imports nothing of this package,
+except for checkpoints that are not standard, which only `open_model` loads. A request has the keys
+`folder`, `architecture`, `standard`, `device`, `attention`, `threads`, `inputs` and `outputs`
+(safetensors files) and `report` (a JSON file to write).
 """
 
 from __future__ import annotations
@@ -52,12 +53,19 @@ def answer(request: dict[str, Any]) -> None:
     import transformers
 
     torch.set_num_threads(request["threads"])
-    model, loading = getattr(transformers, request["architecture"]).from_pretrained(
-        request["folder"],
-        attn_implementation=request["attention"],
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    loading: dict[str, Any] = {}
+    model: Any
+    if request["standard"]:
+        model, loading = getattr(transformers, request["architecture"]).from_pretrained(
+            request["folder"],
+            attn_implementation=request["attention"],
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    else:
+        from interlace.models import open_model
+
+        model = open_model(request["folder"]).model
     model.to(request["device"]).eval().requires_grad_(False)
     inputs = {
         name: value.to(request["device"]) for name, value in load_file(request["inputs"]).items()

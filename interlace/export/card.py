@@ -73,6 +73,8 @@ def _front_matter(vlm: VLM) -> str:
     lines += ["tags:", "- interlace"]
     if vlm.record is not None and vlm.record.dropped:
         lines.append("- layer-pruning")
+    if not _standard(vlm):
+        lines.append("- width-pruning")
     return "\n".join([*lines, "---"])
 
 
@@ -86,6 +88,10 @@ def _title(vlm: VLM) -> str:
         for tower, gone in record.dropped.items()
     )
     return f"# {name}, pruned\n\n{name} without {counts}, made with INTERLACE."
+
+
+def _standard(vlm: VLM) -> bool:
+    return vlm.record is None or vlm.record.standard
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -115,11 +121,22 @@ def _layers(vlm: VLM, records: Sequence[Record]) -> str:
         "\n".join(["```text", *strips, "", _MARKS, "```"]),
         f"Parameters: {before:,} before, {after:,} now{share}.",
     ]
+    for tower, layers in record.widths.items():
+        text.append(_table((f"{tower} layer", "place", "heads or neurons"), _widths(layers)))
     if plans:
         rules = ", ".join(dict.fromkeys(f"`{plan.rule}`" for plan in plans))
         text.append(f"Chosen by the rule {rules}; `plan.json` holds the scores and reasons.")
     text += [f"- {note}" for note in record.notes]
     return "\n\n".join(text)
+
+
+def _widths(layers: Any) -> list[tuple[object, ...]]:
+    """One row per layer and place: how many query heads each KV head has, or the neurons."""
+    return [
+        (layer, place, "+".join(map(str, groups)))
+        for layer, places in layers.items()
+        for place, groups in places.items()
+    ]
 
 
 def _strip(tower: str, kept: Sequence[int], gone: Sequence[int], plans: Sequence[Plan]) -> str:
@@ -179,6 +196,16 @@ def _results(report: EvalReport) -> str:
 
 
 def _loading(vlm: VLM) -> str:
+    if not _standard(vlm):
+        code = ["import interlace as il", "", 'vlm = il.open_model(".")  # this folder']
+        return "\n\n".join(
+            (
+                "## Loading",
+                "NOT a standard checkpoint: layers differ in their heads or neurons, which plain "
+                "transformers cannot build. INTERLACE can; `interlace.json` states the widths.",
+                "\n".join(["```python", *code, "```"]),
+            )
+        )
     architecture = type(vlm.model).__name__
     code = [
         f"from transformers import AutoProcessor, {architecture}",
@@ -205,8 +232,8 @@ def _origin(records: Sequence[Record], verification: Verification | None) -> str
     lines = ["## How it was made"]
     if verification is not None:
         lines.append(
-            f"Reloaded in a fresh process by transformers {verification.transformers} alone: "
-            "largest difference of "
+            f"Reloaded in a fresh process by transformers {verification.transformers} "
+            f"{'alone' if verification.standard else 'and INTERLACE'}: largest difference of "
             f"any output value {verification.max_difference:.3g} (values up to "
             f"{verification.max_value:.3g}; towers "
             f"that took part: {', '.join(verification.towers)})."

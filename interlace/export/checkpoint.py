@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from interlace.export.card import model_card
 from interlace.export.verify import verify_checkpoint
 from interlace.models.checkpoint import MANIFEST
 from interlace.models.handle import check_vlm
+from interlace.models.widths import PER_LAYER, per_layer_settings
 from interlace.records import Plan, PruneRecord, Record
 
 if TYPE_CHECKING:
@@ -37,7 +39,10 @@ def export(
     verify: bool = True,
     inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write a model as a standard transformers checkpoint, with what is known about it.
+    """Write a model as a transformers checkpoint, with what is known about it.
+
+    The checkpoint is a standard one, unless the layers have widths that no config can state: then
+    its config says so (`per_layer_config`, where transformers knows it), and `open_model` loads it.
 
     The folder holds config, weights (safetensors), generation settings, the processor where there
     is one, `interlace.json` (the manifest of the cut), one JSON file per record and a model card.
@@ -49,7 +54,8 @@ def export(
         records: a record to put beside it, or several in any order; None entries are skipped. The
             plan of the student is added.
         overwrite: replace an existing folder, once the new one is complete.
-        verify: reload the folder in a fresh process with transformers alone and compare outputs.
+        verify: reload the folder in a fresh process, a standard one with transformers alone, and
+            compare outputs.
         inputs: forward inputs to compare on; default: synthetic ones.
 
     Returns:
@@ -161,6 +167,21 @@ def _save(vlm: VLM, folder: Path) -> None:
             f"transformers cannot save {type(vlm.model).__name__} ({type(error).__name__}: "
             f"{_first_line(error)}). Check the model's weights and its generation settings."
         ) from error
+    _note_widths(vlm, folder / "config.json")
+
+
+def _note_widths(vlm: VLM, path: Path) -> None:
+    """Add the widths of single layers to the config of a checkpoint that has such."""
+    settings = per_layer_settings(vlm)
+    if not settings:
+        return
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for place, layers in settings.items():
+        part = config
+        for key in filter(None, place.split(".")):
+            part = part[key]
+        part[PER_LAYER] = layers
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from interlace.errors import CheckpointError, ConfigError, FamilyError, ShapeError, unknown_name
 from interlace.models.discovery import has_cross_attention
+from interlace.models.sites import site_shapes
 from interlace.records import ModelShape, TowerShape
 
 if TYPE_CHECKING:
@@ -206,6 +207,16 @@ class VLM:
             sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
         return max(sizes, key=lambda dtype: sizes[dtype])
 
+    def widths(self) -> dict[str, dict[int, dict[str, tuple[int, ...]]]]:
+        """What the config cannot state: path of a tower -> position -> place -> its groups."""
+        stated = self.record.widths if self.record is not None else {}
+        return {
+            self.towers[name].path: {
+                self.towers[name].position(layer): sites for layer, sites in layers.items()
+            }
+            for name, layers in stated.items()
+        }
+
     def num_parameters(self) -> int:
         """Number of parameters; shared ones count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
@@ -313,4 +324,5 @@ def tower_shape(tower: Tower) -> TowerShape:
         ),
         causal=tower.causal,
         cross_attention=any(has_cross_attention(layer) for layer in tower.layers),
+        sites=site_shapes(tower.layers),
     )

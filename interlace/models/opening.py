@@ -13,11 +13,19 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
 from interlace.bundled import PREFIX, resolve
-from interlace.errors import BackendError, CheckpointError, ConfigError, FamilyError, unknown_name
+from interlace.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    FamilyError,
+    ShapeError,
+    unknown_name,
+)
 from interlace.models.checkpoint import check_folder, read_manifest
 from interlace.models.handle import VLM
 from interlace.models.processor import has_processor, load_processor
 from interlace.models.registry import FAMILIES, family_of, known_families, known_for
+from interlace.models.widths import config_without_widths, with_widths
 
 if TYPE_CHECKING:
     import os
@@ -44,6 +52,7 @@ _LOAD_FAILURES = (
     ImportError,
     AttributeError,
     StrictDataclassError,
+    ShapeError,
 )
 
 
@@ -77,10 +86,13 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _model_class(path: str, trust_remote_code: bool) -> Any:
-    """The class to build: the one the checkpoint names, else the one of its family."""
+def _model_class(path: str, trust_remote_code: bool, uneven: bool) -> tuple[Any, Any]:
+    """The class to build, the one the checkpoint names or that of its family, and the config."""
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if uneven:
+            config = config_without_widths(Path(path))
+        else:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except _LOAD_FAILURES as error:
         text = str(error)
         if "trust_remote_code" in text:
@@ -108,9 +120,9 @@ def _model_class(path: str, trust_remote_code: bool) -> Any:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             _check_fit(path, found, config)
-            return found
+            return found, config
     if trust_remote_code:
-        return transformers.AutoModelForImageTextToText
+        return transformers.AutoModelForImageTextToText, config
     expected = ", ".join(name for family in known or FAMILIES for name in family.architectures)
     raise FamilyError(
         f"{path}: its config names the class {', '.join(named) or '(none)'}, which transformers "
@@ -128,11 +140,16 @@ def _check_fit(path: str, model_class: Any, config: Any) -> None:
         )
 
 
-def _load(path: str, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
-    model_class = _model_class(path, trust_remote_code)
+def _load(
+    path: str, dtype: torch.dtype | None, trust_remote_code: bool, record: PruneRecord | None
+) -> PreTrainedModel:
+    uneven = record is not None and bool(record.widths)
+    model_class, config = _model_class(path, trust_remote_code, uneven)
+    built: Any = with_widths(model_class, record) if record is not None and uneven else model_class
     try:
-        model, report = model_class.from_pretrained(
+        model, report = built.from_pretrained(
             path,
+            **({"config": config} if uneven else {}),
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -144,6 +161,9 @@ def _load(path: str, dtype: torch.dtype | None, trust_remote_code: bool) -> PreT
         raise CheckpointError(
             f"{path}: the weights cannot be loaded: {_first_line(error)}"
         ) from error
+    if uneven:
+        # the widths are in the modules by now
+        model.__class__ = model_class
     wrong = sorted(report["mismatched_keys"])
     if wrong:
         key, stored, built = wrong[0]
@@ -177,7 +197,7 @@ def open_model(
     """Open a vision-language model.
 
     Weights are read from safetensors only. A folder that `export` wrote brings its manifest, from
-    which the layers keep their original numbers.
+    which the layers keep their original numbers, and those that have widths of their own get them.
 
     Args:
         model_or_path: a checkpoint folder, the name of a model on the Hugging Face hub,
@@ -221,7 +241,7 @@ def open_model(
                 f"{name} does not exist. Expected a checkpoint folder, or a hub name such as "
                 "'Qwen/Qwen3-VL-2B-Instruct'."
             )
-        model = _load(name, wanted_dtype, trust_remote_code)
+        model = _load(name, wanted_dtype, trust_remote_code, record)
         # only what a plan tunes is ever trained, and a student is frozen but for that
         model.requires_grad_(False)
         if processor is None and (not local or has_processor(folder)):

@@ -1,7 +1,8 @@
 """What a model costs to hold and to run, before and after a plan.
 
 Legend, per tower: P parameters of a layer, T tokens, H query heads, K key and value heads,
-d width of a head, S tokens of the other tower that cross-attention reads.
+d width of a head, S tokens of the other tower that cross-attention reads. P, H and K are those of
+each layer where the layers differ.
 
     prefill, one layer      2 P T + 4 H d A      A = T (T + 1) / 2 causal, T T otherwise
     one decode step         2 P + 4 H d (T + 1)  with T tokens in the cache
@@ -9,10 +10,9 @@ d width of a head, S tokens of the other tower that cross-attention reads.
     KV cache, one layer     2 K d T              values, and 2 K d S for cross-attention
 
 Two FLOPs per multiply-add. 2 P T counts every parameter of a layer once per token: exact for
-matrices up to norms and biases (under 0.1 %), an upper bound for mixtures of experts and for towers
-where only some layers have cross-attention. 4 H d counts the two products of attention, queries
-with keys and weights with values, for one pair of tokens. Embeddings and heads are left out: no
-plan changes them.
+matrices up to norms and biases (under 0.1 %), an upper bound for mixtures of experts. 4 H d counts
+the two products of attention, queries with keys and weights with values, for one pair of tokens.
+Embeddings and heads are left out: no plan changes them.
 
 Source: the term 2 P per token is that of Kaplan et al., "Scaling Laws for Neural Language Models"
 (arXiv 2001.08361), section 2.1.
@@ -89,19 +89,23 @@ def prefill_flops(shape: TowerShape, num_tokens: int, num_cross_tokens: int = 0)
     pairs = num_tokens * num_tokens
     if shape.causal:
         pairs = num_tokens * (num_tokens + 1) // 2
-    if shape.cross_attention:
-        pairs += num_tokens * num_cross_tokens
-    attention = 4 * shape.num_heads * shape.head_dim * pairs
-    return 2 * sum(shape.layer_parameters) * num_tokens + attention * shape.num_layers
+    attention = _attention_flops(shape, pairs, num_tokens * num_cross_tokens)
+    return 2 * sum(shape.layer_parameters) * num_tokens + attention
 
 
 def decode_flops(shape: TowerShape, num_tokens: int, num_cross_tokens: int = 0) -> int:
     """Return the FLOPs of a tower's layers for one token more; 0 for towers that do not decode."""
     if not shape.causal:
         return 0
-    seen = num_tokens + 1 + (num_cross_tokens if shape.cross_attention else 0)
-    attention = 4 * shape.num_heads * shape.head_dim * seen
-    return 2 * sum(shape.layer_parameters) + attention * shape.num_layers
+    attention = _attention_flops(shape, num_tokens + 1, num_cross_tokens)
+    return 2 * sum(shape.layer_parameters) + attention
+
+
+def _attention_flops(shape: TowerShape, pairs: int, cross_pairs: int) -> int:
+    """The two products of attention in all layers, for so many pairs of tokens in each."""
+    heads, _ = shape.total_heads(cross=False)
+    cross_heads, _ = shape.total_heads(cross=True)
+    return 4 * shape.head_dim * (heads * pairs + cross_heads * cross_pairs)
 
 
 def kv_cache_bytes(
@@ -110,8 +114,9 @@ def kv_cache_bytes(
     """Return the bytes of a tower's KV cache; 0 for towers that do not decode."""
     if not shape.causal:
         return 0
-    cached = num_tokens + (num_cross_tokens if shape.cross_attention else 0)
-    return shape.kv_values_per_token * cached * bytes_per_value
+    _, cross_heads = shape.total_heads(cross=True)
+    cross = 2 * cross_heads * shape.head_dim * num_cross_tokens
+    return (shape.kv_values_per_token * num_tokens + cross) * bytes_per_value
 
 
 def model_cost(
@@ -170,7 +175,7 @@ def plan_cost(
             "The plan does not know the sizes of the model. Plan with scores of a real model "
             "(score() records them), or give shape=... to Scores.from_similarity."
         )
-    smaller = plan.shape.without(plan.dropped)
+    smaller = plan.shape.after(plan.towers)
     shapes = (plan.shape, smaller)
     before, after = (model_cost(s, num_tokens, num_cross_tokens=num_cross_tokens) for s in shapes)
     return CostChange(before, after)

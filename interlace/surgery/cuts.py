@@ -93,7 +93,8 @@ def read_cut(vlm: VLM, name: str, plan: TowerPlan) -> Cut:
                 f"model's has {tower.num_layers}{since}. Score this model and plan again."
             )
         plan = _renumbered(plan, tower.original, depth)
-    gone = sorted({*plan.drop, *plan.tune, *plan.freeze} - set(tower.original))
+    narrowed = {layer for layers in plan.cut.values() for layer in layers}
+    gone = sorted({*plan.drop, *plan.tune, *plan.freeze, *narrowed} - set(tower.original))
     if gone:
         raise PlanError(
             f"The plan names layers {gone} of the {tower.name} tower, which an earlier cut "
@@ -116,6 +117,10 @@ def _renumbered(plan: TowerPlan, original: Sequence[int], depth: int) -> TowerPl
         freeze=tuple(original[i] for i in plan.freeze),
         layer_scores=tuple(scores),
         reasons={original[i]: reason for i, reason in plan.reasons.items()},
+        cut={
+            site: {original[i]: units for i, units in layers.items()}
+            for site, layers in plan.cut.items()
+        },
     )
 
 

@@ -1,4 +1,4 @@
-"""Depth pruning: the layers that a plan drops are taken out of any tower of a model.
+"""prune: the layers that a plan drops are taken out of any tower of a model, the others narrowed.
 
 Surgery is a transaction. It gives a student that has passed its own check, or raises; in both cases
 the model that came in was only read.
@@ -23,6 +23,7 @@ from interlace.surgery.cuts import (
     pinned_drops,
     read_cut,
 )
+from interlace.surgery.heads import check_widths, narrow_layers, state_widths, uneven_widths
 from interlace.surgery.shell import (
     build_shell,
     carried_over,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from interlace.models.attention import Widths
     from interlace.models.discovery import DepthSite
 
 # Layers from this number on have windows. `layer_types` supersedes it, but other engines read it.
@@ -43,7 +45,7 @@ _FIRST_WINDOW = "max_window_layers"
 
 
 def prune(vlm: VLM, plan: Plan, *, allow_pinned: bool = False) -> VLM:
-    """Make a student without the layers that a plan drops.
+    """Make a student without the layers, heads and neurons that a plan takes out.
 
     The student is a model of its own, built by transformers from its own config. Frozen parameters
     share their memory with `vlm`; the layers that the plan tunes have copies, and they alone have
@@ -54,6 +56,12 @@ def prune(vlm: VLM, plan: Plan, *, allow_pinned: bool = False) -> VLM:
     A student may be pruned again. Its layers keep their numbers in the first model, which a plan
     counts in; a plan made from scores of the student itself, whose towers are as deep as the
     student's, is translated.
+
+    Heads and neurons go with their rows and columns of every projection, biases and fused
+    projections included (`Plan` says which; `make_plan` chooses them). With a plan that demands a
+    standard checkpoint all layers of a tower must keep the same number of whole KV groups and of
+    neurons, and the family's config must be able to state them; otherwise the student is one that
+    only `open_model` loads (`student.record.standard` says which).
 
     Layers that other parts refer to by number (`vlm.towers[name].bound`) are refused; the other
     pinned ones, such as the last, are better kept but may go. With `allow_pinned` all can, and what
@@ -77,8 +85,9 @@ def prune(vlm: VLM, plan: Plan, *, allow_pinned: bool = False) -> VLM:
 
     Raises:
         PlanError: the plan is of another model, names unknown towers or layers, drops pinned layers
-            or leaves fewer than 2 layers; the model is not as transformers builds it (adapters,
-            quantised or fused modules); or stock transformers cannot express the result.
+            or leaves fewer than 2 layers, or a layer no heads; the model is not as transformers
+            builds it (adapters, quantised or fused modules); or stock transformers cannot express
+            the result although the plan demands it.
     """
     check_vlm(vlm, "model")
     fingerprint = vlm.fingerprint
@@ -88,8 +97,9 @@ def prune(vlm: VLM, plan: Plan, *, allow_pinned: bool = False) -> VLM:
         check_cut(cut, allow_pinned)
     depths = {name: tower.num_layers for name, tower in vlm.towers.items()}
     vlm.family.check_depths(depths | {name: len(cut.kept) for name, cut in cuts.items()})
+    check_widths(vlm, plan, cuts.values())
 
-    draft = build_shell(vlm.model, copy.deepcopy(vlm.model.config))
+    draft = build_shell(vlm.model, copy.deepcopy(vlm.model.config), vlm.widths())
     check_same_tree(
         draft,
         vlm.model,
@@ -100,8 +110,12 @@ def prune(vlm: VLM, plan: Plan, *, allow_pinned: bool = False) -> VLM:
     by_hand = carried_over(draft, vlm.model)
     fill(draft, vlm.model)
     changes = _apply(vlm, draft, [cut for cut in cuts.values() if cut.plan.drop], allow_pinned)
-    model = _finish(vlm.model, draft, list(cuts.values()), by_hand)
-    return _hand_over(vlm, plan, cuts, model, changes, fingerprint)
+    narrow_layers(draft, cuts.values())
+    widths = uneven_widths(vlm, plan, draft, cuts)
+    if plan.standard:
+        changes |= state_widths(vlm.family, draft, cuts.values())
+    model = _finish(vlm.model, draft, list(cuts.values()), by_hand, widths)
+    return _hand_over(vlm, plan, cuts, model, changes, fingerprint, widths)
 
 
 def _apply(
@@ -185,6 +199,7 @@ def _finish(
     draft: PreTrainedModel,
     cuts: Sequence[Cut],
     by_hand: Mapping[int, Mapping[str, Any]],
+    widths: Mapping[str, Widths],
 ) -> PreTrainedModel:
     """Build the student from the draft's config, check it against the draft and fill it.
 
@@ -192,8 +207,8 @@ def _finish(
         PlanError: transformers builds something else from the config than what is left of the
             model.
     """
-    student = build_shell(model, copy.deepcopy(draft.config))
-    check_same_tree(student, draft, "The config cannot state this cut; choose other layers.")
+    student = build_shell(model, copy.deepcopy(draft.config), widths)
+    check_same_tree(student, draft, "The config cannot state this cut; choose another one.")
     check_same_attributes(student, draft, _Moves(cuts))
     modules = dict(student.named_modules(remove_duplicate=False))
     for name, module in draft.named_modules(remove_duplicate=False):
@@ -201,7 +216,7 @@ def _finish(
             setattr(modules[name], key, value)
     tuned = tuple(f"{cut.tower.path}.{i}." for cut in cuts for i in cut.tuned)
     fill(student, draft, own=lambda name: name.startswith(tuned))
-    if not any(cut.plan.drop or cut.plan.tune for cut in cuts):
+    if not any(cut.plan.drop or cut.plan.tune or cut.plan.cut for cut in cuts):
         # torch picks matrix kernels by this flag, so a whole copy equals its source to the last
         # bit only with the same flags
         for name, parameter in student.named_parameters():
@@ -249,6 +264,7 @@ def _hand_over(
     model: PreTrainedModel,
     changes: Mapping[str, tuple[Any, Any]],
     fingerprint: str,
+    widths: Mapping[str, Widths],
 ) -> VLM:
     """Wrap the student with its plan and its manifest, which tells of all cuts since the first."""
     earlier = vlm.record
@@ -282,7 +298,15 @@ def _hand_over(
             if earlier is None
             else earlier.parameters_before,
             parameters_after=sum(parameter.numel() for parameter in model.parameters()),
-            standard=True,
+            standard=not widths,
+            widths={
+                name: {
+                    kept[name][i]: {site: tuple(groups) for site, groups in sites.items()}
+                    for i, sites in widths[tower.path].items()
+                }
+                for name, tower in vlm.towers.items()
+                if tower.path in widths
+            },
             notes=(*(earlier.notes if earlier is not None else ()), *notes),
             inputs={"model": fingerprint, "plan": plan.fingerprint},
             provenance=Provenance.collect(plan.seed),

@@ -15,15 +15,18 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from interlace.errors import PlanError
+from interlace.errors import PlanError, ShapeError
+from interlace.models.attention import set_widths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from interlace.models.attention import Widths
+
 # What building a model from a config that it does not support raises.
-_REFUSALS = (
+REFUSALS = (
     RuntimeError,
     ValueError,
     TypeError,
@@ -33,6 +36,7 @@ _REFUSALS = (
     AssertionError,
     ImportError,
     StrictDataclassError,
+    ShapeError,
 )
 _PLAIN = (bool, int, float, str, type(None))
 # Attributes that say nothing about what a module computes, or that are set from outside at run
@@ -50,24 +54,30 @@ _INDEX = ("layer_idx", "layer_num", "layer_index")
 _MAX_NAMED = 4
 
 
-def build_shell(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+def build_shell(
+    model: PreTrainedModel, config: PreTrainedConfig, widths: Mapping[str, Widths] | None = None
+) -> PreTrainedModel:
     """Build the class of `model` from a config, on the meta device: all modules, no weights.
 
     Args:
         model: gives the class.
         config: becomes the config of the result; not copied.
+        widths: path of a tower -> the widths of its layers that the config cannot state.
 
     Raises:
         PlanError: the class cannot be built from this config.
     """
     try:
         with torch.device("meta"):
-            return cast("PreTrainedModel", type(model)(config))
-    except _REFUSALS as error:
+            shell = cast("PreTrainedModel", type(model)(config))
+            for path, widths_of_tower in (widths or {}).items():
+                set_widths(cast("nn.ModuleList", shell.get_submodule(path)), widths_of_tower)
+            return shell
+    except REFUSALS as error:
         raise PlanError(
             f"{type(model).__name__} cannot be built from the config that this cut needs "
             f"({type(error).__name__}: {error}). A checkpoint of it could not be loaded either; "
-            "choose other layers."
+            "choose another cut."
         ) from error
 
 

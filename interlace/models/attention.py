@@ -1,0 +1,121 @@
+"""Attention in layers of other widths than a config can state, without kernels of our own.
+
+Legend: B batch, T queries, S keys, H query heads, K key and value heads, D size of a head.
+
+A module whose groups are of unequal size holds the KV head of each query head in `kv_map`. Keys and
+values are gathered by it and handed to transformers' SDPA attention, through its own interface.
+Modules without the map are served as by "sdpa".
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from interlace.errors import ShapeError, unknown_name
+from interlace.models.sites import KV_MAP, find_sites, resize
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+    from torch import nn
+
+    # position -> place in the layer -> query heads of every KV head, or the number of neurons
+    Widths = Mapping[int, Mapping[str, Sequence[int]]]
+
+NAME = "sdpa_kv_map"
+
+
+def mapped_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend with k[:, map] and v[:, map].
+
+    Args:
+        module: the attention module; `kv_map` holds the KV head of every query head.
+        query: [B, H, T, D].
+        key: [B, K, S, D].
+        value: [B, K, S, D].
+        args: as transformers' attention functions take them.
+        settings: likewise.
+
+    Returns:
+        [B, T, H, D], and None in place of the weights.
+    """
+    heads = getattr(module, KV_MAP, None)
+    if heads is not None:
+        key, value = key[:, list(heads)], value[:, list(heads)]
+    attended: tuple[torch.Tensor, None]
+    attended = sdpa_attention_forward(module, query, key, value, *args, **settings)
+    return attended
+
+
+class _CountedHeads:
+    """Takes the size of a head from the module, where BLIP divides its width by the heads."""
+
+    def forward(
+        self: Any, hidden_states: torch.Tensor, **unused: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend from every token of [B, T, width] to every other; the weights are not returned."""
+        batch, tokens = hidden_states.shape[:2]
+        mixed = self.qkv(hidden_states).view(batch, tokens, 3, self.num_heads, self.head_dim)
+        query, key, value = mixed.permute(2, 0, 3, 1, 4)
+        rate = getattr(self, "attention_dropout", None)
+        rate = self.dropout.p if rate is None else rate
+        attended = scaled_dot_product_attention(
+            query, key, value, dropout_p=rate if self.training else 0.0, scale=self.scale
+        )
+        return self.projection(attended.transpose(1, 2).flatten(2)), None
+
+
+@functools.cache
+def _counting(kind: Any) -> Any:
+    return type(f"Narrow{kind.__name__}", (_CountedHeads, kind), {"__module__": __name__})
+
+
+def adapt(layers: nn.ModuleList) -> None:
+    """Let the attentions of a tower compute with the widths that they have been given."""
+    for layer in layers:
+        for site in find_sites(layer).values():
+            module: Any = site.module
+            if site.kind == "ffn":
+                continue
+            if hasattr(module, KV_MAP):
+                AttentionInterface.register(NAME, mapped_attention)
+                AttentionMaskInterface.register(NAME, sdpa_mask)
+                module.config._attn_implementation = NAME
+            divides = type(module).__name__ in ("BlipAttention", "Blip2Attention")
+            kind: Any = type(module)
+            if divides and site.num_units * site.head_dim != module.embed_dim:
+                module.__class__ = _counting(kind)
+
+
+def set_widths(layers: nn.ModuleList, widths: Widths) -> None:
+    """Give layers the widths that their config cannot state; their projections are new and empty.
+
+    Args:
+        layers: as built from the config.
+        widths: of the places to change, by position.
+
+    Raises:
+        ShapeError: a layer lacks a place, or cannot have such a width.
+    """
+    for position, by_site in widths.items():
+        sites = find_sites(layers[position])
+        for name, groups in by_site.items():
+            if name not in sites:
+                raise ShapeError(unknown_name("place of the layer", name, sites))
+            if sites[name].groups != tuple(groups):
+                resize(sites[name], groups)
+    adapt(layers)

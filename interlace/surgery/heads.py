@@ -1,0 +1,212 @@
+"""Width surgery: query heads with their key and value heads, and neurons, taken out of layers.
+
+What is cut is a site of a layer (`interlace.models.sites`): the rows of the projections that feed
+its units, and the columns of the one that reads them. The kept units compute what they computed,
+to the bit; the output of the layer lacks the summands of the others.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from interlace.errors import PlanError, unknown_name
+from interlace.models.attention import adapt
+from interlace.models.sites import find_sites, narrow
+from interlace.surgery.shell import REFUSALS, build_shell, check_same_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from interlace.models.attention import Widths
+    from interlace.models.family import Changes, Family
+    from interlace.models.handle import VLM
+    from interlace.models.sites import Site
+    from interlace.records import Plan
+    from interlace.surgery.cuts import Cut
+
+# Config fields that count query heads and neurons, whatever the family calls them.
+_HEADS = ("num_attention_heads", "num_heads", "n_head", "decoder_attention_heads")
+_NEURONS = ("intermediate_size", "ffn_dim", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim")
+_ADVICE = (
+    "Plan it with standard=False (only interlace.open_model loads the result then), or cut neurons "
+    "and layers only."
+)
+
+
+def check_widths(vlm: VLM, plan: Plan, cuts: Iterable[Cut]) -> None:
+    """Check that the units that a plan takes out are there, and that some are left.
+
+    Raises:
+        PlanError: a layer lacks the place or the units, would lose all of them, or its heads
+            cannot be told apart from those of other layers.
+    """
+    for cut in cuts:
+        for name, layers in cut.plan.cut.items():
+            if plan.standard and vlm.record is not None and vlm.record.widths:
+                raise PlanError(
+                    f"{vlm.name} already has widths that its config cannot state, so a plan that "
+                    f"demands a standard checkpoint cannot be carried out. {_ADVICE}"
+                )
+            for layer, units in layers.items():
+                sites = find_sites(cut.tower.layers[cut.tower.position(layer)])
+                where = f"layer {layer} of the {cut.tower.name} tower"
+                if name not in sites:
+                    raise PlanError(
+                        f"In {where}: {unknown_name('place that can be narrowed', name, sites)}"
+                    )
+                _check_units(sites[name], units, where)
+
+
+def _check_units(site: Site, units: tuple[int, ...], where: str) -> None:
+    outside = [unit for unit in units if unit >= site.num_units]
+    if outside:
+        raise PlanError(
+            f"The plan cuts the units {outside[:4]} of '{site.name}' in {where}, which has "
+            f"{site.num_units}. Units count in the model that is cut; score it and plan again."
+        )
+    if len(units) == site.num_units:
+        raise PlanError(
+            f"The plan cuts all {site.num_units} units of '{site.name}' in {where}; at least one "
+            "must stay. Cut fewer, or drop the layer."
+        )
+    if units and site.biased:
+        raise PlanError(
+            f"Heads of {type(site.module).__name__} cannot be cut: all layers of the stack share "
+            "one relative position bias per head number, so heads of different layers are not "
+            "independent of each other. Cut neurons and layers of this tower."
+        )
+
+
+def narrow_layers(draft: nn.Module, cuts: Iterable[Cut]) -> None:
+    """Take the units out of the layers of a draft, whose towers are already cut in depth."""
+    for cut in cuts:
+        layers: Any = draft.get_submodule(cut.tower.path)
+        for name, by_layer in cut.plan.cut.items():
+            for layer, units in by_layer.items():
+                site = find_sites(layers[cut.original.index(layer)])[name]
+                gone = set(units)
+                if gone:
+                    narrow(site, [unit for unit in range(site.num_units) if unit not in gone])
+        if cut.plan.cut:
+            adapt(layers)
+
+
+def uneven_widths(
+    vlm: VLM, plan: Plan, draft: nn.Module, cuts: Mapping[str, Cut]
+) -> dict[str, Widths]:
+    """Return the widths of a draft that are not to be stated by its config.
+
+    Returns:
+        Path of a tower -> position -> place -> query heads of every KV head, or neurons. Empty for
+        a standard student.
+    """
+    widths: dict[str, Widths] = {}
+    earlier = vlm.widths()
+    for name, tower in vlm.towers.items():
+        own = set() if plan.standard or name not in cuts else set(cuts[name].plan.cut)
+        own |= {site for sites in earlier.get(tower.path, {}).values() for site in sites}
+        if own:
+            layers: Any = draft.get_submodule(tower.path)
+            widths[tower.path] = {
+                position: {n: site.groups for n, site in find_sites(layer).items() if n in own}
+                for position, layer in enumerate(layers)
+            }
+    return widths
+
+
+def state_widths(family: Family, draft: PreTrainedModel, cuts: Iterable[Cut]) -> Changes:
+    """Write the widths of a draft into its config, where all layers of a tower have the same.
+
+    Returns:
+        Dotted config key -> (before, after).
+
+    Raises:
+        PlanError: the layers differ, or the config has no place for it; says what to do.
+    """
+    changes: Changes = {}
+    stated: dict[str, str] = {}
+    try:
+        for cut in cuts:
+            for kind in dict.fromkeys(
+                site.kind for name, site in _whole(cut).items() if name in cut.plan.cut
+            ):
+                old, new = _uniform(draft, cut, kind)
+                place = next(
+                    s for s in family.depth_sites(draft, cut.tower.name) if ":" not in s.path
+                )
+                config: Any = place.config
+                stated[type(config).__name__] = _wording(old, new)
+                for key, value in _entries(config, old, new).items():
+                    path = place.path.removesuffix(place.key) + key
+                    changes[path] = (getattr(config, key, None), value)
+                    setattr(config, key, value)
+        if changes:
+            # a value that the running config takes may still be refused on loading
+            type(draft.config).from_dict(draft.config.to_dict())
+    except REFUSALS as error:
+        raise _refusal(stated, error) from error
+    if changes:
+        try:
+            trial = build_shell(draft, copy.deepcopy(draft.config))
+            check_same_tree(trial, draft, "Other parts follow from the same fields.")
+        except PlanError as error:
+            raise _refusal(stated, error) from error
+    return changes
+
+
+def _whole(cut: Cut) -> dict[str, Site]:
+    return find_sites(cut.tower.layers[0]) if cut.plan.cut else {}
+
+
+def _uniform(draft: nn.Module, cut: Cut, kind: str) -> tuple[Site, tuple[int, ...]]:
+    """Return a site before the cut, and the groups that all of its kind have after it.
+
+    Raises:
+        PlanError: they are not the same in all layers, or uneven.
+    """
+    layers: Any = draft.get_submodule(cut.tower.path)
+    groups = {
+        site.groups for layer in layers for site in find_sites(layer).values() if site.kind == kind
+    }
+    new = next(iter(groups))
+    if len(groups) > 1 or len(set(new)) > 1:
+        counts = sorted({sum(each) for each in groups})
+        raise PlanError(
+            f"The layers of the {cut.tower.name} tower would keep unequal numbers of "
+            f"{'heads' if kind == 'heads' else 'neurons'} ({counts}, or unequally many per KV "
+            f"head), which a standard checkpoint cannot state. {_ADVICE}"
+        )
+    return next(site for site in _whole(cut).values() if site.kind == kind), new
+
+
+def _refusal(stated: Mapping[str, str], error: Exception) -> PlanError:
+    told = " and ".join(f"{name} cannot state {width}" for name, width in stated.items())
+    return PlanError(f"{told}: {' '.join(str(error).split())} {_ADVICE}")
+
+
+def _wording(old: Site, new: tuple[int, ...]) -> str:
+    if old.kind == "ffn":
+        return f"{sum(new)} neurons"
+    return f"{sum(new)} heads of {old.head_dim} columns ({len(new)} KV heads)"
+
+
+def _entries(config: Any, old: Site, new: tuple[int, ...]) -> dict[str, Any]:
+    """Return the config fields that state a width, with their new values."""
+    stated = vars(config)
+    if old.kind == "heads":
+        made = {key: sum(new) for key in _HEADS if stated.get(key) == old.num_units}
+        if stated.get("num_key_value_heads") is not None:
+            made["num_key_value_heads"] = len(new)
+        # else transformers divides the width of the model by the heads
+        if stated.get("head_dim") is None and "d_kv" not in stated:
+            made["head_dim"] = old.head_dim
+        return made
+    made = {key: sum(new) for key in _NEURONS if stated.get(key) == old.num_units}
+    if not made and "mlp_ratio" in stated:
+        ratio = sum(new) / old.output.out_features
+        return {"mlp_ratio": int(ratio) if ratio.is_integer() else ratio}
+    return made
