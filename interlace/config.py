@@ -168,7 +168,7 @@ class PlanSettings(Settings):
 
     Attributes:
         drop_fraction: share of the layers to drop, 0..1, or one per tower. Default: 0.25, unless
-            `num_drop` is given.
+            `num_drop`, `heads` or `ffn` is given.
         num_drop: number of layers to drop, or one per tower, instead of a fraction.
         rule: name of the rule that chooses the layers.
         protect: layers never to drop, or a table of them per tower, or "auto": those that the
@@ -177,6 +177,12 @@ class PlanSettings(Settings):
         weights: metric -> weight, to judge layers by a mix of metrics.
         towers: towers to plan; default: the text tower where there is one, else all.
         group: token group of the similarity: "all", "text" or "vision".
+        heads: share of the query heads of the kept layers to cut, or one per tower.
+        ffn: share of the neurons of the kept layers to cut, or one per tower.
+        spread: "uniform" (the same in every layer, a standard checkpoint), "global" (by importance
+            over all layers) or "ragged" (single query heads).
+        width_metrics: "heads" or "ffn" -> the metric they are judged by.
+        standard: refuse what plain transformers could not load; default: with "uniform".
     """
 
     drop_fraction: float | dict[str, float] | None = None
@@ -187,11 +193,17 @@ class PlanSettings(Settings):
     weights: dict[str, float] | None = None
     towers: tuple[str, ...] | None = None
     group: str = "all"
+    heads: float | dict[str, float] | None = None
+    ffn: float | dict[str, float] | None = None
+    spread: Literal["uniform", "global", "ragged"] = "uniform"
+    width_metrics: dict[str, str] | None = None
+    standard: bool | None = None
 
     def _check_together(self) -> None:
         if self.drop_fraction is not None and self.num_drop is not None:
             raise ConfigError("Give either drop_fraction or num_drop in PlanSettings, not both.")
-        if self.drop_fraction is None and self.num_drop is None:
+        narrows = self.heads is not None or self.ffn is not None
+        if self.drop_fraction is None and self.num_drop is None and not narrows:
             object.__setattr__(self, "drop_fraction", DEFAULT_DROP_FRACTION)
         fractions, counts = self.drop_fraction, self.num_drop
         for value in fractions.values() if isinstance(fractions, dict) else [fractions]:

@@ -34,6 +34,8 @@ class TowerScores(Checked):
             that ends in h_L is not among them, as in the published code.
         tail: group -> pack p -> mean cosine of h_{L-p} and h_L; may be empty.
         metrics: other metrics by name, one value per layer.
+        importance: metric of heads or neurons -> place in the layer, such as "self_attn" -> layer
+            -> one value per query head or neuron; empty where a layer lacks the place.
         pinned: layers that the model's family must keep, with the reason.
         cross_attention_layers: the layers with cross-attention, where only some have it.
         num_samples: number of calibration samples behind the means.
@@ -45,6 +47,7 @@ class TowerScores(Checked):
     similarity: dict[str, dict[int, tuple[float, ...]]] = field(default_factory=dict)
     tail: dict[str, dict[int, float]] = field(default_factory=dict)
     metrics: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    importance: dict[str, dict[str, tuple[tuple[float, ...], ...]]] = field(default_factory=dict)
     pinned: dict[int, str] = field(default_factory=dict)
     cross_attention_layers: tuple[int, ...] | None = None
     num_samples: int = 0
@@ -65,6 +68,13 @@ class TowerScores(Checked):
                 raise ShapeError(
                     f"The metric '{name}' has {len(values)} values for {self.num_layers} layers."
                 )
+        for metric, sites in self.importance.items():
+            for site, layers in sites.items():
+                if len(layers) != self.num_layers:
+                    raise ShapeError(
+                        f"The metric '{metric}' of '{site}' has values for {len(layers)} of "
+                        f"{self.num_layers} layers."
+                    )
         named = [*self.pinned, *(self.cross_attention_layers or ())]
         outside = sorted({layer for layer in named if not 0 <= layer < self.num_layers})
         if outside:
@@ -221,6 +231,9 @@ def _tables(scores: TowerScores) -> dict[tuple[str, ...], tuple[float, ...]]:
         tables |= {("similarity", group, str(pack)): v for pack, v in packs.items()}
     for group, ends in scores.tail.items():
         tables |= {("tail", group, str(pack)): (value,) for pack, value in ends.items()}
+    for metric, sites in scores.importance.items():
+        for site, layers in sites.items():
+            tables |= {("importance", metric, site, str(i)): v for i, v in enumerate(layers)}
     return tables | {("metrics", name): values for name, values in scores.metrics.items()}
 
 
@@ -249,11 +262,16 @@ def _merge(name: str, one: TowerScores, other: TowerScores) -> TowerScores:
     similarity: dict[str, dict[int, tuple[float, ...]]] = {}
     tail: dict[str, dict[int, float]] = {}
     metrics: dict[str, tuple[float, ...]] = {}
+    importance: dict[str, dict[str, tuple[tuple[float, ...], ...]]] = {}
     for key, values in merged.items():
         if key[0] == "similarity":
             similarity.setdefault(key[1], {})[int(key[2])] = values
         elif key[0] == "tail":
             tail.setdefault(key[1], {})[int(key[2])] = values[0]
+        elif key[0] == "importance":
+            # layers come in order
+            layers = importance.setdefault(key[1], {}).get(key[2], ())
+            importance[key[1]][key[2]] = (*layers, values)
         else:
             metrics[key[1]] = values
     return dataclasses.replace(
@@ -261,6 +279,7 @@ def _merge(name: str, one: TowerScores, other: TowerScores) -> TowerScores:
         similarity=similarity,
         tail=tail,
         metrics=metrics,
+        importance=importance,
         num_samples=_join(one.num_samples, other.num_samples, bool(shared)),
         num_tokens=_join_dicts(one.num_tokens, other.num_tokens, bool(shared)),
         group_samples=_join_dicts(one.group_samples, other.group_samples, bool(shared)),
@@ -268,7 +287,7 @@ def _merge(name: str, one: TowerScores, other: TowerScores) -> TowerScores:
 
 
 def _weight(name: str, key: tuple[str, ...], scores: TowerScores) -> int:
-    group = key[1] if key[0] != "metrics" else ""
+    group = key[1] if key[0] in ("similarity", "tail") else ""
     weight = scores.group_samples.get(group, scores.num_samples)
     if weight < 1:
         raise ConfigError(

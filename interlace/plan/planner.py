@@ -12,6 +12,7 @@ from interlace.errors import ConfigError, PlanError, unknown_name
 from interlace.plan.protection import protected_layers, repair, resolve
 from interlace.plan.rules import USE_LAYER_SCORES, Problem, find_rule
 from interlace.plan.weights import combined_scores
+from interlace.plan.widths import add_cuts
 from interlace.records import Plan, Provenance, Scores, TowerPlan
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from interlace.plan.protection import Protect
     from interlace.plan.rules import Choice, Loss
+    from interlace.plan.widths import Fraction, Spread
 
 # A tower of one layer has no neighbour to train and nothing left to compare.
 MIN_LAYERS_LEFT = 2
@@ -107,6 +109,10 @@ def _how_many(
     return count
 
 
+def _per_tower(share: Fraction) -> dict[str, float]:
+    return dict(share) if isinstance(share, Mapping) else {}
+
+
 def _tower_plan(problem: Problem, choice: Choice) -> TowerPlan:
     table = choice.layer_scores
     if table is None:
@@ -140,8 +146,13 @@ def make_plan(
     towers: Sequence[str] | str | None = None,
     loss: Loss | None = None,
     group: str = "all",
+    heads: Fraction = None,
+    ffn: Fraction = None,
+    spread: Spread = "uniform",
+    width_metrics: Mapping[str, str] | None = None,
+    standard: bool | None = None,
 ) -> Plan:
-    """Choose the layers to drop, tune and freeze.
+    """Choose the layers to drop, tune and freeze, and what the others lose of their width.
 
     Args:
         scores: what was measured.
@@ -164,6 +175,17 @@ def make_plan(
         loss: callback (tower, dropped layers in selection order) -> loss of the model without
             them; for the rule `sleb`.
         group: token group of the similarity: "all" (published), "text" or "vision".
+        heads: share of the query heads of every kept layer to cut, 0..1, or a dict per tower. They
+            go in whole KV groups, rounded down.
+        ffn: share of the neurons of every kept layer to cut, likewise, in multiples of 8. With
+            `heads` or `ffn`, no layers need be dropped; the layers that lose something are then
+            the ones to tune.
+        spread: how the shares are spread over the layers: "uniform", the same in each; "global",
+            whichever groups and neurons of all layers matter least; "ragged", single query heads.
+        width_metrics: "heads" or "ffn" -> the metric to judge by, "random" for a draw. Default:
+            "head_taylor" where it was scored, else "head_norm", and "ffn_norm".
+        standard: refuse when pruning what plain transformers could not load. Default: with the
+            uniform spread.
 
     Returns:
         The plan; `print(plan)` shows it.
@@ -179,7 +201,8 @@ def make_plan(
             "Scores.load(path), or Scores.from_similarity(...)."
         )
     choose = find_rule(rule)
-    if (drop_fraction is None) == (num_drop is None):
+    narrowing = heads is not None or ffn is not None
+    if (drop_fraction is None) == (num_drop is None) and not (narrowing and num_drop is None):
         raise ConfigError(
             "Give either drop_fraction (such as 0.25) or num_drop (such as 9), and not both; got "
             f"drop_fraction={drop_fraction!r} and num_drop={num_drop!r}."
@@ -190,11 +213,16 @@ def make_plan(
             f"nothing. Leave weights out, or use one of {', '.join(sorted(USE_LAYER_SCORES))}."
         )
     amounts = drop_fraction if num_drop is None else num_drop
+    if amounts is None and towers is None and isinstance(heads or ffn, Mapping):
+        towers = [*{**_per_tower(heads), **_per_tower(ffn)}]
     names = _tower_names(scores, towers, amounts if isinstance(amounts, Mapping) else None)
     guards = resolve(protect, scores)
     planned: dict[str, TowerPlan] = {}
     for name in names:
         tower = scores[name]
+        if amounts is None:
+            planned[name] = TowerPlan(tower.num_layers)
+            continue
         protected, guarded = protected_layers(guards, scores, name)
         count = _how_many(drop_fraction, num_drop, name, tower.num_layers, protected)
         problem = Problem(
@@ -210,6 +238,16 @@ def make_plan(
         )
         choice = choose(problem)
         planned[name] = _tower_plan(problem, repair(problem, choice) if guarded else choice)
+    if narrowing:
+        planned = add_cuts(
+            planned,
+            scores,
+            heads=heads,
+            ffn=ffn,
+            spread=spread,
+            metrics=width_metrics or {},
+            seed=seed,
+        )
     inputs = {"scores": scores.fingerprint}
     inputs |= {key: scores.inputs[key] for key in ("model", "data") if key in scores.inputs}
     return Plan(
@@ -224,7 +262,12 @@ def make_plan(
             "protect": guards,
             "weights": weights,
             "group": group,
+            "heads": heads,
+            "ffn": ffn,
+            "spread": spread,
+            "width_metrics": width_metrics,
         },
+        standard=standard if standard is not None else not narrowing or spread == "uniform",
         inputs=inputs,
         provenance=Provenance.collect(seed),
     )

@@ -84,8 +84,9 @@ class Batches:
         batch_size: int,
         answers: bool,
         packed: bool,
+        labels: bool = False,
     ) -> None:
-        """Check the data and fix which sample goes into which batch.
+        """Check the data and fix which sample goes into which batch; with labels, for the loss.
 
         Raises:
             ConfigError: a batch size below 1, a model without processor, or no way to pack.
@@ -106,6 +107,7 @@ class Batches:
         self._items = items
         self._collate: Callable[[Sequence[Sample]], dict[str, Any]] | None = None
         self._packed = packed
+        self._strip = (lambda _, inputs: inputs) if labels else _without_labels
         self._answers = answers or _runs_on_answers(vlm)
         if packed:
             refuse_if_unpackable(vlm)
@@ -136,13 +138,13 @@ class Batches:
         ids = tuple(sample.id for sample in samples)
         images = tuple(sample.id for sample in samples for _ in sample.images)
         if not self._packed:
-            inputs = _without_labels(self._vlm, self._collate(samples))
+            inputs = self._strip(self._vlm, self._collate(samples))
             return Batch(number, ids, images, inputs)
         singles = tuple(_without_labels(self._vlm, self._collate([sample])) for sample in samples)
         return Batch(number, ids, images, pack(self._vlm, singles), singles)
 
     def _from_ready(self, number: int, ready: list[dict[str, Any]]) -> Batch:
-        ready = [_without_labels(self._vlm, inputs) for inputs in ready]
+        ready = [self._strip(self._vlm, inputs) for inputs in ready]
         counts = [_num_samples(inputs) for inputs in ready]
         if not self._packed:
             names = tuple(f"{number}[{row}]" for row in range(counts[0]))

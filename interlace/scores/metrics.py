@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 # Metric name -> "module:class". Adding a metric is adding its file and its line here.
 METRICS: dict[str, str] = {"similarity": "interlace.scores.similarity:Similarity"}
+# Metrics of single heads and neurons; see widths.py.
+WIDTH_METRICS: dict[str, str] = {
+    "head_norm": "interlace.scores.head_norm:HeadNorm",
+    "head_taylor": "interlace.scores.head_taylor:HeadTaylor",
+    "ffn_norm": "interlace.scores.ffn_norm:FfnNorm",
+}
 
 TEXT, VISION = 0, 1
 NUM_MODALITIES = 2
@@ -129,19 +135,22 @@ class Meter(ABC):
 
 
 def meter_classes(names: Sequence[str]) -> dict[str, type[Meter]]:
-    """Load the classes of the named metrics.
+    """Load the meters of the named metrics; those of single heads and neurons have none.
 
     Raises:
         ConfigError: an unknown metric, or none at all.
     """
+    known = (*METRICS, *WIDTH_METRICS)
     if isinstance(names, str):
         names = (names,)
     if not names:
-        raise ConfigError(f"No metric was asked for. Give some of {', '.join(METRICS)}.")
+        raise ConfigError(f"No metric was asked for. Give some of {', '.join(known)}.")
     classes: dict[str, type[Meter]] = {}
     for name in names:
-        if name not in METRICS:
-            raise ConfigError(unknown_name("metric", name, METRICS))
+        if name not in known:
+            raise ConfigError(unknown_name("metric", name, known))
+        if name in WIDTH_METRICS:
+            continue
         module, _, attribute = METRICS[name].partition(":")
         classes[name] = getattr(import_module(module), attribute)
     return classes

@@ -25,9 +25,10 @@ from interlace.errors import ConfigError, DataError, InterlaceError, unknown_nam
 from interlace.models.handle import check_vlm
 from interlace.records import Provenance, Scores, TowerScores
 from interlace.scores.batches import Batch, Batches
-from interlace.scores.metrics import Meter, meter_classes
+from interlace.scores.metrics import WIDTH_METRICS, Meter, meter_classes
 from interlace.scores.packing import check_packing
 from interlace.scores.tap import Tap
+from interlace.scores.widths import gauge_class, measure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -64,13 +65,16 @@ def score(
 ) -> Scores:
     """Measure every layer of a model in one forward pass over calibration data.
 
+    The metrics of single heads and neurons (`head_norm`, `ffn_norm`, `head_taylor`) take a pass of
+    their own each, the last one with answers and a backward pass.
+
     Under torch.distributed (torchrun) every process takes every n-th batch and all get the
     scores of the whole data, equal to those of one process up to the order of fp64 sums.
 
     Args:
         vlm: the model; it is left as it was.
         data: samples, or ready batches that the model's forward takes as keyword arguments.
-        metrics: names of metrics.
+        metrics: names of metrics; see `METRICS` and `WIDTH_METRICS`.
         packs: distances p >= 1 of the compared states h_i and h_{i+p}, or "all" for the full
             matrix. Of the default 1, 2, 3 those that a shallow tower has no room for are left
             out there; any other set has to fit every tower that is scored.
@@ -96,6 +100,8 @@ def score(
     """
     check_vlm(vlm, "model")
     classes = meter_classes(metrics)
+    wide = [name for name in dict.fromkeys(_listed(metrics)) if name in WIDTH_METRICS]
+    counts: dict[str, int] = {}
     chosen = _towers(vlm, towers)
     batches = Batches(vlm, data, batch_size=batch_size, answers=answers, packed=packed)
     watches = [_watch(tower, classes, packs) for tower in chosen]
@@ -104,8 +110,8 @@ def score(
             stack.enter_context(quiet())
         message = "it broke off"
         try:
-            mine = track(batches.part(rank, world), description=description)
-            _run(vlm, mine, watches)
+            if classes:
+                _run(vlm, track(batches.part(rank, world), description=description), watches)
             message = ""
         except InterlaceError as error:
             message = str(error)
@@ -115,12 +121,27 @@ def score(
         for watch in watches:
             for meter in watch.meters.values():
                 meter.load_totals(sum_over_processes(meter.totals()))
+        importance: dict[str, dict[str, Any]] = {tower.name: {} for tower in chosen}
+        for name in wide:
+            gradient = gauge_class(name).gradient
+            own = Batches(
+                *(vlm, data),
+                batch_size=batch_size,
+                answers=answers or gradient,
+                packed=False,
+                labels=gradient,
+            )
+            found = measure(vlm, chosen, name, own, (rank, world), f"{description}: {name}")
+            for tower_name, (values, count) in found.items():
+                importance[tower_name][name] = values
+                counts[tower_name] = count
+    made = {w.tower.name: _collect(w, importance[w.tower.name], counts) for w in watches}
     return Scores(
-        towers=_seen({w.tower.name: _collect(w) for w in watches}, named=towers is not None),
+        towers=_seen(made, named=towers is not None),
         shape=vlm.shape(),
         model_name=vlm.name,
         settings={
-            "metrics": list(classes),
+            "metrics": [*classes, *wide],
             "packs": packs if packs == "all" else list(packs),
             "batch_size": batch_size,
             "answers": answers,
@@ -129,6 +150,10 @@ def score(
         inputs={"model": vlm.fingerprint, **batches.fingerprints},
         provenance=Provenance.collect(seed=getattr(data, "seed", None)),
     )
+
+
+def _listed(names: Sequence[str]) -> Sequence[str]:
+    return (names,) if isinstance(names, str) else names
 
 
 def _towers(vlm: VLM, names: Sequence[str] | None) -> list[Tower]:
@@ -216,9 +241,11 @@ def _finish(watch: _Watch, batch: Batch) -> None:
         )
 
 
-def _collect(watch: _Watch) -> TowerScores:
+def _collect(
+    watch: _Watch, importance: Mapping[str, Any], counts: Mapping[str, int]
+) -> TowerScores:
     tower = watch.tower
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {"num_samples": counts.get(tower.name, 0), "importance": importance}
     for meter in watch.meters.values():
         for name, value in meter.results().items():
             both = isinstance(value, dict) and isinstance(fields.get(name), dict)

@@ -1,0 +1,202 @@
+"""Which heads and neurons go: a budget spent on the least important bundles of the kept layers.
+
+A bundle is what is cut as a whole: a KV head with its query heads, a single query head, or
+`FFN_MULTIPLE` neurons of a layer (matrix units want widths that are multiples of it).
+
+    uniform   every layer loses the same number of bundles, whole KV groups: a standard checkpoint
+    global    the least important bundles of all layers go, whole KV groups
+    ragged    the same with single query heads; a KV head goes with its last query head
+
+At least one bundle of every place stays.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from interlace.errors import ConfigError, PlanError, unknown_name
+from interlace.records import TowerPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from interlace.records import Scores, SiteShape, TowerScores
+
+Spread = Literal["uniform", "global", "ragged"]
+Fraction = float | Mapping[str, float] | None
+
+SPREADS = ("uniform", "global", "ragged")
+FFN_MULTIPLE = 8
+# The metrics of each kind, the first one that was scored is taken.
+_METRICS = {"heads": ("head_taylor", "head_norm"), "ffn": ("ffn_norm",)}
+_RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    importance: float
+    layer: int
+    units: tuple[int, ...]
+
+
+def add_cuts(
+    plans: Mapping[str, TowerPlan],
+    scores: Scores,
+    *,
+    heads: Fraction,
+    ffn: Fraction,
+    spread: str,
+    metrics: Mapping[str, str],
+    seed: int,
+) -> dict[str, TowerPlan]:
+    """Add to the plans of towers which heads and neurons their kept layers lose.
+
+    Args:
+        plans: tower -> plan of its layers.
+        scores: with the sizes of the model and the importance of its units.
+        heads: share of the query heads of the kept layers, or one per tower; None for none.
+        ffn: share of the neurons, likewise.
+        spread: one of `SPREADS`.
+        metrics: "heads" or "ffn" -> metric, "random" for a draw; default: what was scored.
+        seed: seed of the draw.
+
+    Returns:
+        Tower -> plan. A tower that drops no layers tunes all those that lose units.
+
+    Raises:
+        ConfigError: a fraction, a spread or a metric that cannot be used.
+        PlanError: nothing was scored, or the fraction is less than one bundle or all of them.
+    """
+    if spread not in SPREADS:
+        raise ConfigError(unknown_name("spread", spread, SPREADS))
+    for kind in metrics:
+        if kind not in _METRICS:
+            raise ConfigError(unknown_name("kind of width", kind, _METRICS))
+    made = dict(plans)
+    for kind, given in (("heads", heads), ("ffn", ffn)):
+        wanted = given if isinstance(given, Mapping) else dict.fromkeys(plans, given)
+        for tower, fraction in wanted.items():
+            if fraction is None:
+                continue
+            number: Any = fraction
+            real = isinstance(number, (int, float)) and not isinstance(number, bool)
+            if not (real and 0.0 < number < 1.0):
+                raise ConfigError(
+                    f"{kind} must be a share above 0 and below 1, got {fraction!r}. 0.25 cuts a "
+                    "quarter of them."
+                )
+            plan = made.get(tower) or TowerPlan(scores[tower].num_layers)
+            chooser = _Chooser(scores, tower, kind, spread, metrics.get(kind), seed)
+            cut = {**plan.cut, **chooser.choose(plan.kept, number)}
+            touched = {layer for layers in cut.values() for layer in layers}
+            tune = plan.tune if plan.drop else tuple(sorted(touched))
+            made[tower] = replace(plan, cut=cut, tune=tune)
+    return made
+
+
+class _Chooser:
+    """Chooses units of one kind in one tower."""
+
+    def __init__(
+        self, scores: Scores, tower: str, kind: str, spread: str, metric: str | None, seed: int
+    ) -> None:
+        if scores.shape is None or tower not in scores.shape.towers:
+            raise PlanError(
+                f"The scores do not know the sizes of the tower '{tower}', so nothing can be cut "
+                "from its layers. Score a real model with score()."
+            )
+        shapes = scores.shape.towers[tower].sites
+        self.sites = {name: site for name, site in shapes.items() if site.kind == kind}
+        if not self.sites:
+            raise PlanError(
+                f"No {kind} are known in the layers of the tower '{tower}': their projections are "
+                "of another make than those that can be cut."
+            )
+        self.tower, self.kind, self.spread, self.seed = tower, kind, spread, seed
+        self.metric = metric or self._scored(scores[tower])
+        self.importance = scores[tower].importance.get(self.metric, {})
+        if self.metric != _RANDOM and not self.importance:
+            raise PlanError(
+                unknown_name(
+                    f"metric of {kind} scored in the tower '{tower}'",
+                    self.metric,
+                    [*scores[tower].importance, _RANDOM],
+                )
+            )
+
+    def _scored(self, scores: TowerScores) -> str:
+        for metric in _METRICS[self.kind]:
+            if metric in scores.importance:
+                return metric
+        raise PlanError(
+            f"The importance of {self.kind} of the tower '{self.tower}' was not scored. Score "
+            f"with metrics=(..., '{_METRICS[self.kind][-1]}'), or choose 'random'."
+        )
+
+    def choose(self, kept: Sequence[int], fraction: float) -> dict[str, dict[int, tuple[int, ...]]]:
+        """Return site -> layer -> units that go, ascending."""
+        cut = {}
+        for name, site in self.sites.items():
+            layers = [layer for layer in kept if site.groups[layer]]
+            bundles = {layer: self._bundles(name, site, layer) for layer in layers}
+            chosen: list[_Bundle] = []
+            if self.spread == "uniform":
+                for layer, own in bundles.items():
+                    chosen += own[: self._count(len(own), fraction, f"each layer ({layer})")]
+            else:
+                total = sum(len(own) for own in bundles.values())
+                free = sorted(
+                    (each for own in bundles.values() for each in own[:-1]),
+                    key=lambda each: (each.importance, each.layer),
+                )
+                chosen = free[: self._count(total, fraction, "all layers")]
+            by_layer: dict[int, list[int]] = {}
+            for each in chosen:
+                by_layer.setdefault(each.layer, []).extend(each.units)
+            cut[name] = {layer: tuple(sorted(by_layer[layer])) for layer in sorted(by_layer)}
+        return cut
+
+    def _count(self, num_bundles: int, fraction: float, where: str) -> int:
+        count = int(num_bundles * fraction)
+        what = f"bundles of {FFN_MULTIPLE} neurons" if self.kind == "ffn" else "KV groups"
+        what = "query heads" if self.kind == "heads" and self.spread == "ragged" else what
+        if count == 0:
+            raise PlanError(
+                f"{self.kind}={fraction:g} of the {num_bundles} {what} in {where} of the tower "
+                f"'{self.tower}' is less than one. The smallest share is {1 / num_bundles:.4g}; a "
+                "global spread has more to choose from."
+            )
+        return count
+
+    def _bundles(self, name: str, site: SiteShape, layer: int) -> list[_Bundle]:
+        """Return the bundles of a layer, the least important first."""
+        values = self._values(name, site, layer)
+        if self.kind == "ffn":
+            order = sorted(range(len(values)), key=lambda unit: (values[unit], unit))
+            whole = [tuple(order[i : i + FFN_MULTIPLE]) for i in range(0, len(order), FFN_MULTIPLE)]
+        elif self.spread == "ragged":
+            whole = [(unit,) for unit in range(len(values))]
+        else:
+            kv_of = site.kv_of(layer)
+            whole = [
+                tuple(unit for unit, kv in enumerate(kv_of) if kv == group)
+                for group in range(len(site.groups[layer]))
+            ]
+        bundles = [_Bundle(sum(values[unit] for unit in units), layer, units) for units in whole]
+        return sorted(bundles, key=lambda each: (each.importance, each.units))
+
+    def _values(self, name: str, site: SiteShape, layer: int) -> Sequence[float]:
+        count = site.num_units(layer)
+        if self.metric == _RANDOM:
+            draw = random.Random(f"{self.seed} {self.tower} {name} {layer}")
+            return [draw.random() for _ in range(count)]
+        values = self.importance.get(name, ())
+        if len(values) <= layer or len(values[layer]) != count:
+            raise PlanError(
+                f"The metric '{self.metric}' has no value for each of the {count} units of "
+                f"'{name}' in layer {layer} of the tower '{self.tower}'. Score again."
+            )
+        return values[layer]

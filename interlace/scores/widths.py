@@ -1,0 +1,247 @@
+"""Importance of heads and neurons: a pass over the data that watches what output projections read.
+
+Legend: N tokens of a run, C input columns of an output projection, U its units (heads or neurons),
+S samples of a run.
+
+A metric of this kind is one file beside this one with a subclass of `Gauge`, named in
+`WIDTH_METRICS`. It turns the columns that a projection reads into a value per token and unit;
+values are averaged over the tokens of a sample first, over samples then. Padding does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from interlace._progress import track
+from interlace._torch_utils import inference, sum_over_processes, to_device, without_cache
+from interlace.errors import DataError, ShapeError
+from interlace.models.sites import find_sites
+from interlace.scores.metrics import WIDTH_METRICS
+from interlace.scores.tap import _given
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from interlace.models.handle import VLM, Tower
+    from interlace.models.sites import Site
+    from interlace.scores.batches import Batch, Batches
+    from interlace.scores.metrics import Units
+
+# Digits that are kept of a value; neurons are many, and ranks need no more.
+_DIGITS = 6
+
+Importance = dict[str, tuple[tuple[float, ...], ...]]
+
+
+class Gauge(ABC):
+    """Measures the units of one site of one layer.
+
+    Attributes:
+        kind: "heads" or "ffn", the sites it is for.
+        gradient: it needs the gradient of the loss, so answers are fed and a backward pass is run.
+    """
+
+    kind: ClassVar[str]
+    gradient: ClassVar[bool] = False
+
+    def __init__(self, site: Site) -> None:
+        """Make an empty gauge."""
+        self.site = site
+        self.total = torch.zeros(site.num_units, dtype=torch.float64)
+
+    @abstractmethod
+    def read(self, columns: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
+        """Look at what the projection reads.
+
+        Args:
+            columns: [N, C].
+            residual: norm of the hidden state of every token at the input of the layer, [N] fp32.
+
+        Returns:
+            [N, U], or None where the value is known only after the backward pass.
+        """
+
+    def add(self, values: torch.Tensor, units: Units) -> None:
+        """Add the means over the tokens of every sample, of values [N, U]."""
+        sums, counts = _per_sample(values, units)
+        self.total += (sums / counts.clamp_min(1)[:, None]).sum(0)
+
+
+def _per_sample(values: torch.Tensor, units: Units) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sums of [N, U] over the tokens of every sample, [S, U] fp64, and their counts."""
+    own = units.unit.to(values.device)
+    if len(own) != len(values):
+        raise ShapeError(
+            f"A projection reads {len(values)} tokens, but its layer was given {len(own)}; the "
+            "importance of its units cannot be told per sample."
+        )
+    own = own.masked_fill(own < 0, units.num_units)
+    shape = (units.num_units + 1, values.shape[1])
+    wide = torch.zeros(shape, dtype=torch.float64, device=values.device)
+    wide.index_add_(0, own, values.double())
+    counts = torch.bincount(own, minlength=units.num_units + 1).double()
+    return wide[:-1].cpu(), counts[:-1].cpu()
+
+
+class _Watch:
+    """One tower with the gauges of one metric; hooks are set inside a `with` block."""
+
+    def __init__(self, tower: Tower, kind: type[Gauge]) -> None:
+        self.tower = tower
+        self.gauges: dict[tuple[str, int], Gauge] = {
+            (name, position): kind(site)
+            for position, layer in enumerate(tower.layers)
+            for name, site in find_sites(layer).items()
+            if site.kind == kind.kind
+        }
+        self.samples = 0
+        self.units: Units | None = None
+        self.describe: Callable[[torch.Tensor], Units] | None = None
+        self.residual = torch.empty(0)
+        # factors of 1 before every projection in this batch, one per token and unit
+        self.gates: list[tuple[Gauge, Units, torch.Tensor]] = []
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for position, layer in enumerate(self.tower.layers):
+                hook: Any = self._before(position)
+                handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            for gauge in self.gauges.values():
+                reading: Any = self._reading(gauge)
+                stack.callback(gauge.site.output.register_forward_pre_hook(reading).remove)
+            yield
+
+    def _before(self, position: int) -> Callable[..., None]:
+        def hook(_: Any, args: Any, kwargs: Any) -> None:
+            hidden = _given(args, kwargs, self.tower.name, position)
+            if position == 0 and self.describe is not None:
+                self.units = self.describe(hidden)
+                self.samples += len(set(self.units.unit.tolist()) - {-1})
+            flat = hidden.detach().reshape(-1, hidden.shape[-1]).float()
+            self.residual = flat.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+        return hook
+
+    def _reading(self, gauge: Gauge) -> Callable[..., Any]:
+        def hook(_: Any, args: Any) -> Any:
+            columns, units = args[0], self.units
+            if units is None:
+                return None
+            if gauge.gradient:
+                shape = (*columns.shape[:-1], gauge.site.num_units)
+                gate = columns.new_ones(shape).requires_grad_()
+                self.gates.append((gauge, units, gate))
+                parts = columns.unflatten(-1, (gauge.site.num_units, gauge.site.head_dim))
+                return ((parts * gate[..., None]).flatten(-2),)
+            flat = columns.detach().reshape(-1, columns.shape[-1])
+            values = gauge.read(flat, self.residual.to(flat.device))
+            if values is not None:
+                gauge.add(values, units)
+            return None
+
+        return hook
+
+    def results(self) -> Importance:
+        names = dict.fromkeys(name for name, _ in self.gauges)
+        made: Importance = {}
+        for name in names:
+            rows = [self.gauges.get((name, i)) for i in range(self.tower.num_layers)]
+            made[name] = tuple(
+                tuple(float(f"{value:.{_DIGITS}g}") for value in (g.total / self.samples).tolist())
+                if g is not None
+                else ()
+                for g in rows
+            )
+        return made
+
+
+def measure(
+    vlm: VLM,
+    towers: Sequence[Tower],
+    name: str,
+    batches: Batches,
+    place: tuple[int, int],
+    description: str,
+) -> dict[str, tuple[Importance, int]]:
+    """Run the data once and measure one metric.
+
+    Args:
+        vlm: the model; left as it was.
+        towers: the towers to watch.
+        name: one of `WIDTH_METRICS`.
+        batches: the data, with answers where the metric needs the loss.
+        place: number of this process and how many there are.
+        description: what the progress bar is called.
+
+    Returns:
+        Tower -> site -> layer -> a value per unit, and the number of samples; towers that did not
+        run are left out.
+
+    Raises:
+        DataError: the loss or a value is not finite, or there is no loss.
+    """
+    kind = gauge_class(name)
+    watches = [watch for tower in towers if (watch := _Watch(tower, kind)).gauges]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(inference(vlm.model))
+        stack.enter_context(without_cache(vlm.model))
+        stack.enter_context(torch.set_grad_enabled(kind.gradient))
+        for watch in watches:
+            stack.enter_context(watch.hooked())
+        for batch in track(batches.part(*place), description=description):
+            _run(vlm, batch, watches, gradient=kind.gradient)
+    made = {}
+    for watch in watches:
+        samples = torch.tensor([float(watch.samples)], dtype=torch.float64)
+        watch.samples = int(sum_over_processes(samples))
+        for gauge in watch.gauges.values():
+            gauge.total = sum_over_processes(gauge.total)
+            if not bool(gauge.total.isfinite().all()):
+                raise DataError(
+                    f"The metric '{name}' is not finite in the tower '{watch.tower.name}'. Open "
+                    "the model in another dtype, or leave out the samples it fails on."
+                )
+        if watch.samples:
+            made[watch.tower.name] = (watch.results(), watch.samples)
+    return made
+
+
+def _run(vlm: VLM, batch: Batch, watches: Sequence[_Watch], *, gradient: bool) -> None:
+    inputs = to_device(batch.inputs, vlm.device, vlm.dtype)
+    if gradient and vlm.family.objective == "contrastive":
+        inputs["return_loss"] = True
+    for watch in watches:
+        watch.units = None
+        watch.gates.clear()
+        watch.describe = partial(batch.units, vlm, watch.tower)
+    output = vlm.model(**inputs)
+    if not gradient:
+        return
+    loss = output.loss
+    if loss is None:
+        raise DataError(
+            "The model gives no loss on this data, so no gradient can be taken. Give samples with "
+            "answers, or batches with labels."
+        )
+    gates = [entry for watch in watches for entry in watch.gates]
+    # the loss is a mean over the samples of the batch, the importance one over all samples
+    found = torch.autograd.grad(loss * len(batch.ids), [e[2] for e in gates], allow_unused=True)
+    for (gauge, units, _), slope in zip(gates, found, strict=True):
+        if slope is not None:
+            flat = slope.reshape(-1, slope.shape[-1])
+            gauge.total += _per_sample(flat, units)[0].abs().sum(0)
+
+
+def gauge_class(name: str) -> type[Gauge]:
+    """Load the class of a width metric."""
+    module, _, attribute = WIDTH_METRICS[name].partition(":")
+    kind: type[Gauge] = getattr(import_module(module), attribute)
+    return kind

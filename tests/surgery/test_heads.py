@@ -1,0 +1,242 @@
+"""Width surgery on every family: units are gone, the others compute what they did."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from tiny import GENERATIVE, TINY, generation_inputs, qwen3_vl, tiny_inputs
+from transformers import AttentionInterface
+
+from interlace.errors import CheckpointError, PlanError
+from interlace.export import export
+from interlace.models import VLM, family_of, open_model
+from interlace.models.attention import NAME
+from interlace.models.sites import find_sites
+from interlace.records import Plan, TowerPlan
+from interlace.surgery import prune
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# what a stock config can state: heads beside a head_dim of its own, neurons that nothing shares
+STANDARD_HEADS = ("qwen3_vl", "llava", "llava_next", "llava_onevision")
+SHARED_NEURONS = {
+    ("siglip", "vision"),
+    ("siglip2", "vision"),
+    ("blip_vqa", "text"),
+    ("blip_vqa", "text_encoder"),
+    ("blip2_t5", "text"),
+    ("blip2_t5", "text_encoder"),
+    ("qwen2_vl", "vision"),
+}
+
+
+def cuts(vlm: VLM, tower: str, kind: str, *, even: bool) -> dict[str, dict[int, tuple[int, ...]]]:
+    """One KV group, or 16 neurons, of every layer; uneven: other numbers in every second one."""
+    cut: dict[str, dict[int, tuple[int, ...]]] = {}
+    for name, site in vlm.shape().towers[tower].sites.items():
+        if site.kind != kind:
+            continue
+        cut[name] = {}
+        for layer, groups in enumerate(site.groups):
+            if not groups:
+                continue
+            group = tuple(u for u, kv in enumerate(site.kv_of(layer)) if kv == layer % 2)
+            neurons = tuple(range(layer, layer + 16 + (0 if even else layer % 2)))
+            odd = not even and layer % 2 == 1
+            heads = (1,) if odd and len(group) > 1 else (0, 2) if odd else group
+            cut[name][layer] = heads if kind == "heads" else neurons
+    return cut
+
+
+@contextmanager
+def silenced(vlm: VLM, tower: str, cut: Any) -> Iterator[None]:
+    """Zero what the units give to their output projection."""
+    with ExitStack() as stack:
+        for name, layers in cut.items():
+            for layer, units in layers.items():
+                site = find_sites(vlm.towers[tower].layers[layer])[name]
+                columns = [u * site.head_dim + i for u in units for i in range(site.head_dim)]
+
+                def hook(_: Any, args: Any, columns: Any = columns) -> Any:
+                    kept = args[0].clone()
+                    kept[..., columns] = 0
+                    return (kept,)
+
+                stack.callback(site.output.register_forward_pre_hook(hook).remove)
+        yield
+
+
+def close(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["heads", "ffn"])
+@pytest.mark.parametrize("even", [True, False])
+def test_what_is_left_equals_the_model_with_silenced_units(
+    dense: Any, kit: Any, kind: str, even: bool
+) -> None:
+    vlm, name = dense.vlm, dense.vlm.name
+    for tower in vlm.towers:
+        cut = cuts(vlm, tower, kind, even=even)
+        plan = Plan({tower: TowerPlan(vlm.towers[tower].num_layers, cut=cut)}, standard=even)
+        biased = name == "blip2_t5" and tower != "vision" and tower != "qformer"
+        states = tower == "text" and name in STANDARD_HEADS
+        states = states if kind == "heads" else (name, tower) not in SHARED_NEURONS
+        if (kind == "heads" and biased) or (even and not states):
+            words = "relative position bias" if kind == "heads" and biased else "cannot state"
+            with pytest.raises(PlanError, match=words):
+                prune(vlm, plan)
+            continue
+        student = prune(vlm, plan)
+        with silenced(vlm, tower, cut):
+            expected = kit.outputs(vlm.model, dense.inputs)
+        assert not kit.bit_equal(expected, dense.outputs)
+        close(kit.outputs(student.model, dense.inputs), expected)
+        assert student.record.standard == even
+        assert bool(student.record.widths) == (not even)
+        assert bool(student.record.config_changes) == even
+        assert student.num_parameters() == vlm.shape().after(plan.towers).total_parameters
+        assert student.shape() == vlm.shape().after(plan.towers) or even
+    assert vlm.fingerprint == dense.fingerprint
+    assert kit.bit_equal(kit.outputs(vlm.model, dense.inputs), dense.outputs)
+
+
+def uneven(vlm: VLM) -> Plan:
+    """Layer 1 dropped where it may go, the others narrowed in heads and neurons, layer 2 tuned."""
+    towers = {}
+    for name, tower in vlm.towers.items():
+        free = tower.cross_attention_layers is None and 1 not in tower.pinned
+        drop = (1,) if free else ()
+        biased = "T5" in type(tower.layers[0]).__name__
+        cut = cuts(vlm, name, "ffn", even=False)
+        cut |= {} if biased else cuts(vlm, name, "heads", even=False)
+        kept = {
+            site: {layer: units for layer, units in layers.items() if layer not in drop}
+            for site, layers in cut.items()
+        }
+        towers[name] = TowerPlan(tower.num_layers, drop=drop, tune=(2,), cut=kept)
+    return Plan(towers, standard=False)
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_uneven_widths_reload_bit_equal_and_decode_with_a_cache(
+    name: str, kit: Any, tmp_path: Path
+) -> None:
+    dense = kit.opened(name)
+    student = prune(dense.vlm, uneven(dense.vlm))
+    tuned = [p for p in student.model.parameters() if p.requires_grad]
+    prefixes = tuple(f"{t.path}.{t.position(2)}." for t in student.towers.values())
+    for key, parameter in student.model.named_parameters():
+        assert parameter.requires_grad == key.startswith(prefixes), key
+    assert tuned
+    folder = export(student, tmp_path / "out", verify=False)
+    again = open_model(folder)
+    assert type(again.model) is type(student.model)
+    outputs = kit.outputs(student.model, dense.inputs)
+    assert kit.bit_equal(kit.outputs(again.model, dense.inputs), outputs)
+    assert again.fingerprint == student.fingerprint
+    assert again.record == student.record
+    assert again.shape() == student.shape()
+    if name not in GENERATIVE:
+        return
+    inputs = generation_inputs(name, dense.vlm.model)
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 1}
+    with torch.no_grad():
+        cached = again.model.generate(**inputs, **settings, use_cache=True)
+        plain = again.model.generate(**inputs, **settings, use_cache=False)
+    assert torch.equal(cached, plain)
+
+
+def test_an_uneven_checkpoint_is_verified_and_names_itself(kit: Any, tmp_path: Path) -> None:
+    dense = kit.opened("qwen3_vl")
+    student = prune(dense.vlm, uneven(dense.vlm))
+    folder = export(student, tmp_path / "out")
+    card = (folder / "README.md").read_text()
+    assert "NOT a standard checkpoint" in card
+    assert "largest difference of any output value 0 " in card
+    assert "per_layer_config" in (folder / "config.json").read_text()
+    # plain transformers must not load it as if it were whole
+    with pytest.raises(Exception, match="per-layer attribute"):
+        type(student.model).from_pretrained(folder)
+    (folder / "interlace.json").unlink()
+    with pytest.raises(CheckpointError):
+        open_model(folder)
+
+
+def test_a_uniform_student_is_a_stock_checkpoint(kit: Any, tmp_path: Path) -> None:
+    dense = kit.opened("qwen3_vl")
+    cut = cuts(dense.vlm, "text", "heads", even=True) | cuts(dense.vlm, "text", "ffn", even=True)
+    cut = {
+        site: {layer: units for layer, units in layers.items() if layer != 4}
+        for site, layers in cut.items()
+    }
+    plan = Plan({"text": TowerPlan(8, drop=(4,), tune=(5,), cut=cut)})
+    student = prune(dense.vlm, plan)
+    changes = student.record.config_changes
+    assert changes["text_config.num_key_value_heads"] == [2, 1]
+    assert changes["text_config.num_attention_heads"] == [4, 2]
+    assert changes["text_config.intermediate_size"] == [48, 32]
+    # the export proves it in a fresh process with transformers alone
+    export(student, tmp_path / "out")
+    once_more = prune(student, Plan({"text": TowerPlan(8, drop=(5,))}))
+    assert once_more.record.config_changes["text_config.num_attention_heads"] == [4, 2]
+
+
+def test_ragged_heads_equal_attention_with_mapped_keys(kit: Any) -> None:
+    dense = kit.opened("qwen3_vl")
+    plan = Plan({"text": TowerPlan(8, cut={"self_attn": {3: (1,)}})}, standard=False)
+    student = prune(dense.vlm, plan)
+    attention: Any = student.towers["text"].layers[3].self_attn
+    assert attention.kv_map == (0, 1, 1)
+    assert attention.config._attn_implementation == NAME
+    query, keys = torch.randn(2, 3, 5, 8), torch.randn(2, 2, 5, 8)
+    values = torch.randn(2, 2, 5, 8)
+    found, _ = AttentionInterface()[NAME](attention, query, keys, values, None, is_causal=True)
+    index = [0, 1, 1]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, keys[:, index], values[:, index], is_causal=True
+    )
+    assert torch.equal(found, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("cut", "standard", "words"),
+    [
+        ({"self_attn": {2: (0,)}}, True, "unequal numbers of heads"),
+        ({"self_attn": {2: (0, 1, 2, 3)}}, False, "all 4 units of 'self_attn' in layer 2"),
+        ({"self_attn": {2: (9,)}}, False, "Units count in the model that is cut"),
+        ({"self_atn": {2: (0,)}}, False, "Did you mean 'self_attn'"),
+        ({"mlp": {2: (0,)}}, True, "unequal numbers of neurons"),
+    ],
+)
+def test_cuts_that_cannot_be_are_refused_in_words(
+    kit: Any, cut: Any, standard: bool, words: str
+) -> None:
+    dense = kit.opened("qwen3_vl")
+    with pytest.raises(PlanError, match=words):
+        prune(dense.vlm, Plan({"text": TowerPlan(8, cut=cut)}, standard=standard))
+    assert dense.vlm.fingerprint == dense.fingerprint
+
+
+def test_a_student_is_narrowed_again_in_its_own_units() -> None:
+    model = qwen3_vl()
+    vlm = VLM(model, family_of(model))
+    inputs = tiny_inputs("qwen3_vl", model)
+    first = prune(vlm, Plan({"text": TowerPlan(8, cut={"self_attn": {3: (1,)}})}, standard=False))
+    again = Plan({"text": TowerPlan(8, cut={"self_attn": {3: (1,), 5: (0,)}})}, standard=False)
+    twice = prune(first, again)
+    at_once = {"self_attn": {3: (1, 2), 5: (0,)}}
+    once = prune(vlm, Plan({"text": TowerPlan(8, cut=at_once)}, standard=False))
+    with torch.no_grad():
+        assert torch.equal(twice.model(**inputs).logits, once.model(**inputs).logits)
+    assert twice.record.widths == once.record.widths
+    with pytest.raises(PlanError, match="already has widths"):
+        prune(first, dataclasses.replace(again, standard=True))
