@@ -182,7 +182,9 @@ class PlanSettings(Settings):
         spread: "uniform" (the same in every layer, a standard checkpoint), "global" (by importance
             over all layers) or "ragged" (single query heads).
         width_metrics: "heads" or "ffn" -> the metric they are judged by.
-        standard: refuse what plain transformers could not load; default: with "uniform".
+        graft: share of the KV groups of dropped layers that move into the tuned neighbour.
+        standard: refuse what plain transformers could not load; default: with "uniform" and
+            no grafting.
     """
 
     drop_fraction: float | dict[str, float] | None = None
@@ -197,6 +199,7 @@ class PlanSettings(Settings):
     ffn: float | dict[str, float] | None = None
     spread: Literal["uniform", "global", "ragged"] = "uniform"
     width_metrics: dict[str, str] | None = None
+    graft: float | None = _within(None, 0.0, 1.0, above=True)
     standard: bool | None = None
 
     def _check_together(self) -> None:

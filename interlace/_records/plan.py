@@ -28,6 +28,8 @@ class TowerPlan(Checked):
         cut: place in a layer, such as "self_attn" or "mlp" -> kept layer -> the units taken out
             there, ascending: query heads, or neurons. Units count in the model that is cut. A KV
             head goes with the last of its query heads.
+        graft: kept layer -> dropped layer -> KV groups of its attention, ascending, that go on
+            working in the kept one beside its own.
     """
 
     num_layers: int
@@ -37,8 +39,20 @@ class TowerPlan(Checked):
     layer_scores: tuple[float | None, ...] = ()
     reasons: dict[int, str] = field(default_factory=dict)
     cut: dict[str, dict[int, tuple[int, ...]]] = field(default_factory=dict)
+    graft: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)
 
     def _check(self) -> None:
+        for target, sources in self.graft.items():
+            if target in self.drop or not 0 <= target < self.num_layers:
+                raise PlanError(f"Heads are grafted into layer {target}, which is not kept.")
+            for source, groups in sources.items():
+                if source not in self.drop:
+                    raise PlanError(f"Heads are grafted from layer {source}, which is not dropped.")
+                if not groups or list(groups) != sorted({each for each in groups if each >= 0}):
+                    raise PlanError(
+                        f"The KV groups grafted from layer {source} must be ascending numbers of "
+                        "at least 0, each once, and at least one."
+                    )
         for site, layers in self.cut.items():
             wrong = sorted({i for i in layers if i in self.drop or not 0 <= i < self.num_layers})
             if wrong:

@@ -152,6 +152,28 @@ class TowerShape(Checked):
             sites[name] = after
         return dataclasses.replace(self, sites=sites, layer_parameters=tuple(parameters))
 
+    def grafted(
+        self, graft: Mapping[int, Mapping[int, Iterable[int]]], whole: TowerShape
+    ) -> TowerShape:
+        """Return the shape with KV groups of some layers added to others.
+
+        Args:
+            graft: layer that takes -> layer that gives -> KV groups.
+            whole: the shape that the groups are counted in.
+        """
+        if not graft:
+            return self
+        name = next(name for name, site in self.sites.items() if site.kind == "heads")
+        groups, parameters = list(self.sites[name].groups), list(self.layer_parameters)
+        for target, sources in graft.items():
+            for source, taken in sources.items():
+                groups[target] += tuple(whole.sites[name].groups[source][kv] for kv in taken)
+        site = dataclasses.replace(self.sites[name], groups=tuple(groups))
+        for target in graft:
+            parameters[target] += site.parameters(target) - self.sites[name].parameters(target)
+        sites = self.sites | {name: site}
+        return dataclasses.replace(self, sites=sites, layer_parameters=tuple(parameters))
+
 
 @dataclass(frozen=True)
 class ModelShape(Checked):
@@ -183,6 +205,7 @@ class ModelShape(Checked):
         for name, plan in plans.items():
             if name not in towers:
                 raise ShapeError(unknown_name("tower", name, towers))
-            towers[name] = self.towers[name].narrowed(plan.cut).without(plan.drop)
+            whole = self.towers[name]
+            towers[name] = whole.narrowed(plan.cut).grafted(plan.graft, whole).without(plan.drop)
             total -= sum(self.towers[name].layer_parameters) - sum(towers[name].layer_parameters)
         return dataclasses.replace(self, towers=towers, total_parameters=total)

@@ -12,7 +12,7 @@ from interlace.errors import ConfigError, PlanError, unknown_name
 from interlace.plan.protection import protected_layers, repair, resolve
 from interlace.plan.rules import USE_LAYER_SCORES, Problem, find_rule
 from interlace.plan.weights import combined_scores
-from interlace.plan.widths import add_cuts
+from interlace.plan.widths import add_cuts, add_grafts
 from interlace.records import Plan, Provenance, Scores, TowerPlan
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ def make_plan(
     ffn: Fraction = None,
     spread: Spread = "uniform",
     width_metrics: Mapping[str, str] | None = None,
+    graft: float | None = None,
     standard: bool | None = None,
 ) -> Plan:
     """Choose the layers to drop, tune and freeze, and what the others lose of their width.
@@ -183,9 +184,11 @@ def make_plan(
         spread: how the shares are spread over the layers: "uniform", the same in each; "global",
             whichever groups and neurons of all layers matter least; "ragged", single query heads.
         width_metrics: "heads" or "ffn" -> the metric to judge by, "random" for a draw. Default:
-            "head_taylor" where it was scored, else "head_norm", and "ffn_norm".
+            "head_norm" where it was scored, else "head_taylor", and "ffn_norm".
+        graft: share of the KV groups of every dropped layer, the most important ones, that move
+            into its tuned neighbour and work there in parallel; rounded down.
         standard: refuse when pruning what plain transformers could not load. Default: with the
-            uniform spread.
+            uniform spread and no grafting.
 
     Returns:
         The plan; `print(plan)` shows it.
@@ -248,6 +251,9 @@ def make_plan(
             metrics=width_metrics or {},
             seed=seed,
         )
+    alike = graft is None and (not narrowing or spread == "uniform")
+    if graft is not None:
+        planned = add_grafts(planned, scores, graft, (width_metrics or {}).get("heads"), seed)
     inputs = {"scores": scores.fingerprint}
     inputs |= {key: scores.inputs[key] for key in ("model", "data") if key in scores.inputs}
     return Plan(
@@ -266,8 +272,11 @@ def make_plan(
             "ffn": ffn,
             "spread": spread,
             "width_metrics": width_metrics,
+            "graft": graft,
         },
-        standard=standard if standard is not None else not narrowing or spread == "uniform",
+        standard=standard
+        if standard is not None
+        else graft is None and (not narrowing or spread == "uniform"),
         inputs=inputs,
         provenance=Provenance.collect(seed),
     )

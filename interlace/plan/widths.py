@@ -31,7 +31,7 @@ Fraction = float | Mapping[str, float] | None
 SPREADS = ("uniform", "global", "ragged")
 FFN_MULTIPLE = 8
 # The metrics of each kind, the first one that was scored is taken.
-_METRICS = {"heads": ("head_taylor", "head_norm"), "ffn": ("ffn_norm",)}
+_METRICS = {"heads": ("head_norm", "head_taylor"), "ffn": ("ffn_norm",)}
 _RANDOM = "random"
 
 
@@ -97,6 +97,45 @@ def add_cuts(
     return made
 
 
+def add_grafts(
+    plans: Mapping[str, TowerPlan], scores: Scores, share: Any, metric: str | None, seed: int
+) -> dict[str, TowerPlan]:
+    """Add to plans which KV groups of dropped layers move into a tuned neighbour.
+
+    Args:
+        plans: tower -> plan.
+        scores: with the sizes of the model and the importance of its heads.
+        share: of the KV groups of every dropped layer, above 0 and at most 1; rounded down.
+        metric: of heads, "random" for a draw; default: what was scored.
+        seed: seed of the draw.
+
+    Raises:
+        ConfigError: the share cannot be used.
+        PlanError: no heads are known or scored, the share is less than a group, or no dropped
+            layer has a tuned neighbour.
+    """
+    real = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if not (real and 0.0 < share <= 1.0):
+        raise ConfigError(f"graft must be a share above 0 and at most 1, got {share!r}.")
+    made = dict(plans)
+    for tower, plan in plans.items():
+        if not plan.drop:
+            continue
+        chooser = _Chooser(scores, tower, "heads", "global", metric, seed)
+        taken: dict[int, dict[int, tuple[int, ...]]] = {}
+        for layer in sorted(plan.drop):
+            target = next((i for i in (layer + 1, layer - 1) if i in plan.tune), None)
+            if target is not None:
+                taken.setdefault(target, {})[layer] = chooser.best_groups(layer, share)
+        if not taken:
+            raise PlanError(
+                f"No dropped layer of the tower '{tower}' has a tuned neighbour to take its heads. "
+                "Choose a rule that tunes neighbours, such as 'interlace', or leave graft out."
+            )
+        made[tower] = replace(plan, graft=taken)
+    return made
+
+
 class _Chooser:
     """Chooses units of one kind in one tower."""
 
@@ -133,7 +172,7 @@ class _Chooser:
                 return metric
         raise PlanError(
             f"The importance of {self.kind} of the tower '{self.tower}' was not scored. Score "
-            f"with metrics=(..., '{_METRICS[self.kind][-1]}'), or choose 'random'."
+            f"with metrics=(..., '{_METRICS[self.kind][0]}'), or choose 'random'."
         )
 
     def choose(self, kept: Sequence[int], fraction: float) -> dict[str, dict[int, tuple[int, ...]]]:
@@ -158,6 +197,14 @@ class _Chooser:
                 by_layer.setdefault(each.layer, []).extend(each.units)
             cut[name] = {layer: tuple(sorted(by_layer[layer])) for layer in sorted(by_layer)}
         return cut
+
+    def best_groups(self, layer: int, share: float) -> tuple[int, ...]:
+        """Return the KV groups of a layer that matter most, ascending."""
+        name, site = next(iter(self.sites.items()))
+        bundles = self._bundles(name, site, layer)
+        chosen = bundles[len(bundles) - self._count(len(bundles), share, f"layer {layer}") :]
+        kv_of = site.kv_of(layer)
+        return tuple(sorted({kv_of[each.units[0]] for each in chosen}))
 
     def _count(self, num_bundles: int, fraction: float, where: str) -> int:
         count = int(num_bundles * fraction)

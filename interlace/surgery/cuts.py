@@ -121,6 +121,10 @@ def _renumbered(plan: TowerPlan, original: Sequence[int], depth: int) -> TowerPl
             site: {original[i]: units for i, units in layers.items()}
             for site, layers in plan.cut.items()
         },
+        graft={
+            original[i]: {original[j]: groups for j, groups in sources.items()}
+            for i, sources in plan.graft.items()
+        },
     )
 
 

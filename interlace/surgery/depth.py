@@ -23,6 +23,7 @@ from interlace.surgery.cuts import (
     pinned_drops,
     read_cut,
 )
+from interlace.surgery.graft import graft_heads
 from interlace.surgery.heads import check_widths, narrow_layers, state_widths, uneven_widths
 from interlace.surgery.shell import (
     build_shell,
@@ -111,6 +112,7 @@ def prune(vlm: VLM, plan: Plan, *, allow_pinned: bool = False) -> VLM:
     fill(draft, vlm.model)
     changes = _apply(vlm, draft, [cut for cut in cuts.values() if cut.plan.drop], allow_pinned)
     narrow_layers(draft, cuts.values())
+    graft_heads(draft, cuts.values())
     widths = uneven_widths(vlm, plan, draft, cuts)
     if plan.standard:
         changes |= state_widths(vlm.family, draft, cuts.values())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from interlace.errors import PlanError, unknown_name
 from interlace.models.attention import adapt
 from interlace.models.sites import find_sites, narrow
+from interlace.surgery.graft import attention_of
 from interlace.surgery.shell import REFUSALS, build_shell, check_same_tree
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ def check_widths(vlm: VLM, plan: Plan, cuts: Iterable[Cut]) -> None:
             cannot be told apart from those of other layers.
     """
     for cut in cuts:
+        if plan.standard and cut.plan.graft:
+            raise PlanError(
+                f"Grafting gives layers of the {cut.tower.name} tower more heads than others have, "
+                "which a standard checkpoint cannot state. Plan it with standard=False."
+            )
         for name, layers in cut.plan.cut.items():
             if plan.standard and vlm.record is not None and vlm.record.widths:
                 raise PlanError(
@@ -108,6 +114,8 @@ def uneven_widths(
     earlier = vlm.widths()
     for name, tower in vlm.towers.items():
         own = set() if plan.standard or name not in cuts else set(cuts[name].plan.cut)
+        for layer in cuts[name].plan.graft if name in cuts else ():
+            own.add(attention_of(tower.layers[tower.position(layer)], f"layer {layer}").name)
         own |= {site for sites in earlier.get(tower.path, {}).values() for site in sites}
         if own:
             layers: Any = draft.get_submodule(tower.path)
