@@ -274,9 +274,7 @@ def make_plan(
             "width_metrics": width_metrics,
             "graft": graft,
         },
-        standard=standard
-        if standard is not None
-        else graft is None and (not narrowing or spread == "uniform"),
+        standard=alike if standard is None else standard,
         inputs=inputs,
         provenance=Provenance.collect(seed),
     )

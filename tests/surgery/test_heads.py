@@ -78,25 +78,27 @@ def close(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["heads", "ffn"])
-@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize(("kinds", "even"), [("heads", True), ("ffn", True), ("both", False)])
 def test_what_is_left_equals_the_model_with_silenced_units(
-    dense: Any, kit: Any, kind: str, even: bool
+    dense: Any, kit: Any, kinds: str, even: bool
 ) -> None:
-    vlm, name = dense.vlm, dense.vlm.name
+    vlm = dense.vlm
+    cut: dict[str, Any] = {}
     for tower in vlm.towers:
-        cut = cuts(vlm, tower, kind, even=even)
-        plan = Plan({tower: TowerPlan(vlm.towers[tower].num_layers, cut=cut)}, standard=even)
-        biased = name == "blip2_t5" and tower != "vision" and tower != "qformer"
-        states = tower == "text" and name in STANDARD_HEADS
-        states = states if kind == "heads" else (name, tower) not in SHARED_NEURONS
-        if (kind == "heads" and biased) or (even and not states):
-            words = "relative position bias" if kind == "heads" and biased else "cannot state"
-            with pytest.raises(PlanError, match=words):
-                prune(vlm, plan)
-            continue
+        for kind in ("heads", "ffn") if kinds == "both" else (kinds,):
+            own = cuts(vlm, tower, kind, even=even)
+            words = refusal(vlm.name, tower, kind, even=even)
+            if words:
+                with pytest.raises(PlanError, match=words):
+                    prune(vlm, Plan({tower: plan_of(vlm, tower, own)}, standard=even))
+            else:
+                cut.setdefault(tower, {}).update(own)
+    if cut:
+        plan = Plan({tower: plan_of(vlm, tower, cut[tower]) for tower in cut}, standard=even)
         student = prune(vlm, plan)
-        with silenced(vlm, tower, cut):
+        with ExitStack() as stack:
+            for tower, own in cut.items():
+                stack.enter_context(silenced(vlm, tower, own))
             expected = kit.outputs(vlm.model, dense.inputs)
         assert not kit.bit_equal(expected, dense.outputs)
         close(kit.outputs(student.model, dense.inputs), expected)
@@ -107,6 +109,19 @@ def test_what_is_left_equals_the_model_with_silenced_units(
         assert student.shape() == vlm.shape().after(plan.towers) or even
     assert vlm.fingerprint == dense.fingerprint
     assert kit.bit_equal(kit.outputs(vlm.model, dense.inputs), dense.outputs)
+
+
+def plan_of(vlm: VLM, tower: str, cut: Any) -> TowerPlan:
+    return TowerPlan(vlm.towers[tower].num_layers, cut=cut)
+
+
+def refusal(name: str, tower: str, kind: str, *, even: bool) -> str:
+    """What the refusal of a cut says; empty where it is carried out."""
+    if kind == "heads" and name == "blip2_t5" and tower.startswith("text"):
+        return "relative position bias"
+    states = tower == "text" and name in STANDARD_HEADS
+    states = states if kind == "heads" else (name, tower) not in SHARED_NEURONS
+    return "cannot state" if even and not states else ""
 
 
 def uneven(vlm: VLM) -> Plan:
