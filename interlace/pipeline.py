@@ -25,6 +25,7 @@ from interlace.heal import heal
 from interlace.models import VLM, open_model
 from interlace.plan import make_plan
 from interlace.plan.rules import check_rule_without_code
+from interlace.plan.widths import check_width_metrics
 from interlace.records import EvalReport, HealReport, Plan, Record, Scores
 from interlace.scores import score
 from interlace.scores.metrics import meter_classes
@@ -161,6 +162,7 @@ def _check_names(settings: Recipe) -> None:
     """Refuse names that a later stage would refuse, before any work is spent."""
     meter_classes(settings.score.metrics)
     check_rule_without_code(settings.plan.rule)
+    check_width_metrics(settings.plan, settings.score.metrics)
     checked_names(settings.eval.tasks)
     if settings.data.source == "scenes":
         scenes_split(settings.data.split)

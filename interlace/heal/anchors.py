@@ -122,7 +122,7 @@ def find_anchors(student: VLM, teacher: VLM, plan: Plan) -> tuple[Anchor, ...]:
     """
     anchors: list[Anchor] = []
     for name, each in plan.towers.items():
-        if not each.drop:
+        if not (each.drop or each.cut):
             continue
         tower, other = _tower(student, name), _tower(teacher, name)
         for layer in anchor_layers(each):

@@ -258,7 +258,7 @@ def make_plan(
     inputs |= {key: scores.inputs[key] for key in ("model", "data") if key in scores.inputs}
     return Plan(
         towers=planned,
-        rule=rule,
+        rule=rule if amounts is not None else "widths alone",
         seed=seed,
         model_name=scores.model_name,
         shape=scores.shape,

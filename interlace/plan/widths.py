@@ -23,6 +23,7 @@ from interlace.records import TowerPlan
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from interlace.config import PlanSettings
     from interlace.records import Scores, SiteShape, TowerScores
 
 Spread = Literal["uniform", "global", "ragged"]
@@ -33,6 +34,26 @@ FFN_MULTIPLE = 8
 # The metrics of each kind, the first one that was scored is taken.
 _METRICS = {"heads": ("head_norm", "head_taylor"), "ffn": ("ffn_norm",)}
 _RANDOM = "random"
+
+
+def check_width_metrics(settings: PlanSettings, scored: Sequence[str]) -> None:
+    """Refuse a plan of widths whose importance will not be scored, before any work is spent.
+
+    Raises:
+        ConfigError: says what to score.
+    """
+    wanted = {
+        "heads": settings.heads is not None or settings.graft is not None,
+        "ffn": settings.ffn is not None,
+    }
+    for kind, metrics in _METRICS.items():
+        named = (settings.width_metrics or {}).get(kind)
+        enough = (named,) if named else metrics
+        if wanted[kind] and named != _RANDOM and not set(enough) & set(scored):
+            raise ConfigError(
+                f"The recipe cuts or moves {kind}, but does not score their importance. Add "
+                f"'{enough[0]}' to metrics under [score]."
+            )
 
 
 @dataclass(frozen=True)
