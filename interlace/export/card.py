@@ -81,6 +81,9 @@ def _front_matter(vlm: VLM) -> str:
 def _title(vlm: VLM) -> str:
     name, _ = _base(vlm)
     record = vlm.record
+    if record is not None and not record.dropped and (record.widths or record.config_changes):
+        text = f"{name} with fewer heads or neurons in its layers, made with INTERLACE."
+        return f"# {name}, narrowed\n\n{text}"
     if record is None or not record.dropped:
         return f"# {name}\n\nNo layer of this model was removed."
     counts = ", ".join(

@@ -1,8 +1,9 @@
 """Width surgery: query heads with their key and value heads, and neurons, taken out of layers.
 
 What is cut is a site of a layer (`interlace.models.sites`): the rows of the projections that feed
-its units, and the columns of the one that reads them. The kept units compute what they computed,
-to the bit; the output of the layer lacks the summands of the others.
+its units, and the columns of the one that reads them. The kept units compute what they computed, up
+to the rounding of smaller matrix products; the output of the layer lacks the summands of the
+others.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from tiny import GENERATIVE, TINY, generation_inputs, qwen3_vl, tiny_inputs
 from transformers import AttentionInterface
 
 from interlace.errors import CheckpointError, PlanError
-from interlace.export import export
+from interlace.export import export, model_card
 from interlace.models import VLM, family_of, open_model
 from interlace.models.attention import NAME
 from interlace.models.sites import find_sites
@@ -201,6 +201,9 @@ def test_a_uniform_student_is_a_stock_checkpoint(kit: Any, tmp_path: Path) -> No
     assert changes["text_config.intermediate_size"] == [48, 32]
     # the export proves it in a fresh process with transformers alone
     export(student, tmp_path / "out")
+    neurons = cuts(dense.vlm, "text", "ffn", even=True)
+    narrowed = prune(dense.vlm, Plan({"text": TowerPlan(8, cut=neurons)}))
+    assert "# qwen3_vl, narrowed" in model_card(narrowed).splitlines()
     once_more = prune(student, Plan({"text": TowerPlan(8, drop=(5,))}))
     assert once_more.record.config_changes["text_config.num_attention_heads"] == [4, 2]
 
