@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "cpu/lanes.h"
@@ -70,7 +71,6 @@ struct Scratch {
         keys(kBlock * stride),
         values(kBlock * stride),
         scores(kBlock * kMaxRows),
-        row(stride),
         top(kMaxRows),
         total(kMaxRows),
         begin(kMaxRows),
@@ -81,7 +81,6 @@ struct Scratch {
   std::vector<float> sums;             // per tile [D, rows], weighted values
   std::vector<float> keys, values;     // [kBlock, stride]
   std::vector<float> scores;           // [kBlock, rows], of one tile
-  std::vector<float> row;              // [stride]
   std::vector<float> top, total;       // largest score so far, and sum of weights, of every row
   std::vector<uint32_t> begin, count;  // first key that a row sees, and how many
 };

@@ -115,40 +115,89 @@ INTERLACE_TARGET static void add_keys(const Tile& tile, int64_t begin, int64_t e
   for (int64_t d = 0; d < tile.width; d += kStep) mix(tile, d, begin, end, shrink);
 }
 
-// Widens the keys or values begin..end - 1 of a sequence, and zeros up to whole vectors and steps.
+// Where the vector at element `d` of a row begins: the last one ends with the row, and so repeats
+// some elements of the one before it.
+INTERLACE_TARGET static inline int64_t vector_start(int64_t d, int64_t width) {
+  return std::max<int64_t>(0, std::min<int64_t>(d, width - kLanes));
+}
+
+// Widens `num` keys or values, and adds keys of zeros up to a whole step. Behind their elements the
+// packed rows stay as they were made, zero.
 template <class Element>
 INTERLACE_TARGET static void pack(const Element* from, int64_t token_stride, int64_t num,
                                   int64_t width, int64_t stride, float* to) {
   for (int64_t n = 0; n < num; ++n, from += token_stride, to += stride) {
     for (int64_t d = 0; d < width; d += kLanes) {
-      store(load_up_to(from + d, width - d), to + d);
+      const int64_t at = vector_start(d, width);
+      store(load_up_to(from + at, width), to + at);
     }
   }
   for (; num % kStep; ++num, to += stride) std::fill_n(to, stride, 0.0f);
 }
 
-// Puts the rows of a tile side by side; rows that there are not are zeros that see nothing.
+// Swaps the upper half of every 2 * Half lanes of `a` with the lower half of those of `b`.
+template <int Half, int... Lane>
+INTERLACE_TARGET static inline void swap_lanes(Vector& a, Vector& b,
+                                               std::integer_sequence<int, Lane...>) {
+#if __has_builtin(__builtin_shufflevector)
+  const Vector lower =
+      __builtin_shufflevector(a, b, (Lane & Half ? kLanes + Lane - Half : Lane)...);
+  b = __builtin_shufflevector(a, b, (Lane & Half ? kLanes + Lane : Lane + Half)...);
+#else
+  const Vector lower =
+      __builtin_shuffle(a, b, VectorBits{(Lane & Half ? kLanes + Lane - Half : Lane)...});
+  b = __builtin_shuffle(a, b, VectorBits{(Lane & Half ? kLanes + Lane : Lane + Half)...});
+#endif
+  a = lower;
+}
+
+// Transposes the square of kLanes vectors.
+template <int Half = kLanes / 2>
+INTERLACE_TARGET static inline void transpose(Vector (&square)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & Half) continue;
+    swap_lanes<Half>(square[i], square[i + Half], std::make_integer_sequence<int, kLanes>());
+  }
+  if constexpr (Half > 1) transpose<Half / 2>(square);
+}
+
+// The place of row `row` of a task in the queries or the sums.
+INTERLACE_TARGET static inline float* place(std::vector<float>& rows, int64_t stride, int64_t row) {
+  return rows.data() + row / kTile * kTile * stride + row % kTile;
+}
+
+// Puts queries side by side, and makes the rows see nothing yet. Rows that there are not, up to a
+// whole tile, are zeros and stay so.
 template <class Element>
 INTERLACE_TARGET static void begin_rows(const RaggedAttentionArgs& args, const Task& task,
                                         Scratch& scratch, int64_t num_rows) {
   std::fill_n(scratch.sums.begin(), num_rows * scratch.stride, 0.0f);
   std::fill_n(scratch.total.begin(), num_rows, 0.0f);
   std::fill_n(scratch.top.begin(), num_rows, -std::numeric_limits<float>::infinity());
-  for (int64_t row = 0; row < num_rows; ++row) {
-    float* const to = scratch.queries.data() + row / kTile * kTile * scratch.stride + row % kTile;
-    if (row >= task.num_rows) {
+  for (int64_t first = 0; first < num_rows; first += kLanes) {
+    const Element* from[kLanes] = {};
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t row = first + i;
       scratch.begin[row] = scratch.count[row] = 0;
-      for (int64_t d = 0; d < args.width; ++d) to[d * kTile] = 0.0f;
-      continue;
+      if (row >= task.num_rows) continue;
+      const Span span = seen(args, task, row);
+      scratch.begin[row] = static_cast<uint32_t>(span.begin);
+      scratch.count[row] = static_cast<uint32_t>(span.end - span.begin);
+      const Row at = locate(args, task, row);
+      from[i] = static_cast<const Element*>(args.q) +
+                (task.first_query + at.query) * args.q_token_stride + at.head * args.q_head_stride;
     }
-    const Span span = seen(args, task, row);
-    scratch.begin[row] = static_cast<uint32_t>(span.begin);
-    scratch.count[row] = static_cast<uint32_t>(span.end - span.begin);
-    const Row at = locate(args, task, row);
-    const Element* const from = static_cast<const Element*>(args.q) +
-                                (task.first_query + at.query) * args.q_token_stride +
-                                at.head * args.q_head_stride;
-    for (int64_t d = 0; d < args.width; ++d) to[d * kTile] = to_float(from[d]);
+    float* const to = place(scratch.queries, scratch.stride, first);
+    for (int64_t d = 0; d < args.width; d += kLanes) {
+      const int64_t at = vector_start(d, args.width);
+      Vector square[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        square[i] = from[i] ? load_up_to(from[i] + at, args.width) : Vector{};
+      }
+      transpose(square);
+      for (int i = 0; i < kLanes; ++i) store(square[i], to + (at + i) * kTile);
+    }
   }
 }
 
@@ -157,20 +206,31 @@ template <class Element>
 INTERLACE_TARGET static void finish_rows(const RaggedAttentionArgs& args, const Task& task,
                                          Scratch& scratch) {
   const int64_t num_heads = args.q_start[args.num_kv_heads];
-  for (int64_t row = 0; row < task.num_rows; ++row) {
-    const Row at = locate(args, task, row);
-    const int64_t token = task.first_query + at.query;
-    const float gate = args.gate ? args.gate[at.head] : 1.0f;
-    const float top = scratch.top[row], total = scratch.total[row];
-    args.lse[at.head * args.num_queries + token] = top + std::log(total);
-    // a row that sees no key; written so that NaN stays NaN
-    const float divisor = total == 0.0f ? 1.0f : total;
-    const float* const from =
-        scratch.sums.data() + row / kTile * kTile * scratch.stride + row % kTile;
-    Element* const to =
-        static_cast<Element*>(args.out) + (token * num_heads + at.head) * args.width;
-    for (int64_t d = 0; d < args.width; ++d) {
-      from_float(from[d * kTile] / divisor * gate, to[d]);
+  for (int64_t first = 0; first < task.num_rows; first += kLanes) {
+    Element* to[kLanes] = {};
+    Vector factor = {};
+    for (int64_t i = 0; i < kLanes && first + i < task.num_rows; ++i) {
+      const Row at = locate(args, task, first + i);
+      const int64_t token = task.first_query + at.query;
+      const float top = scratch.top[first + i], total = scratch.total[first + i];
+      args.lse[at.head * args.num_queries + token] = top + std::log(total);
+      // a row that sees no key; written so that NaN stays NaN
+      factor[i] = (args.gate ? args.gate[at.head] : 1.0f) / (total == 0.0f ? 1.0f : total);
+      to[i] = static_cast<Element*>(args.out) + (token * num_heads + at.head) * args.width;
+    }
+    const float* const from = place(scratch.sums, scratch.stride, first);
+    for (int64_t d = 0; d < args.width; d += kLanes) {
+      const int64_t at = vector_start(d, args.width);
+      Vector square[kLanes];
+      for (int i = 0; i < kLanes; ++i) square[i] = load(from + (at + i) * kTile) * factor;
+      transpose(square);
+      for (int i = 0; i < kLanes && to[i]; ++i) {
+        if (args.width >= kLanes) {
+          store(square[i], to[i] + at);
+        } else {
+          store_some(square[i], to[i], args.width);
+        }
+      }
     }
   }
 }
