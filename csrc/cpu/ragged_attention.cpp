@@ -27,7 +27,9 @@ namespace interlace {
 namespace {
 
 constexpr int64_t kBlock = 64;
+// a multiple of the rows of any tile
 constexpr int64_t kMaxRows = 128;
+constexpr int64_t kMaxTile = 32;
 // less work than this is not worth a thread
 constexpr int64_t kFlopsPerThread = 1 << 20;
 
@@ -70,7 +72,7 @@ struct Scratch {
         sums(kMaxRows * stride),
         keys(kBlock * stride),
         values(kBlock * stride),
-        scores(kBlock * kMaxRows),
+        scores(kBlock * kMaxTile),
         top(kMaxRows),
         total(kMaxRows),
         begin(kMaxRows),

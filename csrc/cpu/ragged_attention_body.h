@@ -139,7 +139,7 @@ INTERLACE_TARGET static void pack(const Element* from, int64_t token_stride, int
 template <int Half, int... Lane>
 INTERLACE_TARGET static inline void swap_lanes(Vector& a, Vector& b,
                                                std::integer_sequence<int, Lane...>) {
-#if __has_builtin(__builtin_shufflevector)
+#if defined(__clang__)
   const Vector lower =
       __builtin_shufflevector(a, b, (Lane & Half ? kLanes + Lane - Half : Lane)...);
   b = __builtin_shufflevector(a, b, (Lane & Half ? kLanes + Lane : Lane + Half)...);
@@ -241,19 +241,15 @@ INTERLACE_TARGET static void attend_as(const RaggedAttentionArgs& args, const Ta
   const int64_t num_rows = (task.num_rows + kTile - 1) / kTile * kTile;
   begin_rows<Element>(args, task, scratch, num_rows);
   const int64_t stride = scratch.stride;
-  const Element* const keys = static_cast<const Element*>(args.k) +
-                              task.first_key * args.k_token_stride +
-                              task.kv_head * args.k_head_stride;
-  const Element* const values = static_cast<const Element*>(args.v) +
-                                task.first_key * args.v_token_stride +
-                                task.kv_head * args.v_head_stride;
   const Span all = {seen(args, task, 0).begin, seen(args, task, task.num_rows - 1).end};
   for (int64_t key = all.begin; key < all.end; key += kBlock) {
-    const int64_t num = std::min(kBlock, all.end - key);
-    pack(keys + key * args.k_token_stride, args.k_token_stride, num, args.width, stride,
-         scratch.keys.data());
-    pack(values + key * args.v_token_stride, args.v_token_stride, num, args.width, stride,
-         scratch.values.data());
+    const int64_t num = std::min(kBlock, all.end - key), token = task.first_key + key;
+    pack(static_cast<const Element*>(args.k) + token * args.k_token_stride +
+             task.kv_head * args.k_head_stride,
+         args.k_token_stride, num, args.width, stride, scratch.keys.data());
+    pack(static_cast<const Element*>(args.v) + token * args.v_token_stride +
+             task.kv_head * args.v_head_stride,
+         args.v_token_stride, num, args.width, stride, scratch.values.data());
     for (int64_t row = 0; row < num_rows; row += kTile) {
       // the spans of rows move on with their number
       const int64_t last_row = std::min(row + kTile, task.num_rows) - 1;
