@@ -27,7 +27,7 @@ from interlace.plan import make_plan
 from interlace.plan.rules import check_rule_without_code
 from interlace.records import EvalReport, HealReport, Plan, Record, Scores
 from interlace.scores import score
-from interlace.scores.metrics import meter_classes
+from interlace.scores.metrics import metric_classes
 from interlace.surgery import prune
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _warn_of_overlap(held_out: Mapping[str, Samples] | None, *seen: Samples) -> 
 
 def _check_names(settings: Recipe) -> None:
     """Refuse names that a later stage would refuse, before any work is spent."""
-    meter_classes(settings.score.metrics)
+    metric_classes(settings.score.metrics)
     check_rule_without_code(settings.plan.rule)
     checked_names(settings.eval.tasks)
     if settings.data.source == "scenes":
