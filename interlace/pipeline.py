@@ -161,11 +161,27 @@ def _check_names(settings: Recipe) -> None:
     """Refuse names that a later stage would refuse, before any work is spent."""
     metric_classes(settings.score.metrics)
     check_rule_without_code(settings.plan.rule)
+    _check_metrics(settings)
     checked_names(settings.eval.tasks)
     if settings.data.source == "scenes":
         scenes_split(settings.data.split)
     if (settings.eval.source or settings.data.source) == "scenes":
         scenes_split(settings.eval.split)
+
+
+def _check_metrics(settings: Recipe) -> None:
+    """Refuse a plan by metrics that the recipe does not score."""
+    needed = dict.fromkeys(settings.plan.weights or (), "weighs")
+    protect = settings.plan.protect
+    if "alignment" in (protect.values() if isinstance(protect, dict) else [protect]):
+        needed["alignment"] = "protects by"
+    for name, why in needed.items():
+        if name not in settings.score.metrics:
+            known = ", ".join(settings.score.metrics)
+            raise ConfigError(
+                f"The recipe {why} the metric '{name}' in [plan], but scores only {known}. Name it "
+                "under [score] metrics too, or leave it out of [plan]."
+            )
 
 
 def _check_towers(settings: Recipe, vlm: VLM) -> None:

@@ -170,7 +170,7 @@ class TowerScores(Checked):
         ranked = sorted(range(len(values)), key=lambda layer: (-values[layer], layer))
         for rank, layer in enumerate(ranked[:count], start=1):
             why = (
-                f"changes the cosine of mean image and text states by {values[layer]:.3f} "
+                f"changes the likeness of image and text states by {values[layer]:.3f} "
                 f"(rank {rank} of {len(values)})"
             )
             found[layer] = f"{found[layer]}; {why}" if layer in found else why

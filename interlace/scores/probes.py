@@ -121,6 +121,7 @@ class Probe(ABC):
         self.vlm = vlm
         self.towers = towers
         self.options = options
+        # tower -> why it has no values; what `measure` gives for it is not shown then
         self.notes: dict[str, str] = {}
 
     @abstractmethod

@@ -50,14 +50,15 @@ class Relevance(Probe):
         baseline = trial.baseline.double()
         found: dict[str, Tensor] = {}
         for name, tower in self.towers.items():
-            if not trial.replay.ran(name) or name in self.notes:
+            if not trial.replay.ran(name):
                 continue
-            changes = self._changes(trial, name)
+            changes = None if name in self.notes else self._changes(trial, name)
             if changes is None:
                 self.notes[name] = (
                     f"no {self.part}_relevance: the attention and the feed-forward part of its "
                     "layers could not be told apart so that a layer without both changes nothing"
                 )
+                found[name] = torch.zeros(tower.num_layers)
                 continue
             rises = torch.zeros(tower.num_layers, dtype=torch.float64)
             for layer, change in enumerate(changes):

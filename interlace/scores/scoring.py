@@ -24,7 +24,7 @@ from interlace._torch_utils import (
 from interlace.errors import ConfigError, DataError, InterlaceError, unknown_name
 from interlace.models.handle import check_vlm
 from interlace.records import Provenance, Scores, TowerScores
-from interlace.scores.alignment import meeting_layers
+from interlace.scores.alignment import Alignment, meeting_layers
 from interlace.scores.batches import Batch, Batches
 from interlace.scores.metrics import Meter, metric_classes
 from interlace.scores.packing import check_packing
@@ -261,17 +261,42 @@ def _run(vlm: VLM, batches: Iterable[Batch], watches: Sequence[_Watch]) -> None:
             for watch in watches:
                 watch.tap.start(partial(batch.units, vlm, watch.tower))
             vlm.model(**inputs, **extra)
-            for watch in sorted(watches, key=lambda watch: watch.tap.began):
-                _finish(watch, batch)
+            finished = [
+                watch
+                for watch in sorted(watches, key=lambda watch: watch.tap.began)
+                if _finish(watch, batch)
+            ]
+            _join(finished)
 
 
-def _finish(watch: _Watch, batch: Batch) -> None:
+def _join(watches: Sequence[_Watch]) -> None:
+    """Let every tower's alignment meter look at the tower of the other modality."""
+    meters = {
+        watch.tower.name: meter
+        for watch in watches
+        for meter in watch.meters.values()
+        if isinstance(meter, Alignment)
+    }
+    for name, meter in meters.items():
+        names = ("text_encoder", "text") if name == "vision" else ("vision",)
+        other = next((meters[each] for each in names if each in meters), None)
+        if other is not None:
+            meter.join(other)
+
+
+def _finish(watch: _Watch, batch: Batch) -> bool:
+    """End a batch for one tower and say whether it ran.
+
+    Raises:
+        DataError: activations are not finite.
+    """
     if not watch.tap.finish():
-        return
+        return False
     for meter in watch.meters.values():
         bad = meter.finish()
         if bad is not None:
             raise batch.not_finite(watch.tower, bad)
+    return True
 
 
 def _collect(vlm: VLM, watch: _Watch, *more: dict[str, Any]) -> TowerScores:
