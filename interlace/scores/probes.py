@@ -11,12 +11,17 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from interlace._torch_utils import inference, to_device, without_cache
+from interlace._torch_utils import (
+    inference,
+    to_device,
+    union_over_processes,
+    without_cache,
+)
 from interlace.errors import DataError, ShapeError
 from interlace.scores.losses import SampleLoss
 from interlace.scores.replay import Replay
@@ -42,7 +47,8 @@ class Trial:
         vlm: the model, in eval mode and without a KV cache; gradients are off.
         batch: the batch, for the names of its samples.
         loss: runs the model on the batch and returns the losses of the samples, [B].
-        replay: runs it with one layer changed, once `baseline` was asked for.
+        replay: runs it with one layer changed, once the batch is recorded.
+        baseline: the losses of the model as it is, [B], once the batch is recorded.
         num_samples: B, once a loss was checked.
     """
 
@@ -53,11 +59,11 @@ class Trial:
         self.loss = loss
         self.replay = replay
         self.num_samples = 0
+        self.baseline = torch.empty(0)
 
-    @cached_property
-    def baseline(self) -> Tensor:
-        """The losses of the model as it is, [B]; recorded, so that replays can follow."""
-        return self.check(self.replay.record(self.loss))
+    def record(self) -> None:
+        """Run the model as it is and record it, so that replays can follow."""
+        self.baseline = self.check(self.replay.record(self.loss))
 
     def check(self, losses: Tensor, what: str = "") -> Tensor:
         """Return losses that are finite.
@@ -106,6 +112,13 @@ def _locate(trial: Trial) -> None:
                 raise trial.batch.not_finite(trial.vlm.towers[name], bad)
 
 
+@dataclass(frozen=True)
+class ProbeOptions:
+    """Options of the probes; see `score`."""
+
+    num_directions: int
+
+
 class Probe(ABC):
     """Measures the layers of some towers by what the loss does.
 
@@ -142,13 +155,6 @@ class Probe(ABC):
     def settings(self) -> dict[str, Any]:
         """Return what the values depend on, for the record."""
         return {}
-
-
-@dataclass(frozen=True)
-class ProbeOptions:
-    """Options of the probes; see `score`."""
-
-    num_directions: int
 
 
 def suffix_forwards(vlm: VLM, tower: str) -> float:
@@ -219,7 +225,7 @@ class Probes:
                 self._measure(trial, replays=False)
                 if not replaying:
                     continue
-                trial.check(trial.baseline)
+                trial.record()
                 if not verified:
                     replay.verify(trial.loss)
                     verified = True
@@ -253,6 +259,12 @@ class Probes:
             )
         for own, new in zip(self._sums.values(), torch.split(totals, lengths), strict=True):
             own.copy_(new)
+
+    def share_notes(self) -> None:
+        """Give every process the notes of all: a tower may have run in some of them only."""
+        self._refusals = union_over_processes(self._refusals)
+        for probe in self._probes.values():
+            probe.notes = union_over_processes(probe.notes)
 
     def results(self, tower: str) -> dict[str, Any]:
         """Return fields of `TowerScores`: metrics, group_samples and notes."""

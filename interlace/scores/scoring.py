@@ -146,6 +146,8 @@ def score(
         meters = [meter for watch in watches for meter in watch.meters.values()]
         for each in (*meters, *(more for more in (probes, task) if more is not None)):
             each.load_totals(sum_over_processes(each.totals()))
+        if probes is not None:
+            probes.share_notes()
     scored = {
         watch.tower.name: _collect(
             vlm,

@@ -109,7 +109,6 @@ class ZerothOrderSensitivity(Probe):
 
     def measure(self, trial: Trial) -> dict[str, Tensor]:
         """See `Probe`."""
-        trial.baseline  # noqa: B018 (records)
         found: dict[str, Tensor] = {}
         for name, tower in self.towers.items():
             if not trial.replay.ran(name):

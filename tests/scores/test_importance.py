@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.multiprocessing as mp
-from scores.written_out import every_metric, opened, parts_of_the_whole, score_in_process
+from scores.written_out import every_metric, opened, parts_of_the_whole, score_everything_in_process
 
 from interlace.errors import ShapeError
 from interlace.records import Scores
@@ -32,11 +32,14 @@ def _equal(one: Scores, other: Scores) -> None:
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    mp.spawn(score_in_process, args=(str(tmp_path),), nprocs=2)
+    mp.spawn(score_everything_in_process, args=(str(tmp_path),), nprocs=2)
     one = every_metric(parts_of_the_whole())
     assert set(one["text"].metrics) == set(OTHERS)
     for rank in (0, 1):
         _equal(one, Scores.from_json((tmp_path / f"all-{rank}.json").read_text()))
+        noted = Scores.from_json((tmp_path / f"noted-{rank}.json").read_text())
+        assert noted["vision"].notes[0].startswith("no replay")
+        assert noted["text"].notes == ()
 
 
 def test_one_record_holds_all_and_parts_of_the_samples_merge() -> None:

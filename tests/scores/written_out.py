@@ -147,10 +147,24 @@ def score_in_process(rank: int, folder: str) -> None:
     vlm, singles = opened("qwen3_vl"), one_by_one(batch_of("qwen3_vl"))
     scores = score(vlm, singles, progress=False)
     (Path(folder) / f"{rank}.json").write_text(scores.to_json())
-    (Path(folder) / f"all-{rank}.json").write_text(every_metric(parts_of_the_whole()).to_json())
     singles[1]["pixel_values"] = torch.full_like(singles[1]["pixel_values"], float("nan"))
     try:
         score(vlm, singles, progress=False)
     except DataError as error:
         (Path(folder) / f"{rank}.txt").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def score_everything_in_process(rank: int, folder: str) -> None:
+    """One of two processes: scores all metrics, then a tower that only the first one runs."""
+    torch.set_num_threads(1)
+    store = Path(folder) / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    vlm, parts = opened("qwen3_vl"), parts_of_the_whole()
+    (Path(folder) / f"all-{rank}.json").write_text(every_metric(parts).to_json())
+    # it writes into its output, so it cannot be replayed
+    handle = vlm.towers["vision"].layers[0].register_forward_hook(lambda *call: call[2].mul_(1))
+    noted = score(vlm, parts[:2], metrics=("relevance",), progress=False)
+    (Path(folder) / f"noted-{rank}.json").write_text(noted.to_json())
+    handle.remove()
     dist.destroy_process_group()
