@@ -195,17 +195,19 @@ def _append(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def measure_all(subjects: list[str], preset: Preset, path: Path) -> None:
-    """Fill the results file cell by cell."""
-    done = {json.dumps(row["cell"]) for row in _read(path)}
-    provenance = {
-        "versions": {
-            key: getattr(Provenance.collect(), key)
-            for key in ("package_version", "commit", "python", "torch", "transformers", "device")
-        },
+def _provenance() -> dict[str, Any]:
+    found = Provenance.collect()
+    keys = ("package_version", "commit", "python", "torch", "transformers", "device")
+    return {
+        "versions": {key: getattr(found, key) for key in keys},
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def measure_all(subjects: list[str], preset: Preset, path: Path, *, speed: bool = True) -> None:
+    """Fill the results file cell by cell."""
+    done = {json.dumps(row["cell"]) for row in _read(path)}
 
     def keep(cell: list[Any], make: Any) -> None:
         if json.dumps(cell) in done:
@@ -216,7 +218,7 @@ def measure_all(subjects: list[str], preset: Preset, path: Path) -> None:
         except PlanError as error:
             # a rule that has no plan at this fraction is a result, not a failure of the run
             result = {"no_plan": str(error)}
-        _append(path, {"cell": cell, **result, **provenance})
+        _append(path, {"cell": cell, **result, **_provenance()})
         log.info("%s: %.0f s", cell, time.monotonic() - started)
 
     for name in subjects:
@@ -245,10 +247,11 @@ def measure_all(subjects: list[str], preset: Preset, path: Path) -> None:
 
         keep([name, "dense"], dense)
         for fraction in preset.fractions:
-            keep(
-                [name, "speed", fraction],
-                lambda s=subject, v=vlm, f=fraction: {"speed": _speed(s, v, f)},
-            )
+            if speed:
+                keep(
+                    [name, "speed", fraction],
+                    lambda s=subject, v=vlm, f=fraction: {"speed": _speed(s, v, f)},
+                )
             for rule in preset.rules:
                 for seed in preset.seeds:
                     keep(
@@ -309,13 +312,16 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=sorted(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
     parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--no-speed", action="store_true", help="leave speed out, while the machine is busy"
+    )
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("interlace").setLevel(logging.WARNING)
     path = arguments.output or Path(f"bench/results/cpu/retention-{arguments.preset}.jsonl")
     if not arguments.table:
-        measure_all(arguments.models, PRESETS[arguments.preset], path)
+        measure_all(arguments.models, PRESETS[arguments.preset], path, speed=not arguments.no_speed)
     sys.stdout.write(table(_read(path)) + "\n")
 
 
