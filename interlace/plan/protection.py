@@ -83,7 +83,13 @@ def protected_layers(
     if isinstance(guard, str):
         found = dict(scores[tower].pinned)
         if guard == "alignment":
-            for layer, reason in scores[tower].alignment_layers().items():
+            carrying = scores[tower].alignment_layers()
+            if not carrying:
+                raise PlanError(
+                    f"Tower '{tower}': no layer is known to carry the alignment of image and text "
+                    f"({'; '.join(scores[tower].notes)}). Protect it by 'auto' instead."
+                )
+            for layer, reason in carrying.items():
                 if reason not in found.get(layer, ""):
                     why = f"alignment: {reason}"
                     found[layer] = f"{found[layer]}; {why}" if layer in found else why

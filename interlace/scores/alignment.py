@@ -205,7 +205,7 @@ class Alignment(Meter):
             fields["notes"] = (
                 "no alignment values: no sample had image and text tokens in this tower, and no "
                 f"batch of {_FEWEST} or more samples with one image each ran through this tower "
-                "and one of the other modality; only the layers at which towers meet are known",
+                "and a scored one of the other modality; only where towers meet is known",
             )
         return fields
 

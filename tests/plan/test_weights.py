@@ -197,8 +197,11 @@ def test_layers_that_carry_the_alignment_are_protected(random_scores) -> None:
     # weighed instead of protected
     weighed = make_plan(scores, num_drop=2, rule="shortgpt", weights={"alignment": 1.0})["text"]
     assert weighed.drop == (0, 1)
-    with pytest.raises(PlanError, match="alignment"):
+    with pytest.raises(PlanError, match="'alignment' was not scored"):
         make_plan(plain, num_drop=2, protect="alignment")
+    alone = TowerScores(**{**vars(plain["text"]), "alignment": {}, "notes": ("one modality",)})
+    with pytest.raises(PlanError, match=r"no layer is known to carry .*\(one modality\)"):
+        make_plan(Scores(towers={"text": alone}), num_drop=2, protect="alignment")
 
 
 def test_parts_of_alignment_merge_and_are_ranked_anew() -> None:
