@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,14 +18,20 @@ from interlace._cli import (
     Data,
     Device,
     Dtype,
+    Group,
     MaxBad,
+    Metrics,
     Model,
     Overwrite,
+    Protect,
     Remote,
     Root,
     Seed,
     Split,
+    Weights,
     check_outputs,
+    guarded_layers,
+    metric_weights,
     open_vlm,
     output_option,
     read_samples,
@@ -67,7 +73,7 @@ def score(
     split: Split = "train",
     count: Count = 256,
     max_bad_fraction: MaxBad = 0.01,
-    metric: Annotated[str, typer.Option(help="Metrics, comma separated.")] = "similarity",
+    metrics: Metrics = "similarity",
     packs: Annotated[
         str, typer.Option(help="Distances of compared hidden states, such as 1,2,3, or all.")
     ] = "1,2,3",
@@ -84,7 +90,7 @@ def score(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure how redundant every layer is, in one forward pass per sample."""
+    """Measure how redundant every layer is; by similarity in one forward pass per sample."""
     from interlace.scores import score as run_score
 
     check_outputs(output, heatmap, overwrite)
@@ -92,7 +98,7 @@ def score(
     scores = run_score(
         vlm,
         read_samples(vlm, data, root, split, count, seed, max_bad_fraction),
-        metrics=split_names(metric) or (),
+        metrics=split_names(metrics) or (),
         packs="all" if packs.strip() == "all" else whole_numbers(packs, "--packs", "all"),
         towers=split_names(tower),
         batch_size=batch_size,
@@ -117,17 +123,12 @@ def plan(
     rule: Annotated[
         str, typer.Option(help=f"How layers are chosen: {', '.join(_RULES)}.")
     ] = "interlace",
-    protect: Annotated[
-        str,
-        typer.Option(
-            help="auto (layers that the model's family needs), none (the published rule as it is), "
-            "or layer numbers such as 0,1,2."
-        ),
-    ] = "auto",
+    protect: Protect = "auto",
+    weights: Weights = None,
     tower: Annotated[
         str | None, typer.Option(help="Towers, comma separated. Default: text, or all.")
     ] = None,
-    group: Annotated[str, typer.Option(help="Token group: all, text or vision.")] = "all",
+    group: Group = "all",
     seed: Seed = 42,
     picture: Annotated[Path | None, typer.Option(help="Also draw the plan to this PNG.")] = None,
     overwrite: Overwrite = False,
@@ -139,17 +140,13 @@ def plan(
 
     check_outputs(output, picture, overwrite)
     check_rule_without_code(rule)
-    guarded: Any = protect.strip()
-    if guarded == "none":
-        guarded = ()
-    elif guarded != "auto":
-        guarded = whole_numbers(guarded, "--protect", "auto, none")
     settings = PlanSettings(
         drop_fraction=drop_fraction,
         num_drop=num_drop,
         rule=rule,
-        protect=guarded,
+        protect=guarded_layers(protect),
         seed=seed,
+        weights=metric_weights(weights),
         towers=split_names(tower),
         group=group,
     )

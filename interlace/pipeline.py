@@ -27,7 +27,7 @@ from interlace.plan import make_plan
 from interlace.plan.rules import check_rule_without_code
 from interlace.records import EvalReport, HealReport, Plan, Record, Scores
 from interlace.scores import score
-from interlace.scores.metrics import meter_classes
+from interlace.scores.metrics import metric_classes
 from interlace.surgery import prune
 
 if TYPE_CHECKING:
@@ -159,13 +159,29 @@ def _warn_of_overlap(held_out: Mapping[str, Samples] | None, *seen: Samples) -> 
 
 def _check_names(settings: Recipe) -> None:
     """Refuse names that a later stage would refuse, before any work is spent."""
-    meter_classes(settings.score.metrics)
+    metric_classes(settings.score.metrics)
     check_rule_without_code(settings.plan.rule)
+    _check_metrics(settings)
     checked_names(settings.eval.tasks)
     if settings.data.source == "scenes":
         scenes_split(settings.data.split)
     if (settings.eval.source or settings.data.source) == "scenes":
         scenes_split(settings.eval.split)
+
+
+def _check_metrics(settings: Recipe) -> None:
+    """Refuse a plan by metrics that the recipe does not score."""
+    needed = dict.fromkeys(settings.plan.weights or (), "weighs")
+    protect = settings.plan.protect
+    if "alignment" in (protect.values() if isinstance(protect, dict) else [protect]):
+        needed["alignment"] = "protects by"
+    for name, why in needed.items():
+        if name not in settings.score.metrics:
+            known = ", ".join(settings.score.metrics)
+            raise ConfigError(
+                f"The recipe {why} the metric '{name}' in [plan], but scores only {known}. Name it "
+                "under [score] metrics too, or leave it out of [plan]."
+            )
 
 
 def _check_towers(settings: Recipe, vlm: VLM) -> None:

@@ -88,6 +88,28 @@ def test_the_steps_one_by_one(interlace, tmp_path: Path) -> None:
     assert (copy / "README.md").exists()
 
 
+def test_several_metrics_choose_together(interlace, tmp_path: Path) -> None:
+    scores, plan = tmp_path / "s.json", tmp_path / "p.json"
+    step = interlace(
+        "score", "bundled:clip", "-o", scores, "--count", 8, "--metrics",
+        "similarity,alignment,sensitivity,relevance",
+    )  # fmt: skip
+    assert step[0] == 0, step
+    found = json.loads(scores.read_text())["towers"]["vision"]
+    assert set(found["metrics"]) == {"alignment", "sensitivity", "relevance"}
+    assert found["alignment"].keys() == {"11"}
+    step = interlace(
+        "plan", scores, "-o", plan, "--weights", "similarity=1,relevance=2", "--protect",
+        "alignment", "--group", "balanced", "--tower", "vision", "--num-drop", 2,
+    )  # fmt: skip
+    assert step[0] == 0, step
+    settings = json.loads(plan.read_text())["settings"]
+    assert settings["weights"] == {"similarity": 1.0, "relevance": 2.0}
+    assert (settings["protect"], settings["group"]) == ("alignment", "balanced")
+    assert "its output enters the projection into the shared space" in step[1]
+    assert "weighted" in step[1]
+
+
 def test_heal_writes_a_student_and_can_be_resumed(interlace, scores: Path, tmp_path: Path) -> None:
     plan, healed = tmp_path / "plan.json", tmp_path / "healed"
     assert interlace("plan", scores, "-o", plan)[0] == 0
@@ -114,13 +136,16 @@ def test_heal_writes_a_student_and_can_be_resumed(interlace, scores: Path, tmp_p
         (("plan", "missing.json", "-o", "OUT"), "missing.json"),
         (("score", "bundled:qwen", "-o", "OUT"), "Did you mean 'qwen3-vl'"),
         (("score", "./no-such-folder", "-o", "OUT"), "no-such-folder"),
-        (("score", "bundled:clip", "-o", "OUT", "--metric", "similarty"), "similarity"),
+        (("score", "bundled:clip", "-o", "OUT", "--metrics", "similarty"), "similarity"),
+        (("plan", "SCORES", "-o", "OUT", "--weights", "similarity"), "every metric once"),
+        (("plan", "SCORES", "-o", "OUT", "--weights", "a=1,a=2"), "every metric once"),
+        (("plan", "SCORES", "-o", "OUT", "--weights", "relevanse=1"), "Unknown metric"),
         (("score", "bundled:clip", "-o", "OUT", "--packs", "1,99", "--count", "2"), "99"),
         (("eval", "bundled:clip", "--task", "vqa", "--count", "4"), "vqa"),
         (("eval", "bundled:clip", "--task", "retrival"), "Did you mean 'retrieval'"),
         (("score", "bundled:clip", "-o", "OUT", "--data", "none.json"), "none.json"),
         (("run", "none.toml"), "none.toml"),
-        (("plan", "SCORES", "-o", "OUT", "--protect", "autoo"), "give auto, none, or whole"),
+        (("plan", "SCORES", "-o", "OUT", "--protect", "autoo"), "give auto, alignment, none"),
         (("plan", "SCORES", "-o", "OUT", "--rule", "sleb"), "only be called from Python"),
         (("eval", "bundled:clip", "--task", "retrieval", "--split", "tset"), "split of scenes"),
     ],

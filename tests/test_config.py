@@ -69,6 +69,10 @@ def test_all_defaults_hold_up():
     assert recipe.score == ScoreSettings(metrics=["similarity"], packs=[1, 2, 3])
     counted = PlanSettings(num_drop=3)
     assert (counted.drop_fraction, counted.num_drop) == (None, 3)
+    assert PlanSettings(protect="alignment").protect == "alignment"
+    mixed = PlanSettings(protect={"text": "alignment", "vision": [1]}, weights={"relevance": 1})
+    assert mixed.protect == {"text": "alignment", "vision": (1,)}
+    assert mixed.weights == {"relevance": 1.0}
     # an explicit empty list asks for the published rules unguarded
     assert PlanSettings(protect=[]).protect == ()
 

@@ -93,6 +93,8 @@ def test_unknown_recipe_key_is_refused_before_anything_is_made(tmp_path: Path) -
         ("drop_fraction = 0.25", "rule = 'sleb'", "only be called from Python"),
         ("drop_fraction = 0.25", "towers = ['vison']", "Did you mean 'vision'"),
         ("drop_fraction = 0.25", "drop_fraction = {vision = 0.5}", "scores only text"),
+        ("drop_fraction = 0.25", "weights = {relevance = 1}", "weighs the metric 'relevance'"),
+        ("drop_fraction = 0.25", "protect = 'alignment'", "protects by the metric 'alignment'"),
         ("towers =", "metrics = ['similarty']\ntowers =", "Did you mean 'similarity'"),
         ('"vqa"', '"vqaa"', "Did you mean 'vqa'"),
         ('"vqa"', '"retrieval"', "cannot be done by"),

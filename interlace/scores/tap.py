@@ -97,7 +97,8 @@ class Tap:
     def _before(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._units_of is not None:
-                self._take(index, _given(args, kwargs, self.name, index), self._units_of)
+                where = f"Layer {index} of the tower '{self.name}'"
+                self._take(index, given_states(args, kwargs, where), self._units_of)
 
         return hook
 
@@ -137,14 +138,24 @@ class Tap:
         self._next = index + 1
 
 
-def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, index: int) -> torch.Tensor:
+def given_states(args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str) -> torch.Tensor:
+    """Return the hidden states among the arguments of a layer.
+
+    Args:
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        where: which layer, for the message.
+
+    Raises:
+        ShapeError: there are none.
+    """
     candidates = (*args[:1], kwargs.get("hidden_states"), *kwargs.values())
     for each in candidates:
         if isinstance(each, torch.Tensor) and each.is_floating_point() and each.dim() >= 2:
             return each
     raise ShapeError(
-        f"Layer {index} of the tower '{name}' was called without hidden states as its first "
-        "argument or as hidden_states; its family needs a description of its own."
+        f"{where} was called without hidden states as its first argument or as hidden_states; its "
+        "family needs a description of its own."
     )
 
 
