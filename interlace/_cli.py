@@ -11,6 +11,7 @@ import typer
 
 from interlace._files import check_new_file
 from interlace.errors import ConfigError
+from interlace.surgery.bridges.names import BRIDGES, check_bridges
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +46,13 @@ MaxBad = Annotated[
 ]
 Count = Annotated[int, typer.Option(min=1, help="Number of samples.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+Bridges = Annotated[
+    str,
+    typer.Option(
+        help=f"What stands in for the removed layers: {', '.join(BRIDGES)}; or per tower, such as "
+        "text=fold,vision=none."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
@@ -84,6 +92,21 @@ def whole_numbers(text: str, option: str, words: str) -> tuple[int, ...]:
         raise ConfigError(
             f"{option} is {text!r}; give {words}, or whole numbers such as 1,2,3."
         ) from error
+
+
+def read_bridges(text: str) -> str | dict[str, str]:
+    """Read the option that names bridges, for all towers or per tower.
+
+    Raises:
+        ConfigError: an unknown bridge, or a part without a tower.
+    """
+    if "=" not in text:
+        found: str | dict[str, str] = text.strip()
+    else:
+        parts = [part.partition("=") for part in split_names(text) or ()]
+        found = {tower.strip(): name.strip() for tower, _, name in parts}
+    check_bridges(found)
+    return found
 
 
 def output_option(text: str) -> Any:

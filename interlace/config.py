@@ -211,9 +211,12 @@ class PruneSettings(Settings):
 
     Attributes:
         allow_pinned: also drop layers that the model's family pins, where surgery can.
+        bridges: what stands in for the removed layers: "none", "scale" or "fold", or a table of
+            them per tower. They are fitted on the calibration samples.
     """
 
     allow_pinned: bool = False
+    bridges: str | dict[str, str] = "none"
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from interlace.data.samples import Sample, samples
 from interlace.errors import ConfigError, DataError
 from interlace.models.states import layer_input
 from interlace.models.tokens import token_units
+from interlace.surgery.bridges.names import BRIDGE_SAMPLES
 
 if TYPE_CHECKING:
     from torch import nn
 
     from interlace.models.handle import VLM
 
-SCENES_COUNT = 128
 _SCENES_TASKS = {"chat": ("vqa", "caption"), "vqa": ("vqa",), "caption": ("caption",)}
 # Every so manieth sample is held out.
 HELD_OUT_EVERY = 4
@@ -41,10 +41,10 @@ def default_data(vlm: VLM) -> tuple[Sequence[Sample], str]:
             "its processor."
         )
     tasks = _SCENES_TASKS.get(vlm.family.objective, ("retrieval",))
-    made = samples("scenes", count=SCENES_COUNT, seed=0, tasks=tasks, processor=vlm.processor)
+    made = samples("scenes", count=BRIDGE_SAMPLES, seed=0, tasks=tasks, processor=vlm.processor)
     note = (
-        f"no data was given for the bridges, so they were fitted on {SCENES_COUNT} built-in scenes "
-        "(seed 0)"
+        f"no data was given for the bridges, so they were fitted on {BRIDGE_SAMPLES} built-in "
+        "scenes (seed 0)"
     )
     return made, note
 

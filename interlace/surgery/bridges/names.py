@@ -17,6 +17,8 @@ FOLDED = {
     "fold": "the effect of the removed layers, folded into the layer before the cut",
 }
 BRIDGES = (NONE, *FOLDED)
+# How many samples bridges are fitted on where nobody says another number.
+BRIDGE_SAMPLES = 128
 
 
 def check_bridges(bridges: Any) -> None:
@@ -37,6 +39,12 @@ def check_bridges(bridges: Any) -> None:
             )
         if name not in BRIDGES:
             raise ConfigError(unknown_name("bridge", name, BRIDGES))
+
+
+def has_bridges(bridges: str | Mapping[str, str]) -> bool:
+    """Tell whether a choice of bridges asks for any."""
+    names = bridges.values() if isinstance(bridges, Mapping) else [bridges]
+    return any(name != NONE for name in names)
 
 
 def bridges_by_tower(

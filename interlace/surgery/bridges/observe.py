@@ -15,7 +15,7 @@ from interlace.errors import DataError, ShapeError
 from interlace.models.states import layer_input, layer_output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch import nn
 
@@ -139,10 +139,18 @@ def _select(
         weight[counts],
         held[counts],
     )
-    for tensor in (seen.goal, seen.state, *seen.inputs.values()):
-        if not bool(torch.isfinite(tensor).all()):
-            raise DataError(
-                f"NaN or infinite activations at the cut of {gap}. Open the model in another dtype "
-                "(float16 overflows where bfloat16 and float32 do not), or check its weights."
-            )
+    check_finite((seen.goal, seen.state, *seen.inputs.values()), f"at the cut of {gap}")
     return seen
+
+
+def check_finite(tensors: Iterable[torch.Tensor], where: str) -> None:
+    """Refuse activations that are not finite.
+
+    Raises:
+        DataError: one of the tensors holds NaN or infinity; `where` says where that is.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise DataError(
+            f"NaN or infinite activations {where}. Open the model in another dtype (float16 "
+            "overflows where bfloat16 and float32 do not), or check its weights and the data."
+        )

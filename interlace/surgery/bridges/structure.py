@@ -10,7 +10,6 @@ Legend: B batch, T tokens, D width, F features of the feed-forward part.
 from __future__ import annotations
 
 import contextlib
-import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from interlace.models.states import layer_input, layer_output
+from interlace.surgery.bridges.observe import check_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,16 +61,18 @@ def record_calls(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[Ca
     Args:
         layers: the layers.
         run: runs the model on a batch that reaches them.
+
+    Raises:
+        DataError: what a layer is given is not finite.
     """
     calls: dict[int, Call] = {}
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(module) not in calls:
             # a tensor may be worked on in place later; anything else is as good as constant
-            copied = [copy.copy(each) for each in args]
             calls[id(module)] = Call(
                 module,
-                tuple(each.clone() if isinstance(each, torch.Tensor) else each for each in copied),
+                tuple(each.clone() if isinstance(each, torch.Tensor) else each for each in args),
                 {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()},
             )
 
@@ -80,7 +82,10 @@ def record_calls(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[Ca
     finally:
         for hook in hooks:
             hook.remove()
-    return [calls[id(layer)] for layer in layers if id(layer) in calls]
+    found = [calls[id(layer)] for layer in layers if id(layer) in calls]
+    for call in found:
+        check_finite([call.hidden], f"reach a {type(call.layer).__name__} beside a cut")
+    return found
 
 
 @contextlib.contextmanager
