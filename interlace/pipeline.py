@@ -250,6 +250,7 @@ def run(
         bridges=settings.prune.bridges,
         data=calibration if has_bridges(settings.prune.bridges) else None,
         batch_size=settings.score.batch_size,
+        rank=settings.prune.rank,
     )
     prune_key = sha256_of([plan_key, settings.prune.to_dict(), settings.score.batch_size])
 

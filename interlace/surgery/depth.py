@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from interlace.errors import ConfigError, PlanError
+from interlace.models.bridges import run_time
 from interlace.models.handle import VLM, check_vlm
 from interlace.records import Plan, Provenance, PruneRecord
 from interlace.surgery.bridges.fit import Fitted, fit_bridges
@@ -53,6 +54,7 @@ def prune(
     bridges: str | Mapping[str, str] = NONE,
     data: Sequence[Sample] | Iterable[Mapping[str, Any]] | None = None,
     batch_size: int = 8,
+    rank: int = 16,
 ) -> VLM:
     """Make a student without the layers that a plan drops.
 
@@ -79,20 +81,24 @@ def prune(
     Bridges stand in for the removed layers, fitted in closed form on calibration samples: "scale"
     gives the residual stream back its length, "fold" puts the effect of the removed layers into the
     last projection before them. Both live in the weights of a standard checkpoint and cost nothing
-    at run time; weights that they change are the student's own. A cut without a place for a bridge
-    stays without one, and the manifest says why. See docs/math/bridges.md.
+    at run time; weights that they change are the student's own, and train only where the plan says.
+    "diagonal" and "lowrank" are modules at the cuts whose parameters train when healing; such a
+    student is saved by `export` and opened by `open_model`, not by plain transformers. A cut
+    without a place for a bridge stays without one, and the manifest says why. See
+    docs/math/bridges.md.
 
     Args:
         vlm: the model; left exactly as it is.
         plan: layers to drop and to tune, in original numbers. Towers that it does not name stay
             whole.
         allow_pinned: drop pinned layers too, where the family can express it.
-        bridges: "none", "scale" or "fold" for all towers that lose layers, or tower name -> one of
-            these; towers that it leaves out get none.
+        bridges: "none", "scale", "fold", "diagonal" or "lowrank" for all towers that lose layers,
+            or tower name -> one of these; towers that it leaves out get none.
         data: what to fit bridges on, apart from the data to measure on: samples, which are fed with
             their answers, or ready batches that the model's forward takes as keyword arguments;
             they stay in memory. Default: 128 of the built-in scenes, which the manifest then notes.
         batch_size: samples per forward pass when fitting.
+        rank: of low-rank bridges, at least 1; at most the width is used.
 
     Returns:
         The student; `student.plan` is the plan, `student.record` the manifest,
@@ -109,6 +115,11 @@ def prune(
     """
     check_vlm(vlm, "model")
     check_bridges(bridges)
+    if vlm.record is not None and not vlm.record.standard:
+        raise PlanError(
+            f"{vlm.name} has run-time bridges, which stock transformers does not build, so it "
+            "cannot be cut again. Prune the model that it was made from by one plan."
+        )
     fingerprint = vlm.fingerprint
     check_plan(vlm, plan, fingerprint)
     cuts = {name: read_cut(vlm, name, tower) for name, tower in plan.towers.items()}
@@ -136,7 +147,9 @@ def prune(
     fill(draft, vlm.model)
     changes = _apply(vlm, draft, [cut for cut in cuts.values() if cut.plan.drop], allow_pinned)
     model = _finish(vlm.model, draft, list(cuts.values()), by_hand)
-    fitted = fit_bridges(vlm, model, cuts, wanted, data, batch_size) if wanted else Fitted()
+    fitted = Fitted()
+    if wanted:
+        fitted = fit_bridges(vlm, model, cuts, wanted, data, batch_size, rank)
     return _hand_over(vlm, plan, cuts, model, changes, fingerprint, fitted)
 
 
@@ -289,6 +302,7 @@ def _hand_over(
 ) -> VLM:
     """Wrap the student with its plan and its manifest, which tells of all cuts since the first."""
     earlier = vlm.record
+    bridges = (*(earlier.bridges if earlier is not None else ()), *fitted.bridges)
     kept = {
         name: cuts[name].original if name in cuts else tower.original
         for name, tower in vlm.towers.items()
@@ -319,8 +333,8 @@ def _hand_over(
             if earlier is None
             else earlier.parameters_before,
             parameters_after=sum(parameter.numel() for parameter in model.parameters()),
-            standard=True,
-            bridges=(*(earlier.bridges if earlier is not None else ()), *fitted.bridges),
+            standard=not run_time(bridges),
+            bridges=bridges,
             notes=(*(earlier.notes if earlier is not None else ()), *notes, *fitted.notes),
             inputs={"model": fingerprint, "plan": plan.fingerprint, **fitted.inputs},
             provenance=Provenance.collect(plan.seed),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from interlace._torch_utils import inference, without_cache
+from interlace.errors import ConfigError
+from interlace.models.bridges import DIAGONAL, LOWRANK
 from interlace.surgery.bridges.calibration import Calibration, default_data
 from interlace.surgery.bridges.fold import fit_fold
 from interlace.surgery.bridges.gaps import find_gaps
+from interlace.surgery.bridges.runtime import fit_run_time
 from interlace.surgery.bridges.scale import fit_scale
 
 if TYPE_CHECKING:
@@ -20,8 +24,6 @@ if TYPE_CHECKING:
     from interlace.models.handle import VLM
     from interlace.records import Bridge
     from interlace.surgery.cuts import Cut
-
-_FITS: dict[str, Callable[..., list[Bridge]]] = {"scale": fit_scale, "fold": fit_fold}
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def fit_bridges(
     names: Mapping[str, str],
     data: Any,
     batch_size: int,
+    rank: int,
 ) -> Fitted:
     """Fit the bridges of a student.
 
@@ -59,12 +62,20 @@ def fit_bridges(
         names: tower name -> its bridge, for the towers that get one.
         data: samples or batches of model inputs; None for the built-in scenes.
         batch_size: samples per forward pass.
+        rank: of low-rank bridges, at least 1.
 
     Raises:
         PlanError: a bridge cannot be expressed in a tower.
-        ConfigError: no processor for samples, or a bad batch size.
+        ConfigError: no processor for samples, a bad batch size or rank.
         DataError: too little or unusable data.
     """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"rank is {rank!r}; give a number of at least 1.")
+    fits: dict[str, Callable[..., list[Bridge]]] = {
+        "scale": fit_scale,
+        "fold": fit_fold,
+        **{kind: partial(fit_run_time, kind=kind, rank=rank) for kind in (DIAGONAL, LOWRANK)},
+    }
     notes: list[str] = []
     if data is None:
         data, note = default_data(vlm)
@@ -83,7 +94,7 @@ def fit_bridges(
                 for run in unread
             ]
             if gaps:
-                fit = _FITS[names[tower]]
+                fit = fits[names[tower]]
                 bridges += fit(vlm.model, student, gaps, calibration, weights)
     notes += [
         f"{bridge.tower} layers {', '.join(map(str, bridge.dropped))} have no bridge: {bridge.note}"

@@ -89,7 +89,7 @@ def _fold(
     layers: Any = student.get_submodule(gap.path)
     layer = layers[gap.position - 1]
     batch, projection = _projection(student, layer, gap, calibration)
-    if gap.position < len(layers) and read_elsewhere(
+    if not gap.ends and read_elsewhere(
         student, layer, layers[gap.position], partial(calibration.run, student, batch)
     ):
         return _unbridged(
@@ -102,7 +102,9 @@ def _fold(
     rounds: list[tuple[float, Weights]] = []
     ridge = math.inf
     while True:
-        solution = choose(*_equations(teacher, student, gap, calibration, weights, projection))
+        both = _equations(teacher, student, gap, calibration, weights, projection)
+        # through a norm the held-out samples decide how long it goes on, so they stay apart
+        solution = choose(*both, refit=projection.norm is None)
         better = not rounds or solution.before < rounds[-1][0]
         if better:
             rounds.append((solution.before, weights_of(linear)))

@@ -22,6 +22,7 @@ class Gap:
             end of the tower.
         goal: teacher position of the layer whose input the student's state should equal; the
             teacher's depth where it is the output of its last layer.
+        ends: nothing reads what the layers behind the gap make of it, or there are none.
     """
 
     tower: str
@@ -30,6 +31,7 @@ class Gap:
     after: int | None
     position: int
     goal: int
+    ends: bool = False
 
     def __str__(self) -> str:
         """Name the place in messages and notes."""
@@ -59,5 +61,6 @@ def find_gaps(cut: Cut) -> tuple[list[Gap], list[tuple[int, ...]]]:
         if read > first:
             after = tower.original[first - 1] if first else None
             dropped = tower.original[first:read]
-            gaps.append(Gap(tower.name, tower.path, dropped, after, position, read))
+            ends = all(layer in tower.unread for layer in tower.original[read:])
+            gaps.append(Gap(tower.name, tower.path, dropped, after, position, read, ends))
     return gaps, unread

@@ -16,7 +16,11 @@ FOLDED = {
     "scale": "one factor per cut, folded into the weights behind it",
     "fold": "the effect of the removed layers, folded into the layer before the cut",
 }
-BRIDGES = (NONE, *FOLDED)
+RUN_TIME = {
+    "diagonal": "one factor per channel at every cut, at run time",
+    "lowrank": "a low-rank map beside the identity at every cut, at run time",
+}
+BRIDGES = (NONE, *FOLDED, *RUN_TIME)
 # How many samples bridges are fitted on where nobody says another number.
 BRIDGE_SAMPLES = 128
 

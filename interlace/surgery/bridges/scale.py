@@ -75,7 +75,7 @@ def fit_scale(
     factors: dict[int, float] = {}
     whole = 1.0
     for gap in gaps:
-        if gap.position == len(layers):
+        if gap.ends:
             note = "it ends the tower, and the norm behind it undoes every factor"
             made.append(Bridge(gap.tower, "none", gap.dropped, gap.after, note=note))
             continue

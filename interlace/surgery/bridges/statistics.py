@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # Ridges are tried as multiples of the mean diagonal entry of the Gram matrix.
 RIDGES = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -96,7 +100,7 @@ class Solution:
         change: M [F, D]; None where no change was best.
         ridge: the chosen ridge; infinite where no change was best.
         before: held-out squared error of changing nothing, as a share of the goal's squared size.
-        after: the same of the solution that was fitted without the held-out samples.
+        after: the same of what was fitted without the held-out samples.
     """
 
     change: torch.Tensor | None
@@ -105,10 +109,29 @@ class Solution:
     after: float
 
 
-def choose(fitted: NormalEquations, held: NormalEquations) -> Solution:
-    """Choose the ridge by the error on held-out samples, then solve with all samples."""
+def choose(
+    fitted: NormalEquations,
+    held: NormalEquations,
+    *,
+    solve: Callable[[NormalEquations, float], torch.Tensor] = NormalEquations.solve,
+    refit: bool = True,
+) -> Solution:
+    """Choose the ridge by the error on held-out samples.
+
+    Args:
+        fitted: the samples to fit on.
+        held: the held-out ones.
+        solve: gives the change for equations and a ridge.
+        refit: solve with all samples once the ridge is chosen. Not where the held-out samples are
+            to judge what follows.
+    """
     size = held.goal_energy or 1.0
-    errors = {math.inf: held.energy} | {ridge: held.error(fitted.solve(ridge)) for ridge in RIDGES}
-    best = min(errors, key=lambda ridge: errors[ridge])
-    change = None if math.isinf(best) else (fitted + held).solve(best)
-    return Solution(change, best, held.energy / size, errors[best] / size)
+    best, error, change = math.inf, held.energy, None
+    for ridge in RIDGES:
+        tried = solve(fitted, ridge)
+        found = held.error(tried)
+        if found < error:
+            best, error, change = ridge, found, tried
+    if change is not None and refit:
+        change = solve(fitted + held, best)
+    return Solution(change, best, held.energy / size, error / size)

@@ -95,7 +95,8 @@ def without(dense: Tower, drop: Sequence[int]) -> tuple[Tower, list[Gap]]:
         first = kept[position - 1] + 1 if position else 0
         if behind > first:
             gone, after = tuple(range(first, behind)), first - 1 if first else None
-            gaps.append(Gap("text", "layers", gone, after, position, behind))
+            ends = behind == len(dense.layers)
+            gaps.append(Gap("text", "layers", gone, after, position, behind, ends))
     return student, gaps
 
 
