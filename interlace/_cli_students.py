@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path  # noqa: TC003 (typer reads it at run time)
+from typing import Annotated
 
 import typer
 
@@ -27,9 +28,6 @@ from interlace._cli import (
 )
 from interlace._files import check_new_folder
 from interlace.surgery.bridges.names import BRIDGE_SAMPLES, has_bridges
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def prune(
