@@ -92,7 +92,8 @@ class Preset:
 
 
 PRESETS = {
-    "bridges": Preset(("interlace", "sleb"), (0.25, 0.33), (0,), 128, 0, 0, 128),
+    # 0.334, since a third of 12 layers is to be 4
+    "bridges": Preset(("interlace", "sleb"), (0.25, 0.334), (0,), 128, 0, 0, 128),
     "smoke": Preset(("interlace", "random", "sleb"), (0.25,), (0,), 16, 64, 16, 32),
     "small": Preset((*PUBLISHED, *OTHERS), (0.25,), (0, 1, 2), 128, 2048, 32, 384),
     "full": Preset(
