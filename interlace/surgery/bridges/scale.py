@@ -76,7 +76,7 @@ def fit_scale(
     whole = 1.0
     for gap in gaps:
         if gap.ends:
-            note = "it ends the tower, and the norm behind it undoes every factor"
+            note = "no layer behind it is read, so no weights are left to fold a factor into"
             made.append(Bridge(gap.tower, "none", gap.dropped, gap.after, note=note))
             continue
         sums = _measure(teacher, student, gap, calibration, weights)

@@ -27,14 +27,24 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _TOLERANCE_HALF = 5e-2
 
 
-def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Tell whether two tensors are equal up to the rounding of their dtype."""
+def agree(found: torch.Tensor, expected: torch.Tensor, beside: torch.Tensor | None = None) -> bool:
+    """Tell whether two tensors are equal up to the rounding of their dtype.
+
+    Args:
+        found: a tensor.
+        expected: what it should be.
+        beside: what both were added to and taken from again, value by value, rounded each time:
+            single channels of a residual stream may be a thousand times as large as the others.
+    """
     if found.shape != expected.shape:
         return False
-    size = float(expected.double().abs().max()) if expected.numel() else 0.0
-    difference = float((found.double() - expected.double()).abs().max()) if found.numel() else 0.0
+    if not found.numel():
+        return True
+    allowed = _TOLERANCE.get(found.dtype, _TOLERANCE_HALF) * expected.double().abs().max()
+    if beside is not None:
+        allowed = allowed + 4 * torch.finfo(beside.dtype).eps * beside.double().abs()
     # written so that NaN fails
-    return difference <= _TOLERANCE.get(found.dtype, _TOLERANCE_HALF) * size
+    return bool(((found.double() - expected.double()).abs() <= allowed).all())
 
 
 @dataclass(frozen=True)
@@ -169,11 +179,11 @@ def find_projection(call: Call) -> Projection | None:
     with changing({last: add}):
         moved = _trace(call)
     linear: Any = last
-    if agree(moved.output - plain.output, added.view_as(plain.output)):
+    if agree(moved.output - plain.output, added.view_as(plain.output), plain.output):
         return Projection(linear, None)
     for norm, (given, made) in plain.norms.items():
         ends = made.shape == plain.output.shape and torch.equal(made, plain.output)
-        if ends and agree(moved.norms[norm][0] - given, added.view_as(given)):
+        if ends and agree(moved.norms[norm][0] - given, added.view_as(given), given):
             found: Any = norm
             return Projection(linear, found)
     return None
@@ -219,19 +229,23 @@ def read_elsewhere(model: nn.Module, layer: nn.Module, behind: nn.Module, run: A
         behind: the layer that runs after it.
         run: runs the model on a batch and gives its output.
     """
-    moved: dict[str, torch.Tensor] = {}
+    kept: dict[str, torch.Tensor] = {}
 
     def away(_: nn.Module, __: Any, output: Any) -> Any:
         hidden = layer_output(output, type(layer).__name__)
         generator = torch.Generator().manual_seed(0)
-        # of one value per channel, so that it stays right where tokens are laid out anew
-        noise = torch.randn(hidden.shape[-1], generator=generator)
-        moved["by"] = noise.to(hidden) * hidden.std()
-        changed = hidden + moved["by"]
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        noise = torch.randn(hidden.shape, generator=generator).to(hidden)
+        kept["plain"], kept["moved"] = hidden, hidden + noise * hidden.std()
+        return (kept["moved"], *output[1:]) if isinstance(output, tuple) else kept["moved"]
+
+    def back(hidden: torch.Tensor) -> torch.Tensor:
+        # to the last bit, unless something was added in between
+        added = hidden.double() - kept["moved"].double()
+        return (kept["plain"].double() + added).to(hidden.dtype)
 
     expected = predictions(run())
-    hooks = [layer.register_forward_hook(away), shift_input(behind, lambda h: h - moved["by"])]
+    # before the hooks by which transformers collects hidden states for others to read
+    hooks = [layer.register_forward_hook(away, prepend=True), shift_input(behind, back)]
     try:
         found = predictions(run())
     finally:

@@ -148,6 +148,17 @@ def test_a_vision_layer_that_deepstack_reads_is_not_folded_into() -> None:
     assert (last.kind, last.after) == ("fold", 4)
 
 
+def test_a_vision_layer_that_a_list_of_feature_layers_names_is_not_folded_into() -> None:
+    model = tiny.llava(text=3, vision=6, feature_layer=[2, -2])
+    vlm = VLM(model, family_of(model), name="llava")
+    # hidden state 2 is what layer 1 gives
+    student = prune(vlm, _plan(vlm, {"vision": (2,)}), bridges="fold", data=_data(vlm))
+    assert [bridge.kind for bridge in student.record.bridges] == ["none"]
+    assert "also read by another part" in student.record.notes[0]
+    student = prune(vlm, _plan(vlm, {"vision": (3,)}), bridges="fold", data=_data(vlm))
+    assert [bridge.kind for bridge in student.record.bridges] == ["fold"]
+
+
 def test_fold_behind_the_last_deepstack_add_counts_what_is_added() -> None:
     """The state behind the gap holds the feature; what is folded must not hold it twice."""
     vlm = _dense("qwen3_vl")

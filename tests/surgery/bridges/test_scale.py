@@ -74,7 +74,7 @@ def test_a_gap_at_the_front_is_scaled_and_one_at_the_end_needs_nothing() -> None
     first, last = _fit(dense, student, gaps)
     assert first.kind == "scale"
     assert last.kind == "none"
-    assert "the norm behind it undoes every factor" in last.note
+    assert "no layer behind it is read" in last.note
 
 
 @pytest.mark.parametrize("kind", [PostNorm, Scaled])
