@@ -96,8 +96,11 @@ class RunTimeBridge(nn.Module):
         plain: torch.Tensor = type(norm).forward(norm, hidden)
         return plain
 
-    def _cross(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self._norm is None:
+    def _cross(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        # when its activations are recomputed, a layer runs again without its hooks, so its norm
+        # has to be its own both times
+        recomputed = layer.training and getattr(layer, "gradient_checkpointing", False)
+        if self._norm is None or recomputed:
             crossed: torch.Tensor = self(hidden)
             return crossed
         norm, kind = self._norm
@@ -111,7 +114,7 @@ class RunTimeBridge(nn.Module):
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the layer behind the cut."""
         hidden = layer_input(args, kwargs, type(layer).__name__, 0)
-        crossed = self._cross(hidden)
+        crossed = self._cross(layer, hidden)
         return (
             tuple(crossed if each is hidden else each for each in args),
             {key: crossed if each is hidden else each for key, each in kwargs.items()},

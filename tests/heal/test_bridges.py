@@ -17,7 +17,9 @@ from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
 
 
-def _healed(bridges: str, tune: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Any:
+def _healed(
+    bridges: str, tune: tuple[int, ...], dtype: torch.dtype = torch.float32, **settings: Any
+) -> Any:
     model = tiny.qwen3_vl(text=6, vision=4).to(dtype)
     teacher = VLM(model, family_of(model), name="qwen3_vl")
     data = [tiny_inputs("qwen3_vl", model, batch=4, seed=seed) for seed in range(2)]
@@ -34,20 +36,21 @@ def _healed(bridges: str, tune: tuple[int, ...], dtype: torch.dtype = torch.floa
         max_steps=2,
         batch_size=4,
         learning_rate=1e-2,
+        **settings,
     )
     assert teacher.fingerprint == taught
     changed = {n for n, p in student.model.named_parameters() if not torch.equal(p, before[n])}
     assert report.trainable_parameters == sum(
         p.numel() for p in student.model.parameters() if p.requires_grad
     )
-    return student, changed
+    return student, changed, report
 
 
 @pytest.mark.parametrize("tune", [(3,), (2,)])
 def test_a_folded_projection_trains_only_where_the_plan_tunes_its_layer(
     tune: tuple[int, ...],
 ) -> None:
-    student, changed = _healed("fold", tune)
+    student, changed, _ = _healed("fold", tune)
     assert student.record.bridges[0].after == 3
     prefix = f"{student.towers['text'].path}.{tune[0]}."
     assert changed
@@ -62,7 +65,7 @@ def test_a_folded_projection_trains_only_where_the_plan_tunes_its_layer(
 def test_run_time_bridges_train_even_alone(
     kind: str, leaves: tuple[str, ...], dtype: torch.dtype, tmp_path: Any
 ) -> None:
-    student, changed = _healed(kind, (), dtype)
+    student, changed, _ = _healed(kind, (), dtype)
     module = f"{student.towers['text'].path}.4.bridge_input"
     assert changed == {f"{module}.{leaf}" for leaf in leaves}
     again = open_model(export(student, tmp_path / "out", verify=False))
@@ -79,8 +82,11 @@ def test_run_time_bridges_train_even_alone(
     assert torch.equal(expected, found)
 
 
-def test_run_time_bridges_train_beside_tuned_layers() -> None:
-    student, changed = _healed("lowrank", (5,))
+def test_run_time_bridges_train_beside_tuned_layers_also_recomputed() -> None:
+    student, changed, report = _healed("lowrank", (5,))
+    _, again, recomputed = _healed("lowrank", (5,), gradient_checkpointing=True)
+    assert again == changed
+    assert recomputed.final["loss"] == pytest.approx(report.final["loss"], rel=1e-4)
     path = student.towers["text"].path
     # original layer 5 stands behind the cut, with the bridge inside it
     assert all(name.startswith(f"{path}.4.") for name in changed)

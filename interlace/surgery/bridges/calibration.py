@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from interlace._torch_utils import accepts, to_device
+from interlace._torch_utils import FORWARD_REFUSALS, accepts, to_device
 from interlace.data import Collator
 from interlace.data.samples import Sample, samples
 from interlace.errors import ConfigError, DataError
@@ -99,6 +99,17 @@ class Calibration:
         """Run either model on a batch."""
         return model(**to_device(batch, self._vlm.device, self._vlm.dtype), **self._extra)
 
+    def _try(self, number: int, batch: Mapping[str, Any]) -> None:
+        """Run the teacher on a batch that nobody has run before."""
+        try:
+            self.run(self._vlm.model, batch)
+        except FORWARD_REFUSALS as error:
+            raise DataError(
+                f"{self._vlm.name} cannot be run on batch {number} of the data for bridges (with "
+                f"{', '.join(batch)}): {type(error).__name__}: {str(error).strip()[:200]}. Give "
+                "batches that its forward takes; if memory ran out, lower batch_size."
+            ) from error
+
     def survey(self, towers: Iterable[str]) -> dict[str, TokenWeights]:
         """Run the teacher once over all batches and look who reads what.
 
@@ -109,7 +120,8 @@ class Calibration:
             Tower -> its token weights, in the order in which the towers run.
 
         Raises:
-            DataError: nothing of the data runs through one of the towers, or too few samples do.
+            DataError: the model cannot be run on the data, or less than 4 samples (images, in
+                towers that read them) run through one of the towers.
         """
         counts: dict[str, torch.Tensor] = {}
         num_units = dict.fromkeys(towers, 0)
@@ -131,8 +143,8 @@ class Calibration:
             for name in num_units
         ]
         try:
-            for batch in self.batches:
-                self.run(self._vlm.model, batch)
+            for number, batch in enumerate(self.batches):
+                self._try(number, batch)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -13,6 +13,7 @@ from interlace.errors import ConfigError, DataError, InterlaceError
 from interlace.models import VLM, family_of, open_model
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
+from interlace.surgery.bridges.calibration import Calibration
 
 PLAN = Plan({"text": TowerPlan(5, drop=(2,))})
 
@@ -43,6 +44,7 @@ def data(vlm: VLM) -> Any:
         ({"bridges": "fold", "data": "DATA", "batch_size": 0}, ConfigError, "batch_size is 0"),
         ({"bridges": "fold", "data": "SHORT"}, DataError, "3 samples .* at least 4"),
         ({"bridges": "fold", "data": "NAN"}, DataError, "NaN or infinite activations"),
+        ({"bridges": "fold", "data": "ODD"}, DataError, r"batch 1 .*\(with input_id\)"),
         ({"data": "DATA"}, ConfigError, "bridges='none' asks for none"),
         ({"bridges": {"text": "none"}, "data": "DATA"}, ConfigError, "asks for none"),
     ],
@@ -52,6 +54,7 @@ def test_what_cannot_be_done_is_refused_in_words_and_changes_nothing(
 ) -> None:
     broken = [{**each, "pixel_values": each["pixel_values"] * torch.nan} for each in data]
     made = {"DATA": data, "SHORT": [tiny_inputs("clip", vlm.model, batch=3)], "NAN": broken}
+    made["ODD"] = [data[0], {"input_id": data[0]["input_ids"]}]
     given = dict(settings)
     plan = PLAN
     if given.get("data") == "NAN":
@@ -72,6 +75,29 @@ def test_data_without_images_cannot_bridge_a_vision_tower() -> None:
     texts = [{"input_ids": torch.randint(5, 100, (4, 6))}]
     with pytest.raises(DataError, match=r"0 images .* tower 'vision'"):
         prune(llava, Plan({"vision": TowerPlan(5, drop=(2,))}), bridges="fold", data=texts)
+
+
+def test_text_and_images_have_equal_mass_and_every_fourth_sample_is_held_out() -> None:
+    model = tiny.qwen3_vl(text=4, vision=4)
+    qwen = VLM(model, family_of(model), name="qwen3_vl")
+    batches = [tiny_inputs("qwen3_vl", model, batch=size, seed=size) for size in (3, 5)]
+    calibration = Calibration(qwen, batches, 8)
+    with torch.no_grad():
+        surveyed = calibration.survey(["text", "vision"])
+    assert list(surveyed) == ["vision", "text"]
+    mass = {"image": 0.0, "text": 0.0, "padding": 0.0}
+    rows = []
+    for batch in batches:
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        weight, held = surveyed["text"].of(batch, torch.zeros(*ids.shape, 1))
+        weight, held = weight.view_as(ids), held.view_as(ids)
+        mass["image"] += float(weight[(ids == tiny.IMAGE) & mask].sum())
+        mass["text"] += float(weight[(ids != tiny.IMAGE) & mask].sum())
+        mass["padding"] += float(weight[~mask].sum())
+        assert bool((held == held[:, :1]).all())
+        rows += held[:, 0].tolist()
+    assert mass == pytest.approx({"image": 0.5, "text": 0.5, "padding": 0.0})
+    assert rows == [False, False, False, True] * 2
 
 
 def test_without_bridges_nothing_is_run_and_everything_is_shared(vlm: VLM) -> None:
