@@ -26,7 +26,7 @@ def _dense(name: str) -> VLM:
 
 
 def _data(vlm: VLM) -> list[dict[str, torch.Tensor]]:
-    return [tiny_inputs(vlm.name, vlm.model, batch=4, seed=seed) for seed in range(3)]
+    return [tiny_inputs(vlm.name, vlm.model, batch=4, seed=seed) for seed in range(2)]
 
 
 def _plan(vlm: VLM, drop: dict[str, tuple[int, ...]], **tune: tuple[int, ...]) -> Plan:
@@ -92,8 +92,8 @@ def test_fold_reaches_every_tower_and_reloads_in_plain_transformers(
     assert all(map(torch.equal, _values(plain, data[1]), expected))
 
 
-REFUSED = {("blip2_opt", "qformer"), ("blip2_t5", "qformer"), ("llava", "vision")}
-PRE_NORM = ("clip", "siglip", "qwen3_vl", "qwen2_5_vl", "llava", "blip2_opt", "blip2_t5")
+REFUSED = {("blip2_t5", "qformer"), ("llava", "vision")}
+PRE_NORM = ("siglip", "qwen3_vl", "qwen2_5_vl", "llava", "blip2_t5")
 
 
 @pytest.mark.parametrize("name", PRE_NORM)
