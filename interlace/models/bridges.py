@@ -88,12 +88,11 @@ class RunTimeBridge(nn.Module):
         joined.forward = self._hand_on
 
     def _hand_on(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self._norm is not None and self._ready is not None and hidden is self._ready[0]:
+        if self._ready is not None and hidden is self._ready[0]:
             normed, self._ready = self._ready[1], None
             return normed
-        found: Any = self._norm
-        norm = found[0]
-        plain: torch.Tensor = type(norm).forward(norm, hidden)
+        joined: Any = self._norm
+        plain: torch.Tensor = type(joined[0]).forward(joined[0], hidden)
         return plain
 
     def _cross(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

@@ -126,6 +126,7 @@ def test_scale_in_pre_norm_towers(name: str) -> None:
         ("blip_caption", "text", "does not hand its input on"),
         ("blip2_opt", "qformer", "does not hand its input on"),
         ("llava", "vision", "reads the stream without a norm"),
+        ("qwen3_vl", "text", "DeepStack does"),
     ],
 )
 def test_scale_is_refused_in_words_where_it_cannot_be_folded(
@@ -133,9 +134,16 @@ def test_scale_is_refused_in_words_where_it_cannot_be_folded(
 ) -> None:
     vlm = _dense(name)
     before = vlm.fingerprint
-    plan = _plan(vlm, {tower: _middle(vlm)[tower] if tower == "qformer" else (3,)})
+    # the feature that DeepStack adds after text layer 1 comes behind a cut of layer 0
+    drop = {"qformer": (2, 3), "vision": (3,), "text": (0,) if name == "qwen3_vl" else (3,)}
     with pytest.raises(PlanError, match=words):
-        prune(vlm, plan, bridges="scale", data=_data(vlm))
+        prune(
+            vlm,
+            _plan(vlm, {tower: drop[tower]}),
+            bridges="scale",
+            data=_data(vlm),
+            allow_pinned=True,
+        )
     assert vlm.fingerprint == before
 
 
