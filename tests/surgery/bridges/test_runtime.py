@@ -15,7 +15,7 @@ from surgery.bridges.toys import (
     tower,
     without,
 )
-from tiny import TINY, tiny_inputs
+from tiny import TINY, generation_inputs, tiny_inputs
 from torch import nn
 
 from interlace.errors import CheckpointError, ConfigError, PlanError
@@ -166,6 +166,19 @@ def test_students_open_with_equal_logits_and_leave_the_teacher_alone(
     assert "NOT a standard transformers checkpoint" in (folder / "README.md").read_text()
     with pytest.raises(PlanError, match="has run-time bridges"):
         prune(again, plan)
+
+
+@pytest.mark.parametrize("kind", ["fold", "lowrank"])
+def test_generation_with_a_cache_equals_generation_without(kind: str) -> None:
+    vlm = _vlm("qwen3_vl")
+    data = [tiny_inputs("qwen3_vl", vlm.model, batch=4)]
+    student = prune(vlm, _plan(vlm), bridges=kind, data=data, rank=3, allow_pinned=True)
+    inputs = generation_inputs("qwen3_vl", vlm.model)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 1}
+    with torch.no_grad():
+        cached = student.model.generate(**inputs, **settings, use_cache=True)
+        plain = student.model.generate(**inputs, **settings, use_cache=False)
+    assert torch.equal(cached, plain)
 
 
 def test_the_fused_norm_changes_nothing_but_rounding() -> None:
