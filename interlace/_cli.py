@@ -11,6 +11,7 @@ import typer
 
 from interlace._files import check_new_file
 from interlace.errors import ConfigError
+from interlace.surgery.bridges.names import BRIDGES, check_bridges
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,6 +68,13 @@ Group = Annotated[str, typer.Option(help="Token group: all, text, vision or bala
 Weights = Annotated[
     str | None,
     typer.Option(help="Judge layers by several metrics, such as similarity=1,relevance=2."),
+]
+Bridges = Annotated[
+    str,
+    typer.Option(
+        help=f"What stands in for the removed layers: {', '.join(BRIDGES)}; or per tower, such as "
+        "text=fold,vision=none."
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
@@ -143,6 +151,21 @@ def metric_weights(text: str | None) -> dict[str, float] | None:
                 f"--weights is {text!r}; give every metric once with a number, such as "
                 "similarity=1,relevance=2."
             ) from error
+    return found
+
+
+def read_bridges(text: str) -> str | dict[str, str]:
+    """Read the option that names bridges, for all towers or per tower.
+
+    Raises:
+        ConfigError: an unknown bridge, or a part without a tower.
+    """
+    if "=" not in text:
+        found: str | dict[str, str] = text.strip()
+    else:
+        parts = [part.partition("=") for part in split_names(text) or ()]
+        found = {tower.strip(): name.strip() for tower, _, name in parts}
+    check_bridges(found)
     return found
 
 

@@ -218,9 +218,14 @@ class PruneSettings(Settings):
 
     Attributes:
         allow_pinned: also drop layers that the model's family pins, where surgery can.
+        bridges: what stands in for the removed layers: "none", "scale", "fold", "diagonal" or
+            "lowrank", or a table of them per tower. They are fitted on the calibration samples.
+        rank: of low-rank bridges.
     """
 
     allow_pinned: bool = False
+    bridges: str | dict[str, str] = "none"
+    rank: int = _within(16, 1)
 
 
 @dataclass(frozen=True)

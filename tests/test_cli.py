@@ -148,6 +148,8 @@ def test_heal_writes_a_student_and_can_be_resumed(interlace, scores: Path, tmp_p
         (("plan", "SCORES", "-o", "OUT", "--protect", "autoo"), "give auto, alignment, none"),
         (("plan", "SCORES", "-o", "OUT", "--rule", "sleb"), "only be called from Python"),
         (("eval", "bundled:clip", "--task", "retrieval", "--split", "tset"), "split of scenes"),
+        (("prune", "MODEL", "PLAN", "-o", "OUT", "--bridges", "fodl"), "Did you mean 'fold'"),
+        (("heal", "MODEL", "PLAN", "-o", "OUT", "--bridges", "text=fodl"), "Did you mean 'fold'"),
     ],
 )
 def test_bad_input_ends_with_code_2_and_says_why(
@@ -196,7 +198,11 @@ def test_outputs_are_refused_before_a_model_is_opened(
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("a model was opened first")
 
-    for module in ("interlace.cli.open_vlm", "interlace.demo.open_model"):
+    for module in (
+        "interlace.cli.open_vlm",
+        "interlace._cli_students.open_vlm",
+        "interlace.demo.open_model",
+    ):
         monkeypatch.setattr(module, opened)
     monkeypatch.setattr("interlace.pipeline.open_model", opened)
     filled = []
@@ -267,6 +273,31 @@ def test_a_plan_of_another_model_is_refused(interlace, scores: Path, tmp_path: P
     assert code == 2
     assert "model" in err
     assert not (tmp_path / "student").exists()
+
+
+def test_bridges_are_fitted_where_they_are_asked_for(
+    interlace, scores: Path, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    assert interlace("plan", scores, "-o", plan, "--num-drop", 1)[0] == 0
+    call = ("prune", "bundled:qwen3-vl", plan, "--count", 8, "-o")
+    for name, option in (("fold", "fold"), ("lowrank", "text=lowrank,vision=none")):
+        step = interlace(*call, tmp_path / name, "--bridges", option)
+        assert step[0] == 0, step
+        manifest = json.loads((tmp_path / name / "interlace.json").read_text())
+        assert [bridge["kind"] for bridge in manifest["bridges"]] == [name]
+        assert manifest["standard"] == (name == "fold")
+    code, _, err = interlace(*call, tmp_path / "out", "--data", tmp_path)
+    assert code == 2
+    code, _, err = interlace(*call, tmp_path / "out", "--bridges", "vision=fold")
+    assert code == 2
+    assert "loses no layer by this plan" in err
+    assert not (tmp_path / "out").exists()
+    options = ("--count", 8, "--max-steps", 1, "--batch-size", 4, "--bridges", "scale")
+    step = interlace("heal", "bundled:qwen3-vl", plan, "-o", tmp_path / "healed", *options)
+    assert step[0] == 0, step
+    manifest = json.loads((tmp_path / "healed" / "interlace.json").read_text())
+    assert [bridge["kind"] for bridge in manifest["bridges"]] == ["scale"]
 
 
 def test_existing_output_is_kept(interlace, scores: Path, tmp_path: Path) -> None:

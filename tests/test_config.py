@@ -116,6 +116,8 @@ MODEL = {"path": "m"}
         ({"model": MODEL, "score": {"metrics": []}}, "metrics is empty"),
         ({"model": MODEL, "data": {"tasks": ["vqq"]}}, "Did you mean 'vqa'"),
         ({"model": MODEL, "data": {"max_bad_fraction": 2}}, r"within 0\.\.1"),
+        ({"model": MODEL, "prune": {"bridge": "fold"}}, "Did you mean 'bridges'"),
+        ({"model": MODEL, "prune": {"rank": 0}}, "at least 1"),
         ({"model": MODEL, "eval": {"tasks": []}}, "tasks is empty"),
         ({"model": MODEL, "export": {"overwrite": "yes"}}, "expected bool"),
     ],

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from interlace.errors import ShapeError
-from interlace.scores.tap import given_states
+from interlace.models.states import layer_input
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,7 +83,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def _skipped(where: str, args: tuple[Any, ...], kwargs: dict[str, Any], recorded: Any) -> Any:
     # Whatever else a layer gives, such as the position bias of a T5, stays as recorded.
-    states = given_states(args, kwargs, where)
+    states = layer_input(args, kwargs, where)
     return (states, *recorded[1:]) if isinstance(recorded, tuple | list) else states
 
 

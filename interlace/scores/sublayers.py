@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from interlace.scores.tap import given_states
+from interlace.models.states import layer_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,7 +64,7 @@ def _handed_on(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     output = forward(*args, **kwargs)
     # A last linear layer is given the residual as its second argument.
     two = len(args) > 1 and isinstance(args[1], torch.Tensor) and args[1].is_floating_point()
-    given = args[1] if two else given_states(args, kwargs, "A part of a layer")
+    given = args[1] if two else layer_input(args, kwargs, "A part of a layer")
     return (given, *output[1:]) if isinstance(output, tuple | list) else given
 
 
@@ -117,7 +117,7 @@ def way_of(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
         if not found:
             return None
         both += found
-    states = given_states(args, kwargs, "A layer")
+    states = layer_input(args, kwargs, "A layer")
     for way in _WAYS:
         with _changed(both, way):
             output = layer(*args, **kwargs)
