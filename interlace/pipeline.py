@@ -7,17 +7,17 @@ from its last checkpoint.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from interlace._files import atomic_write_text, check_new_folder, check_place, sha256_of
+from interlace._files import check_new_folder, check_place, sha256_of
+from interlace._stages import STATE, Stages
 from interlace.config import DataSettings, EvalSettings, Recipe
 from interlace.data.samples import Samples, samples, scenes_split
-from interlace.errors import CheckpointError, ConfigError, unknown_name
+from interlace.errors import ConfigError, unknown_name
 from interlace.evaluate import evaluate
 from interlace.evaluate.selection import check_models, checked_names
 from interlace.export import export
@@ -25,21 +25,18 @@ from interlace.heal import heal
 from interlace.models import VLM, open_model
 from interlace.plan import make_plan
 from interlace.plan.rules import check_rule_without_code
-from interlace.records import EvalReport, HealReport, Plan, Record, Scores
+from interlace.records import EvalReport, HealReport, Plan, Scores
 from interlace.scores import score
 from interlace.scores.metrics import meter_classes
 from interlace.surgery import prune
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 __all__ = ["RunResult", "run"]
 
 log = logging.getLogger(__name__)
 
-R = TypeVar("R", bound=Record)
-
-STATE = "run.json"
 SCENES_HEAL_COUNT = 4096
 
 
@@ -64,45 +61,6 @@ class RunResult:
     raw: EvalReport
     result: EvalReport
     skipped: tuple[str, ...]
-
-
-class _Stages:
-    """Remembers for every stage of an output folder what it was made from."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.skipped: list[str] = []
-        self.keys: dict[str, dict[str, str]] = {}
-        path = folder / STATE
-        if path.exists():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                self.keys = {name: {**key} for name, key in found.items()}
-            except (OSError, ValueError, TypeError, AttributeError) as error:
-                raise CheckpointError(
-                    f"{path} is damaged ({error}). Remove it to run every stage again."
-                ) from error
-
-    def is_done(self, name: str, key: str) -> bool:
-        return self.keys.get(name, {}).get("key") == key
-
-    def mark(self, name: str, key: str, fingerprint: str = "") -> None:
-        self.keys[name] = {"key": key, "fingerprint": fingerprint}
-        atomic_write_text(self.folder / STATE, json.dumps(self.keys, indent=2) + "\n")
-
-    def record(self, name: str, kind: type[R], key: str, make: Callable[[], R]) -> R:
-        """Load the record of a stage if it still fits `key`, else make and save it."""
-        path = self.folder / f"{name}.json"
-        if self.is_done(name, key) and path.exists():
-            record = kind.load(path)
-            if record.fingerprint == self.keys[name].get("fingerprint"):
-                log.info("%s: unchanged, taken from %s", name, path)
-                self.skipped.append(name)
-                return record
-        record = make()
-        record.save(path)
-        self.mark(name, key, record.fingerprint)
-        return record
 
 
 def _samples(settings: DataSettings, vlm: VLM, **choice: Any) -> Samples:
@@ -212,7 +170,7 @@ def run(
     if folder.is_file():
         raise ConfigError(f"The output {folder} is a file; name a folder.")
     check_place(folder / STATE)
-    stages = _Stages(folder)
+    stages = Stages(folder)
     target = folder / "model"
     # a folder that an earlier run of this recipe made is its own to replace
     replace = settings.export.overwrite or "export" in stages.keys
