@@ -209,8 +209,8 @@ class HealSettings(Settings):
     num_workers: int = _within(0, 0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     gates: Literal["none", "l1", "hard_concrete"] = "none"
-    gate_penalty: float = _within(0.1, 0.0, above=True)
-    gate_learning_rate: float = _within(1e-2, 0.0, 1.0, above=True)
+    gate_penalty: float = _within(0.3, 0.0, above=True)
+    gate_learning_rate: float = _within(2e-2, 0.0, 1.0, above=True)
 
     def _check_together(self) -> None:
         if self.ce_weight == self.hidden_weight == self.kl_weight == 0.0:
