@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # n sin(pi/6) must come out as n / 2, not a rounding error below.
 _SLACK = 1e-9
+_GROWTH = 3
 
 
 def gone_after(counts: Mapping[str, int], stages: int) -> list[dict[str, int]]:
@@ -51,37 +52,37 @@ def gone_after(counts: Mapping[str, int], stages: int) -> list[dict[str, int]]:
     return schedule
 
 
-def split_steps(total: int, gone: Sequence[Mapping[str, int]]) -> list[int]:
-    """Split optimiser steps over stages, in proportion to the layers that are gone after each.
+def split_steps(total: int, stages: int) -> list[int]:
+    """Split optimiser steps over stages: each gets three times as many as the one before.
 
-    What a stage trains is carried into the next, so the deeper a student is cut the more of the
-    budget it gets. Rounded by the largest remainder, earlier stages first among equal ones; every
-    stage gets at least one step.
+    What follows the last cut decides what is kept in the end; earlier stages need just enough for
+    the next choice to be made on a student that works. Every stage gets at least one step; the rest
+    is rounded by the largest remainder, later stages first among equal ones.
 
     Args:
         total: steps in all.
-        gone: per stage: tower -> layers that are gone after it.
+        stages: number of stages.
 
     Raises:
         ConfigError: fewer steps than stages.
     """
-    if total < len(gone):
+    if total < stages:
         raise ConfigError(
-            f"Healing takes {total} optimiser steps in all, fewer than the {len(gone)} stages. "
+            f"Healing takes {total} optimiser steps in all, fewer than the {stages} stages. "
             "Heal with more samples or steps, or in fewer stages."
         )
-    weights = [sum(each.values()) for each in gone]
-    # one step for every stage, the rest by weight
-    exact = [(total - len(gone)) * weight / sum(weights) for weight in weights]
-    steps = [1 + math.floor(each) for each in exact]
-    by_rest = sorted(range(len(gone)), key=lambda i: (math.floor(exact[i]) - exact[i], i))
-    for i in by_rest[: total - sum(steps)]:
-        steps[i] += 1
+    weights = [_GROWTH**stage for stage in range(stages)]
+    # one step for every stage, the rest by weight, in whole numbers throughout
+    shares = [divmod((total - stages) * weight, sum(weights)) for weight in weights]
+    steps = [1 + whole for whole, _ in shares]
+    by_rest = sorted(range(stages), key=lambda stage: (-shares[stage][1], -stage))
+    for stage in by_rest[: total - sum(steps)]:
+        steps[stage] += 1
     return steps
 
 
 def split_healing(
-    data: Sequence[Sample], settings: HealSettings, gone: Sequence[Mapping[str, int]]
+    data: Sequence[Sample], settings: HealSettings, stages: int
 ) -> list[Samples] | None:
     """Cut the samples of one healing run into those of the stages.
 
@@ -92,7 +93,7 @@ def split_healing(
     Args:
         data: samples to heal with.
         settings: of the whole budget.
-        gone: per stage: tower -> layers that are gone after it.
+        stages: number of stages.
 
     Returns:
         The samples of each stage, to be seen once; None where the settings ask for no steps.
@@ -104,7 +105,7 @@ def split_healing(
     total = total_samples(len(data), settings, processes)
     if total == 0:
         return None
-    steps = split_steps(count_steps(total, settings, processes), gone)
+    steps = split_steps(count_steps(total, settings, processes), stages)
     per_step = settings.batch_size * settings.accumulation * processes
     order = ShuffledRepeats(data, total, settings.seed)
     whole = Samples([order[i] for i in range(total)], source=getattr(data, "source", "memory"))

@@ -129,18 +129,18 @@ class Run:
             gated=setup.heal.gates != "none",
         )
 
-    def run(self) -> tuple[list[Stage], str]:
+    def run(self) -> tuple[list[Stage], str, VLM]:
         """Carry out stage after stage.
 
         Returns:
-            The stages, a rolled back one last, and why the run ended early (empty where it did
-            not).
+            The stages, a rolled back one last; why the run ended early, empty where it did not; and
+            the student of the last stage that was kept, or the dense model.
         """
         setup, limit = self.setup, self.setup.progressive.min_retention
         before = _Before(setup.vlm, self.dense, None, {})
         scores = self._scores(1, before)
         gone = gone_after(drop_counts(scores, setup.vlm, setup.plan), setup.progressive.stages)
-        slices = split_healing(setup.healing, setup.heal, gone)
+        slices = split_healing(setup.healing, setup.heal, len(gone))
         base = self._measured("dense", setup.vlm, self.dense, None)
         done: list[Stage] = []
         for number, goal in enumerate(gone, start=1):
@@ -150,7 +150,7 @@ class Run:
             if number > 1:
                 scores = self._scores(number, before)
             alone, key = self._cut(number, before, scores, counts)
-            stage, before = self._stage(
+            stage, reached = self._stage(
                 number, before, scores, alone, key, data, base, number == len(gone)
             )
             done.append(stage)
@@ -163,8 +163,9 @@ class Run:
                     f"{f'stage {number - 1}' if number > 1 else 'the dense model'}."
                 )
                 log.warning(stopped)
-                return done, stopped
-        return done, ""
+                return done, stopped, before.student
+            before = reached
+        return done, "", before.student
 
     def _scores(self, number: int, before: _Before) -> Scores:
         setup = self.setup

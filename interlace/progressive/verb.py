@@ -92,7 +92,7 @@ def progressive(
     first model throughout.
 
     `heal` states the whole budget: the stages share the samples of one healing run of these
-    settings, in its order, in proportion to the layers that are gone after each, so that a
+    settings, in its order, each taking three times the steps of the one before, so that a
     progressive run heals on exactly the tokens of a single cut. Each stage has a warm-up and a
     schedule of its own.
 
@@ -166,7 +166,7 @@ def progressive(
         heal=healed,
         max_new_tokens=max_new_tokens,
     )
-    done, stopped = Run(setup, state, dense).run()
+    done, stopped, student = Run(setup, state, dense).run()
     record = ProgressiveRecord(
         stages=tuple(stage.record for stage in done),
         guard=chosen.guard,
@@ -191,7 +191,7 @@ def progressive(
     record.save(folder / RECORD)
     kept = tuple(stage for stage in done if stage.record.kept)
     return ProgressiveResult(
-        student=kept[-1].student() if kept else vlm,
+        student=student,
         stages=kept,
         rolled_back=done[-1] if stopped else None,
         record=record,

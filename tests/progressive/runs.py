@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import interlace as il
 from interlace._stages import Stages
-from interlace.config import HealSettings, PlanSettings, ScoreSettings
+from interlace.config import HealSettings, PlanSettings, ProgressiveSettings, ScoreSettings
 from interlace.heal.trainer import HealTrainer
 from interlace.progressive import checkpoint, stages
 
@@ -44,14 +44,13 @@ def small(vlm: VLM, folder: Path, **changes: Any) -> ProgressiveResult:
         "score": ScoreSettings(batch_size=8, towers=("text",)),
         "stages": 2,
     }
-    return il.progressive(
-        vlm,
-        calibration=scenes(8, 0),
-        healing=scenes(8, 1),
-        held_out=scenes(8, 2, "test"),
-        output=folder,
-        **{**given, **changes},
-    )
+    guard = changes.pop("guard_metric", None)
+    if guard is not None:
+        given["settings"] = ProgressiveSettings(guard=guard)
+    given["calibration"] = scenes(8, 0)
+    given["healing"] = scenes(8, 1)
+    given["held_out"] = scenes(24 if guard else 8, 2, "test")
+    return il.progressive(vlm, output=folder, **{**given, **changes})
 
 
 def _die_at_call(owner: Any, name: str, number: int, *, before: bool = True) -> None:
