@@ -34,7 +34,7 @@ def progressive(
     stages: Annotated[int, typer.Option(min=1, help="Number of stages.")] = 3,
     rule: Annotated[
         str, typer.Option(help=f"How layers are chosen: {', '.join(rule_names())}.")
-    ] = "interlace",
+    ] = "sleb",
     min_retention: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Roll back a stage that keeps less than this, 0..1."),

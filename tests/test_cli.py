@@ -108,8 +108,9 @@ def test_heal_writes_a_student_and_can_be_resumed(interlace, scores: Path, tmp_p
 def test_progressive_says_where_a_stage_was_rolled_back(interlace, tmp_path: Path) -> None:
     code, _, told = interlace(
         "progressive", "bundled:clip", "-o", tmp_path / "out", "--tower", "text",
-        "--rule", "random", "--drop-fraction", 0.5, "--stages", 1, "--min-retention", 1, "--calibration-count", 8,
-        "--heal-count", 8, "--batch-size", 4, "--count", 8, "--task", "retrieval",
+        "--rule", "random", "--drop-fraction", 0.5, "--stages", 1, "--min-retention", 1,
+        "--calibration-count", 8, "--heal-count", 8, "--batch-size", 4, "--count", 8,
+        "--task", "retrieval",
     )  # fmt: skip
     assert code == 2
     assert "Stage 1 of 1 was rolled back" in told

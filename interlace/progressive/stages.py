@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from interlace._files import sha256_of
+from interlace.errors import ConfigError
 from interlace.heal import heal
-from interlace.heal.sparsity import importance
+from interlace.heal.sparsity import find_branches, importance
 from interlace.plan.rules import USE_LOSS
 from interlace.progressive.checkpoint import healing_of, is_whole, open_student, save_student
 from interlace.progressive.guard import measure, retention_of
@@ -139,7 +140,15 @@ class Run:
         setup, limit = self.setup, self.setup.progressive.min_retention
         before = _Before(setup.vlm, self.dense, None, {})
         scores = self._scores(1, before)
-        gone = gone_after(drop_counts(scores, setup.vlm, setup.plan), setup.progressive.stages)
+        counts = drop_counts(scores, setup.vlm, setup.plan)
+        gone = gone_after(counts, setup.progressive.stages)
+        if setup.heal.gates != "none":
+            find_branches(setup.vlm, counts)
+        if setup.heal.gates != "none" and len(gone) == 1:
+            raise ConfigError(
+                "The last stage learns no gates, and this run has no other. Drop more layers in "
+                "more stages, or set heal.gates to 'none'."
+            )
         slices = split_healing(setup.healing, setup.heal, len(gone))
         base = self._measured("dense", setup.vlm, self.dense, None)
         done: list[Stage] = []
@@ -149,10 +158,8 @@ class Run:
             data = None if slices is None else slices[number - 1]
             if number > 1:
                 scores = self._scores(number, before)
-            alone, key = self._cut(number, before, scores, counts)
-            stage, reached = self._stage(
-                number, before, scores, alone, key, data, base, number == len(gone)
-            )
+            last = number == len(gone)
+            stage, reached = self._stage(number, before, scores, counts, data, base, last=last)
             done.append(stage)
             log.info("stage %d: retention %.4f, %s gone", number, stage.retention, stage.layers)
             if not stage.record.kept:
@@ -222,13 +229,14 @@ class Run:
         number: int,
         before: _Before,
         scores: Scores,
-        alone: Plan,
-        plan_key: str,
+        counts: Mapping[str, int],
         data: Samples | None,
         base: EvalReport,
+        *,
         last: bool,
     ) -> tuple[Stage, _Before]:
         setup, state = self.setup, self.state
+        alone, plan_key = self._cut(number, before, scores, counts)
         cut = after(before.plan, alone)
         plan = whole(before.plan, cut, self.dense, number)
         # the gates of the last stage would have no next choice to speak in

@@ -17,7 +17,6 @@ from interlace.config import (
 )
 from interlace.data.samples import Samples
 from interlace.errors import ConfigError, DataError
-from interlace.heal.sparsity import find_branches
 from interlace.models.handle import check_vlm
 from interlace.plan.rules import find_rule
 from interlace.progressive.guard import check_guard, held_out_scenes
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
 RECORD = "progressive.json"
 HELD_OUT = 256
+RECOMMENDED = "sleb"
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,14 @@ def progressive(
             result on others where a stage can be rolled back.
         drop_fraction: share of the layers to drop in all, 0..1, or one per tower; instead of that
             in `plan`.
-        rule: name of the rule, instead of that in `plan`; `sleb` needs no callback here.
+        rule: name of the rule, instead of that in `plan`; default without `plan`: "sleb", which
+            needs no callback here.
         stages: number of stages, at least 1, instead of that in `settings`.
         min_retention: see `ProgressiveSettings`; instead of that in `settings`.
         settings: of the stages; default: `ProgressiveSettings()`.
         score: how to score; default: `ScoreSettings()`. Its batch size is also that of the loss and
             of measuring.
-        plan: what to drop in all and by what rule; default: `PlanSettings()`.
+        plan: what to drop in all and by what rule; default: a quarter by "sleb".
         prune: how to cut; default: `PruneSettings()`.
         heal: how to heal in all; default: `HealSettings()`. With gates, all stages but the last
             learn them.
@@ -125,8 +126,8 @@ def progressive(
         `stopped` and the log say so.
 
     Raises:
-        ConfigError: arguments that do not fit together; fewer optimiser steps than stages; a tower
-            that cannot be gated; an output that is a file.
+        ConfigError: arguments that do not fit together; gates in a single stage, or in a tower that
+            cannot be gated; fewer optimiser steps than stages; an output that is a file.
         PlanError: a stage has no plan. Finished stages stay in the folder.
         InterlaceError: as the verbs of the stages raise it.
 
@@ -136,15 +137,13 @@ def progressive(
     for name, data in (("calibration", calibration), ("healing", healing)):
         _check_samples(name, data)
     chosen = _given(settings or ProgressiveSettings(), stages=stages, min_retention=min_retention)
-    planned = plan or PlanSettings()
+    planned = plan or PlanSettings(rule=RECOMMENDED)
     if drop_fraction is not None:
         planned = planned.replace(drop_fraction=drop_fraction, num_drop=None)
     planned = _given(planned, rule=rule)
     find_rule(planned.rule)
     check_guard(chosen.guard, vlm)
     healed = heal or HealSettings()
-    if healed.gates != "none":
-        find_branches(vlm, planned.towers or vlm.towers)
     if held_out is None:
         held_out = held_out_scenes(vlm, chosen.guard, count=HELD_OUT, seed=1, split="test")
     _check_samples("held_out", held_out)

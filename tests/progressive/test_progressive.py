@@ -9,7 +9,7 @@ from progressive.runs import clip, small
 from transformers import CLIPModel
 
 import interlace as il
-from interlace.config import HealSettings, PlanSettings, ProgressiveSettings
+from interlace.config import PlanSettings, ProgressiveSettings
 from interlace.errors import ConfigError, DataError
 from interlace.records import load_record
 
@@ -123,8 +123,9 @@ def test_a_stage_that_would_collapse_is_rolled_back(
 
 
 def test_sleb_needs_no_callback(vlm: Any, tmp_path: Path) -> None:
-    plan = PlanSettings(num_drop=2, towers=("text",))
-    made = small(vlm, tmp_path / "run", plan=plan, rule="sleb", heal={"max_steps": 0})
+    # the rule of a run without a plan of its own
+    given = {"plan": None, "drop_fraction": {"text": 0.17}, "heal": {"max_steps": 0}}
+    made = small(vlm, tmp_path / "run", **given)
     assert len(made.stages) == 2
     assert all(
         "lowest loss" in made.stages[-1].plan["text"].reasons[layer]
@@ -151,6 +152,7 @@ def test_what_cannot_work_is_refused_before_anything_is_made(vlm: Any, tmp_path:
         with pytest.raises(error, match=says):
             small(vlm, out, **changes)
         assert not out.exists()
+    with pytest.raises(ConfigError, match="The last stage learns no gates"):
+        small(vlm, out, stages=1)
     with pytest.raises(ConfigError, match="1 optimiser steps in all, fewer than the 2 stages"):
         small(vlm, out, heal={"max_steps": 1})
-    assert HealSettings().gates == "none"
