@@ -11,7 +11,8 @@
     result  = il.evaluate(student, baseline=vlm)
     il.export(student, "out/", records=(scores, plan, healed, result))
 
-Every verb takes the record that the one before it made. `il.run` does the whole flow from a recipe.
+Every verb takes the record that the one before it made. `il.run` does the whole flow from a recipe,
+`il.progressive` drops the layers in several stages, each scored and healed again.
 The names are loaded when they are first used: importing the package loads neither torch nor
 transformers.
 """
@@ -32,7 +33,15 @@ if TYPE_CHECKING:
     from interlace.models import open_model
     from interlace.pipeline import run
     from interlace.plan import make_plan
-    from interlace.records import EvalReport, HealReport, Plan, PruneRecord, Scores
+    from interlace.progressive import ProgressiveResult, progressive
+    from interlace.records import (
+        EvalReport,
+        HealReport,
+        Plan,
+        ProgressiveRecord,
+        PruneRecord,
+        Scores,
+    )
     from interlace.scores import score
     from interlace.surgery import prune
 
@@ -40,6 +49,8 @@ __all__ = [
     "EvalReport",
     "HealReport",
     "Plan",
+    "ProgressiveRecord",
+    "ProgressiveResult",
     "PruneRecord",
     "Scores",
     "__version__",
@@ -50,6 +61,7 @@ __all__ = [
     "make_plan",
     "open_model",
     "ops",
+    "progressive",
     "prune",
     "records",
     "run",
@@ -72,6 +84,9 @@ _HOMES = {
     "evaluate": "interlace.evaluate",
     "EvalReport": "interlace.records",
     "export": "interlace.export",
+    "progressive": "interlace.progressive",
+    "ProgressiveResult": "interlace.progressive",
+    "ProgressiveRecord": "interlace.records",
     "run": "interlace.pipeline",
 }
 _SUBMODULES = ("errors", "ops", "records")

@@ -42,6 +42,7 @@ from interlace._cli import (
     split_names,
     whole_numbers,
 )
+from interlace._cli_progressive import progressive
 from interlace._cli_students import export, heal, prune
 from interlace.errors import InterlaceError
 from interlace.plan.rules import USE_LOSS, check_rule_without_code, rule_names
@@ -61,6 +62,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.command()(progressive)
 _RULES = [name for name in rule_names() if name not in USE_LOSS]
 
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COMMANDS = (
-    "score", "plan", "prune", "heal", "eval", "export", "run", "demo", "ops", "doctor",
+    "score", "plan", "prune", "heal", "eval", "export", "run", "progressive", "demo", "ops",
+    "doctor",
 )  # fmt: skip
 
 
@@ -126,6 +127,20 @@ def test_heal_writes_a_student_and_can_be_resumed(interlace, scores: Path, tmp_p
     assert resumed[0] == 0, resumed
 
 
+def test_progressive_says_where_a_stage_was_rolled_back(interlace, tmp_path: Path) -> None:
+    code, _, told = interlace(
+        "progressive", "bundled:clip", "-o", tmp_path / "out", "--tower", "text",
+        "--rule", "random", "--drop-fraction", 0.5, "--stages", 1, "--min-retention", 1,
+        "--calibration-count", 8, "--heal-count", 8, "--batch-size", 4, "--count", 8,
+        "--task", "retrieval",
+    )  # fmt: skip
+    assert code == 2
+    assert "Stage 1 of 1 was rolled back" in told
+    assert "no student to hand over" in told
+    assert (tmp_path / "out" / "progressive" / "stage-1" / "student").is_dir()
+    assert not (tmp_path / "out" / "model").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -145,6 +160,9 @@ def test_heal_writes_a_student_and_can_be_resumed(interlace, scores: Path, tmp_p
         (("eval", "bundled:clip", "--task", "retrival"), "Did you mean 'retrieval'"),
         (("score", "bundled:clip", "-o", "OUT", "--data", "none.json"), "none.json"),
         (("run", "none.toml"), "none.toml"),
+        (("progressive", "bundled:clip", "-o", "OUT", "--rule", "slebb"), "Did you mean 'sleb'"),
+        (("progressive", "bundled:clip", "-o", "OUT", "--guard", "lost"), "Give 'loss'"),
+        (("progressive", "bundled:clip", "-o", "OUT", "--gates", "l2"), "Did you mean 'l1'"),
         (("plan", "SCORES", "-o", "OUT", "--protect", "autoo"), "give auto, alignment, none"),
         (("plan", "SCORES", "-o", "OUT", "--rule", "sleb"), "only be called from Python"),
         (("eval", "bundled:clip", "--task", "retrieval", "--split", "tset"), "split of scenes"),
