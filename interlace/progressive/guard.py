@@ -110,9 +110,9 @@ def measure(
     retention = None
     if dense is not None:
         inputs["baseline"] = dense.fingerprint
-        retention = {LOSS: {_LIKELIHOOD: _likelihood(dense.metrics[LOSS][LOSS], loss)}}
+        retention = {LOSS: {_LIKELIHOOD: _likelihood(loss - dense.metrics[LOSS][LOSS])}}
     return EvalReport(
-        metrics={LOSS: {LOSS: loss}},
+        metrics={LOSS: {LOSS: loss, _LIKELIHOOD: _likelihood(loss)}},
         baseline=None if dense is None else dense.metrics,
         retention=retention,
         num_samples={LOSS: len(held_out)},
@@ -122,11 +122,9 @@ def measure(
     )
 
 
-def _likelihood(dense: float, loss: float) -> float:
-    """What is left of the likelihood of a right answer; a loss that is not a number leaves 0."""
-    if math.isnan(loss):
-        return 0.0
-    return math.exp(min(dense - loss, 700.0))
+def _likelihood(loss: float) -> float:
+    """Geometric mean of the likelihood of a right answer; a loss that is not a number leaves 0."""
+    return 0.0 if math.isnan(loss) else math.exp(min(-loss, 700.0))
 
 
 def retention_of(report: EvalReport, guard: str) -> float:

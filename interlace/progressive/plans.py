@@ -122,7 +122,9 @@ def plan_stage(
         name: renumbered(tower, student.towers[name].original, original_depth(student, name))
         for name, tower in plan.towers.items()
     }
-    return replace(plan, towers=towers)
+    # the sizes that the scores know are those of the student, whose layers have other numbers
+    same = all(student.towers[name].num_layers == each.num_layers for name, each in towers.items())
+    return replace(plan, towers=towers, shape=plan.shape if same else None)
 
 
 def _at_positions(protect: Any, student: VLM, towers: Iterable[str]) -> Any:
@@ -196,4 +198,5 @@ def whole(earlier: Plan | None, cut: Plan, dense: str, number: int) -> Plan:
             layer_scores=scores,
         )
     inputs = {key: value for key, value in cut.inputs.items() if key == "data"}
-    return replace(cut, towers=towers, inputs={**inputs, "model": dense})
+    shape = cut.shape if earlier is None else earlier.shape
+    return replace(cut, towers=towers, shape=shape, inputs={**inputs, "model": dense})

@@ -43,6 +43,7 @@ def test_one_run_yields_every_smaller_fraction(vlm: Any, tmp_path: Path) -> None
         assert student.towers["text"].original == tuple(i for i in range(12) if i not in gone)
         assert student.record.dropped == {"text": tuple(sorted(gone))}
         assert student.plan == stage.plan
+        assert str(stage.plan).startswith("Plan by rule 'interlace'")
         assert 0 < stage.retention <= 1.5
     # the first stage learned gates, which are in its weights; the last had no use for them
     assert set(first.healed.gates["text"]) == set(range(12)) - set(first.layers["text"])
