@@ -10,6 +10,7 @@
     healed  = il.heal(student, teacher=vlm, data=calib)
     result  = il.evaluate(student, baseline=vlm)
     il.export(student, "out/", records=(scores, plan, healed, result))
+    il.fuse(student)
 
 Every verb takes the record that the one before it made. `il.run` does the whole flow from a recipe.
 The names are loaded when they are first used: importing the package loads neither torch nor
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from interlace.export import export
     from interlace.heal import heal
     from interlace.models import open_model
+    from interlace.nn import FuseReport, fuse, unfuse
     from interlace.pipeline import run
     from interlace.plan import make_plan
     from interlace.records import EvalReport, HealReport, Plan, PruneRecord, Scores
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EvalReport",
+    "FuseReport",
     "HealReport",
     "Plan",
     "PruneRecord",
@@ -46,6 +49,7 @@ __all__ = [
     "errors",
     "evaluate",
     "export",
+    "fuse",
     "heal",
     "make_plan",
     "open_model",
@@ -55,6 +59,7 @@ __all__ = [
     "run",
     "samples",
     "score",
+    "unfuse",
 ]
 
 # public name -> module that holds it, in flow order
@@ -72,6 +77,9 @@ _HOMES = {
     "evaluate": "interlace.evaluate",
     "EvalReport": "interlace.records",
     "export": "interlace.export",
+    "fuse": "interlace.nn",
+    "unfuse": "interlace.nn",
+    "FuseReport": "interlace.nn",
     "run": "interlace.pipeline",
 }
 _SUBMODULES = ("errors", "ops", "records")

@@ -7,9 +7,27 @@ model for fused ones, `unfuse` swaps them back.
 
 from __future__ import annotations
 
-from interlace.nn.attention import interlace_attention, register
-from interlace.nn.masks import interlace_mask
+from interlace.errors import BackendError
 
-__all__ = ["interlace_attention", "interlace_mask"]
+try:
+    from interlace.nn.attention import head_groups, interlace_attention, register
+    from interlace.nn.fusing import fuse, unfuse
+    from interlace.nn.masks import interlace_mask
+    from interlace.nn.report import FuseEntry, FuseReport
+except ImportError as error:
+    raise BackendError(
+        f"interlace.nn needs transformers 5.17 or newer with its attention interface ({error}); "
+        "pip install -U transformers."
+    ) from error
+
+__all__ = [
+    "FuseEntry",
+    "FuseReport",
+    "fuse",
+    "head_groups",
+    "interlace_attention",
+    "interlace_mask",
+    "unfuse",
+]
 
 register()

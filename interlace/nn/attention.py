@@ -93,7 +93,7 @@ def interlace_attention(
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    if others.get("output_attentions"):
+    if others.get("output_attentions") or _asked(module):
         return _with_weights(query, key, value, attention_mask, q_start, scale, dropout, is_causal)
     plain = dropout == 0.0 and key.shape == value.shape
     if query.shape[2] == 1 and plain and decode_op_serves(query, key, value, attention_mask):
@@ -101,6 +101,11 @@ def interlace_attention(
     if query.shape[2] > 1 and plain and prefill_op_serves(query, key, value, attention_mask):
         return _prefill(query, key, value, attention_mask, q_start, scale, is_causal), None
     return _by_torch(query, key, value, attention_mask, q_start, scale, dropout, is_causal), None
+
+
+def _asked(module: nn.Module) -> bool:
+    """Tell whether the weights were asked of a layer that does not pass the request on."""
+    return bool(getattr(getattr(module, "interlace_state", None), "weights", False))
 
 
 def head_groups(module: nn.Module, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:

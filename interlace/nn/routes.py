@@ -20,7 +20,7 @@ MAX_HEAD_DIM = 256
 # keys and values of one layer, in elements, from which ragged_decode on the CPU pays
 _DECODE_ELEMENTS = 1 << 19
 # rows x width from which bridge_norm on the CPU pays
-_NORM_ELEMENTS = 1 << 17
+NORM_ELEMENTS = 1 << 17
 # rows x heads x width from which qk_norm_rope on the CPU pays
 _ROPE_ELEMENTS = 1 << 16
 
@@ -47,7 +47,7 @@ def prefill_op_serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
 
 def norm_op_serves(x: Tensor) -> bool:
     """Tell whether bridge_norm adds and normalises rows."""
-    return _serves("bridge_norm", x.device, x.numel() >= _NORM_ELEMENTS)
+    return _serves("bridge_norm", x.device, x.numel() >= NORM_ELEMENTS)
 
 
 def rope_op_serves(heads: Tensor) -> bool:
