@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from interlace.errors import ConfigError
 from interlace.models import VLM
 from interlace.nn import backends
+from interlace.nn import graphs as recording
 from interlace.nn.attention import NAME, head_groups
 from interlace.nn.blocks import BlockState, FusedBlock, FusedGatedMLP, GatedState, arguments
-from interlace.nn.layers import QKV, CallerState, FusedCaller
+from interlace.nn.layers import QKV, CallerState, FusedAttention, FusedCaller
 from interlace.nn.norms import FusedNorm, rms_why_not
 from interlace.nn.projections import Merged
 from interlace.nn.report import FuseEntry, FuseReport
@@ -55,6 +56,7 @@ def fuse(
     norms: bool = True,
     mlp: bool = True,
     rope: bool = True,
+    graphs: bool | Literal["auto"] = "auto",
 ) -> FuseReport:
     """Swap the modules of a model for fused ones, in place; `unfuse` swaps them back.
 
@@ -70,15 +72,23 @@ def fuse(
         norms: RMSNorms in one pass, and residual add and norm by `bridge_norm`.
         mlp: gated feed-forward parts with gate and up in one product.
         rope: norm and rotary embedding of heads by `qk_norm_rope`; only with `attention`.
+        graphs: replay the steps of text decoders as CUDA graphs where `generate` decodes against a
+            static cache (`cache_implementation="static"`). "auto" does so on a GPU; True insists.
 
     Returns:
         What was replaced by what, and what was left alone and why; print it.
 
     Raises:
-        ConfigError: the model is fused already, is none of transformers, or nothing of it can be
-            fused.
+        ConfigError: the model is fused already, is none of transformers, nothing of it can be
+            fused, or graphs are insisted on without a GPU.
     """
     target = _target(model)
+    first = next(target.parameters())
+    if graphs is True and not (first.is_cuda and attention and norms):
+        raise ConfigError(
+            f"graphs=True needs a model on a GPU, attention and norms; this one is on "
+            f"{first.device}. Leave graphs at 'auto'."
+        )
     if _KEPT in target.__dict__:
         raise ConfigError(
             f"{type(target).__name__} is fused already, and stays as it is. Call unfuse first to "
@@ -98,7 +108,7 @@ def fuse(
         entries += _fuse_blocks(target, names)
     order = {name: place for place, name in enumerate(names.values())}
     entries.sort(key=lambda entry: order[entry.module])
-    first = next(target.parameters())
+    entries += _record_steps(target, names, graphs)
     report = FuseReport(type(target).__name__, str(first.device), str(first.dtype), tuple(entries))
     target.__dict__[_KEPT] = _Fusion(report, chosen)
     if not report.fused:
@@ -124,6 +134,7 @@ def unfuse(model: VLM | PreTrainedModel) -> None:
     fusion = target.__dict__.pop(_KEPT, None)
     if fusion is None:
         raise ConfigError(f"{type(target).__name__} is not fused, so there is nothing to undo.")
+    recording.remove(target)
     for module in target.modules():
         if isinstance(module, Fused):
             merged = getattr(module.interlace_state, "merged", None)
@@ -283,6 +294,41 @@ def _fuse_blocks(target: nn.Module, names: dict[int, str]) -> list[FuseEntry]:
     for stack in target.modules():
         _join(stack)
     return entries
+
+
+def text_decoders(target: nn.Module) -> list[nn.Module]:
+    """Find the models in a fused model that decode token by token, in fused blocks alone."""
+    found = []
+    for module in target.modules():
+        stacks = [each for each in module.children() if isinstance(each, nn.ModuleList)]
+        if isinstance(module, PreTrainedModel) and len(stacks) == 1:
+            blocks = list(stacks[0])
+            layers = [getattr(each, "self_attn", None) for each in blocks]
+            fused = all(isinstance(each, FusedBlock) for each in blocks)
+            if fused and all(
+                isinstance(each, FusedAttention) and hasattr(each, "layer_idx") for each in layers
+            ):
+                found.append(module)
+    return found
+
+
+def _record_steps(target: nn.Module, names: dict[int, str], graphs: bool | str) -> list[FuseEntry]:
+    decoders = text_decoders(target)
+    on_gpu = next(target.parameters()).is_cuda
+    if graphs and on_gpu:
+        recording.install(target, decoders, recording.CudaRecorder())
+    reason = "there are CUDA graphs on a GPU only" if graphs else "graphs=False"
+    return [
+        FuseEntry(
+            names[id(decoder)],
+            type(decoder).__name__,
+            "graphs",
+            bool(graphs and on_gpu),
+            "CUDA graphs, with a static cache" if graphs and on_gpu else "",
+            "" if graphs and on_gpu else reason,
+        )
+        for decoder in decoders
+    ]
 
 
 def _join(owner: nn.Module) -> None:

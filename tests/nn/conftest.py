@@ -142,6 +142,8 @@ def excesses(actual: Any, reference: Any, truth: Any) -> list[str]:
 
 def generate(model: Any, name: str, **settings: Any) -> torch.Tensor:
     inputs = generation_inputs(name, model)
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in inputs.items()}
     with torch.no_grad():
         return model.generate(**inputs, **_SETTINGS, **settings)
 
