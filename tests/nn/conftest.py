@@ -109,7 +109,7 @@ def gradients(
         if value is not None:
             value = real(value, inputs)
             factors = torch.randn(value.shape, generator=torch.Generator().manual_seed(5))
-            total = total + (value.double() * factors).sum()
+            total = total + (value.double().cpu() * factors).sum()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}

@@ -64,3 +64,22 @@ def test_generation_is_equal_token_by_token(name: str, kind: str, kit: Any) -> N
             with route():
                 found = kit.generate(model, name, cache_implementation=cache)
             assert torch.equal(found, plain[cache])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "kind"), VARIANTS)
+def test_outputs_and_gradients_keep_the_budget_on_a_gpu(name: str, kind: str, kit: Any) -> None:
+    model, stock = (each.cuda() for each in kit.variant(name, kind))
+    inputs = {key: value.cuda() for key, value in kit.inputs(name, stock.cpu()).items()}
+    exact, exact_inputs = kit.in_fp64(stock.cuda()), kit.cast(inputs, torch.float64)
+    plain, truth = kit.forward(stock, inputs), kit.forward(exact, exact_inputs)
+    truth_gradients, scales = kit.gradients(exact, exact_inputs)
+    plain_gradients, _ = kit.gradients(stock, inputs, scales)
+    report = il.fuse(model.cuda())
+    assert kit.excesses(kit.forward(model, inputs), plain, truth) == []
+    if kind != "ragged":
+        found, _ = kit.gradients(model, inputs, scales)
+        assert kit.excesses(found, plain_gradients, truth_gradients) == []
+    il.unfuse(model)
+    # as long as there are kernels for the GPU, none of these computes on torch
+    assert not any(entry.backend.startswith("torch (scaled") for entry in report.fused)
