@@ -144,6 +144,7 @@ class ScoreSettings(Settings):
         batch_size: samples per forward pass.
         answers: also feed the answers, not the questions alone.
         packed: pack batches of unequal length instead of padding them.
+        num_directions: random directions per layer of the metric "sensitivity_zeroth_order".
     """
 
     metrics: tuple[str, ...] = ("similarity",)
@@ -152,6 +153,7 @@ class ScoreSettings(Settings):
     batch_size: int = _within(8, 1)
     answers: bool = False
     packed: bool = False
+    num_directions: int = _within(8, 1)
 
     def _check_together(self) -> None:
         if not self.metrics:
@@ -172,17 +174,22 @@ class PlanSettings(Settings):
         num_drop: number of layers to drop, or one per tower, instead of a fraction.
         rule: name of the rule that chooses the layers.
         protect: layers never to drop, or a table of them per tower, or "auto": those that the
-            scores recorded as pinned. An empty list gives the published rules unguarded.
+            scores recorded as pinned, or "alignment": these and the layers that carry the alignment
+            of image and text. An empty list gives the published rules unguarded.
         seed: seed of the rules that draw.
-        weights: metric -> weight, to judge layers by a mix of metrics.
+        weights: metric -> weight of at least 0, to judge layers by a mix of metrics.
         towers: towers to plan; default: the text tower where there is one, else all.
-        group: token group of the similarity: "all", "text" or "vision".
+        group: token group of the similarity: "all", "text", "vision" or "balanced".
     """
 
     drop_fraction: float | dict[str, float] | None = None
     num_drop: int | dict[str, int] | None = None
     rule: str = "interlace"
-    protect: Literal["auto"] | tuple[int, ...] | dict[str, tuple[int, ...]] = "auto"
+    protect: (
+        Literal["auto", "alignment"]
+        | tuple[int, ...]
+        | dict[str, Literal["auto", "alignment"] | tuple[int, ...]]
+    ) = "auto"
     seed: int = _within(42, 0)
     weights: dict[str, float] | None = None
     towers: tuple[str, ...] | None = None
@@ -211,9 +218,14 @@ class PruneSettings(Settings):
 
     Attributes:
         allow_pinned: also drop layers that the model's family pins, where surgery can.
+        bridges: what stands in for the removed layers: "none", "scale", "fold", "diagonal" or
+            "lowrank", or a table of them per tower. They are fitted on the calibration samples.
+        rank: of low-rank bridges.
     """
 
     allow_pinned: bool = False
+    bridges: str | dict[str, str] = "none"
+    rank: int = _within(16, 1)
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from interlace.plan import make_plan
 from interlace.plan.rules import check_rule_without_code
 from interlace.records import EvalReport, HealReport, Plan, Record, Scores
 from interlace.scores import score
-from interlace.scores.metrics import meter_classes
+from interlace.scores.metrics import metric_classes
 from interlace.surgery import prune
+from interlace.surgery.bridges.names import check_bridges, has_bridges
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -159,8 +160,10 @@ def _warn_of_overlap(held_out: Mapping[str, Samples] | None, *seen: Samples) -> 
 
 def _check_names(settings: Recipe) -> None:
     """Refuse names that a later stage would refuse, before any work is spent."""
-    meter_classes(settings.score.metrics)
+    metric_classes(settings.score.metrics)
     check_rule_without_code(settings.plan.rule)
+    _check_metrics(settings)
+    check_bridges(settings.prune.bridges)
     checked_names(settings.eval.tasks)
     if settings.data.source == "scenes":
         scenes_split(settings.data.split)
@@ -168,8 +171,27 @@ def _check_names(settings: Recipe) -> None:
         scenes_split(settings.eval.split)
 
 
+def _check_metrics(settings: Recipe) -> None:
+    """Refuse a plan by metrics that the recipe does not score."""
+    needed = dict.fromkeys(settings.plan.weights or (), "weighs")
+    protect = settings.plan.protect
+    if "alignment" in (protect.values() if isinstance(protect, dict) else [protect]):
+        needed["alignment"] = "protects by"
+    for name, why in needed.items():
+        if name not in settings.score.metrics:
+            known = ", ".join(settings.score.metrics)
+            raise ConfigError(
+                f"The recipe {why} the metric '{name}' in [plan], but scores only {known}. Name it "
+                "under [score] metrics too, or leave it out of [plan]."
+            )
+
+
 def _check_towers(settings: Recipe, vlm: VLM) -> None:
     """Refuse towers that the model does not have, or that are planned but not scored."""
+    bridges = settings.prune.bridges
+    for name in bridges if isinstance(bridges, dict) else ():
+        if name not in vlm.towers:
+            raise ConfigError(unknown_name(f"tower of {vlm.name}", name, vlm.towers))
     scored = settings.score.towers or tuple(vlm.towers)
     plan = settings.plan
     amounts = [each for each in (plan.drop_fraction, plan.num_drop) if isinstance(each, dict)]
@@ -237,7 +259,16 @@ def run(
     )
     plan_key = sha256_of([scores.fingerprint, settings.plan.to_dict()])
     plan = stages.record("plan", Plan, plan_key, lambda: make_plan(scores, **vars(settings.plan)))
-    student = prune(vlm, plan, allow_pinned=settings.prune.allow_pinned)
+    student = prune(
+        vlm,
+        plan,
+        allow_pinned=settings.prune.allow_pinned,
+        bridges=settings.prune.bridges,
+        data=calibration if has_bridges(settings.prune.bridges) else None,
+        batch_size=settings.score.batch_size,
+        rank=settings.prune.rank,
+    )
+    prune_key = sha256_of([plan_key, settings.prune.to_dict(), settings.score.batch_size])
 
     held_out = _measured(settings.data, settings.eval, vlm)
     heals = settings.heal.max_steps != 0 and (settings.heal.epochs > 0 or settings.heal.max_steps)
@@ -256,13 +287,13 @@ def run(
     eval_inputs: list[Any] = [settings.eval.to_dict(), settings.data.to_dict()]
     if held_out is not None:
         eval_inputs += [each.fingerprint for each in held_out.values()]
-    raw_key = sha256_of([plan_key, *eval_inputs])
+    raw_key = sha256_of([prune_key, *eval_inputs])
     raw = stages.record("eval_raw", EvalReport, raw_key, lambda: evaluate(student, **measure))
 
     healed: HealReport | None = None
     heal_key = ""
     if healing is not None:
-        heal_key = sha256_of([plan_key, healing.fingerprint, settings.heal.to_dict()])
+        heal_key = sha256_of([prune_key, healing.fingerprint, settings.heal.to_dict()])
         checkpoints = folder / "healing" / heal_key[:12]
 
         def run_healing() -> HealReport:
@@ -286,7 +317,7 @@ def run(
             healed.save(folder / "heal.json")
             stages.mark("heal", heal_key, healed.fingerprint)
 
-    eval_key = sha256_of([plan_key, heal_key, *eval_inputs])
+    eval_key = sha256_of([prune_key, heal_key, *eval_inputs])
     result = stages.record("eval", EvalReport, eval_key, lambda: evaluate(student, **measure))
 
     records = [scores, plan, *([healed] if healed else []), result]

@@ -15,7 +15,7 @@ from interlace._records.base import (
     parse_object,
     read_record_text,
 )
-from interlace._records.plan import Action, Plan, PruneRecord, TowerPlan
+from interlace._records.plan import Action, Bridge, Plan, PruneRecord, TowerPlan
 from interlace._records.scores import Scores, TowerScores
 from interlace._records.shape import ModelShape, TowerShape
 from interlace.errors import CheckpointError, unknown_name
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Action",
+    "Bridge",
     "EvalReport",
     "HealReport",
     "ModelShape",

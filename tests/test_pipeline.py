@@ -65,6 +65,20 @@ def test_flow_skips_what_is_done_and_repeats_what_changed(tmp_path: Path) -> Non
     assert len(third.plan["text"].drop) == 3
 
 
+def test_bridges_are_fitted_on_the_calibration_samples(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    text = "[export]\nverify = false\n" + RECIPE.replace('["fidelity", "vqa"]', '["fidelity"]')
+    text = text.replace("max_steps = 2", "max_steps = 0") + '[prune]\nbridges = "fold"\n'
+    bridged = il.run(_recipe(tmp_path, text), out)
+    student = il.open_model(bridged.folder)
+    assert {bridge.kind for bridge in student.record.bridges} == {"fold"}
+    assert student.record.inputs["data"] == bridged.scores.inputs["data"]
+    again = il.run(_recipe(tmp_path, text), out)
+    assert set(again.skipped) == {"scores", "plan", "eval_raw", "eval", "export"}
+    other = il.run(_recipe(tmp_path, text.replace("fold", "scale")), out)
+    assert other.skipped == ("scores", "plan")
+
+
 def test_missing_model_folder_is_exported_again(tmp_path: Path) -> None:
     import shutil
 
@@ -93,10 +107,14 @@ def test_unknown_recipe_key_is_refused_before_anything_is_made(tmp_path: Path) -
         ("drop_fraction = 0.25", "rule = 'sleb'", "only be called from Python"),
         ("drop_fraction = 0.25", "towers = ['vison']", "Did you mean 'vision'"),
         ("drop_fraction = 0.25", "drop_fraction = {vision = 0.5}", "scores only text"),
+        ("drop_fraction = 0.25", "weights = {relevance = 1}", "weighs the metric 'relevance'"),
+        ("drop_fraction = 0.25", "protect = 'alignment'", "protects by the metric 'alignment'"),
         ("towers =", "metrics = ['similarty']\ntowers =", "Did you mean 'similarity'"),
         ('"vqa"', '"vqaa"', "Did you mean 'vqa'"),
         ('"vqa"', '"retrieval"', "cannot be done by"),
         ("count = 16", "split = 'tset'", "Did you mean 'test'"),
+        ("[heal]", "[prune]\nbridges = 'fodl'\n[heal]", "Did you mean 'fold'"),
+        ("[heal]", "[prune]\nbridges = {vison = 'fold'}\n[heal]", "Did you mean 'vision'"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_before_anything_is_made(

@@ -10,6 +10,7 @@ import pytest
 
 from interlace.errors import CheckpointError, ConfigError, DataError, PlanError, ShapeError
 from interlace.records import (
+    Bridge,
     EvalReport,
     HealReport,
     ModelShape,
@@ -51,6 +52,10 @@ RECORDS = {
         config_changes={"text_config.num_hidden_layers": [6, 4]},
         parameters_before=1000,
         parameters_after=800,
+        bridges=(
+            Bridge("text", "fold", (3,), 2, 0.5, 0.1, {"ridge": 1e-3}),
+            Bridge("text", "none", (1,), note="no room"),
+        ),
         notes=("a note",),
     ),
     "heal": HealReport(

@@ -109,6 +109,32 @@ class Plan(Record):
 
 
 @dataclass(frozen=True)
+class Bridge(Checked):
+    """What stands in for one run of adjacent removed layers; numbers count in the original model.
+
+    Attributes:
+        tower: tower name.
+        kind: name of the bridge, such as "fold"; "none" where there is none, and `note` says why.
+        dropped: the removed layers.
+        after: the kept layer before them; None where there is none.
+        error_before: squared distance of the student's hidden states behind the cut from those of
+            the original model, over their squared size, on held-out samples, without this bridge.
+        error_after: the same with it.
+        settings: what was chosen for it, such as its "ridge" or "factor" (any JSON values).
+        note: why there is no bridge.
+    """
+
+    tower: str
+    kind: str
+    dropped: tuple[int, ...]
+    after: int | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class PruneRecord(Record):
     """What surgery did to a model; also the manifest in its checkpoint, `interlace.json`.
 
@@ -120,10 +146,12 @@ class PruneRecord(Record):
         parameters_before: parameters of the original model.
         parameters_after: parameters of the student.
         standard: the checkpoint loads in plain transformers.
+        bridges: what stands in for the removed layers, one entry per cut; empty without bridges.
         notes: anything a user of the student should know.
     """
 
     kind: ClassVar[str] = "prune"
+    schema: ClassVar[int] = 2
 
     plan_fingerprint: str
     towers: dict[str, tuple[int, ...]]
@@ -132,6 +160,7 @@ class PruneRecord(Record):
     parameters_before: int = 0
     parameters_after: int = 0
     standard: bool = True
+    bridges: tuple[Bridge, ...] = ()
     notes: tuple[str, ...] = ()
 
     def _check(self) -> None:

@@ -1,8 +1,9 @@
 """Load checkpoints with transformers alone and write down what they compute.
 
 Run as a script in a fresh process, with the path of a JSON list of requests; it imports nothing of
-this package. A request has the keys `folder`, `architecture`, `device`, `attention`, `threads`,
-`inputs` and `outputs` (safetensors files) and `report` (a JSON file to write).
+this package, except for checkpoints that only this package can load. A request has the keys
+`folder`, `architecture`, `standard` (False for those), `device`, `attention`, `threads`, `inputs`
+and `outputs` (safetensors files) and `report` (a JSON file to write).
 """
 
 from __future__ import annotations
@@ -47,17 +48,33 @@ def flatten(output: Any, name: str = "") -> dict[str, torch.Tensor]:
     return found
 
 
-def answer(request: dict[str, Any]) -> None:
-    """Load one checkpoint, run it on the given inputs, and write its outputs and how it loaded."""
+def load(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Load a checkpoint as its user would; gives the model and how loading went."""
+    if not request["standard"]:
+        from interlace.models import open_model
+
+        model: Any = open_model(request["folder"]).model
+        model.set_attn_implementation(request["attention"])
+        return model, {}
     import transformers
 
-    torch.set_num_threads(request["threads"])
-    model, loading = getattr(transformers, request["architecture"]).from_pretrained(
+    loaded: tuple[Any, dict[str, Any]] = getattr(
+        transformers, request["architecture"]
+    ).from_pretrained(
         request["folder"],
         attn_implementation=request["attention"],
         local_files_only=True,
         output_loading_info=True,
     )
+    return loaded
+
+
+def answer(request: dict[str, Any]) -> None:
+    """Load one checkpoint, run it on the given inputs, and write its outputs and how it loaded."""
+    import transformers
+
+    torch.set_num_threads(request["threads"])
+    model, loading = load(request)
     model.to(request["device"]).eval().requires_grad_(False)
     inputs = {
         name: value.to(request["device"]) for name, value in load_file(request["inputs"]).items()

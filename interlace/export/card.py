@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from interlace.export.verify import Verification
     from interlace.models.handle import VLM
-    from interlace.records import Record
+    from interlace.records import Bridge, Record
 
 _TASKS = {
     "chat": "image-text-to-text",
@@ -47,7 +47,7 @@ def model_card(
         parts.append(_layers(vlm, known))
     parts += [_healing(record) for record in known if isinstance(record, HealReport)]
     parts += [_results(record) for record in known if isinstance(record, EvalReport)]
-    parts += [_loading(vlm), _origin(known, verification)]
+    parts += [_loading(vlm), _origin(vlm, known, verification)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -118,8 +118,31 @@ def _layers(vlm: VLM, records: Sequence[Record]) -> str:
     if plans:
         rules = ", ".join(dict.fromkeys(f"`{plan.rule}`" for plan in plans))
         text.append(f"Chosen by the rule {rules}; `plan.json` holds the scores and reasons.")
+    if record.bridges:
+        text += _bridges(record.bridges)
     text += [f"- {note}" for note in record.notes]
     return "\n\n".join(text)
+
+
+def _bridges(bridges: Sequence[Bridge]) -> list[str]:
+    rows = [
+        (
+            each.tower,
+            _listed(each.dropped),
+            each.kind,
+            "start" if each.after is None else each.after,
+            "-" if each.error_before is None else _number(each.error_before),
+            "-" if each.error_after is None else _number(each.error_after),
+        )
+        for each in bridges
+    ]
+    head = ("tower", "in place of layers", "bridge", "behind layer", "error without", "error with")
+    return [
+        "Bridges stand in for the removed layers. The errors are squared distances of the hidden "
+        "states there from those of the original model, over their squared size, on held-out "
+        "samples, before any healing.",
+        _table(head, rows),
+    ]
 
 
 def _strip(tower: str, kept: Sequence[int], gone: Sequence[int], plans: Sequence[Plan]) -> str:
@@ -178,7 +201,28 @@ def _results(report: EvalReport) -> str:
     return "\n\n".join((title, _table(head, rows)))
 
 
+def _loading_with_package() -> str:
+    code = [
+        "import interlace as il",
+        "",
+        'folder = "."  # this folder',
+        "vlm = il.open_model(folder)  # vlm.model, vlm.processor",
+    ]
+    return "\n\n".join(
+        (
+            "## Loading",
+            "NOT a standard transformers checkpoint: it has run-time bridges, listed in "
+            "`interlace.json`, which only INTERLACE (`pip install interlace-vlm`) builds. "
+            "transformers alone loads the folder without them, warns of unused weights, and "
+            "computes something else.",
+            "\n".join(["```python", *code, "```"]),
+        )
+    )
+
+
 def _loading(vlm: VLM) -> str:
+    if vlm.record is not None and not vlm.record.standard:
+        return _loading_with_package()
     architecture = type(vlm.model).__name__
     code = [
         f"from transformers import AutoProcessor, {architecture}",
@@ -201,14 +245,15 @@ def _loading(vlm: VLM) -> str:
     )
 
 
-def _origin(records: Sequence[Record], verification: Verification | None) -> str:
+def _origin(vlm: VLM, records: Sequence[Record], verification: Verification | None) -> str:
     lines = ["## How it was made"]
     if verification is not None:
+        version = f"transformers {verification.transformers}"
+        standard = vlm.record is None or vlm.record.standard
+        loader = f"by {version} alone" if standard else f"by INTERLACE on {version}"
         lines.append(
-            f"Reloaded in a fresh process by transformers {verification.transformers} alone: "
-            "largest difference of "
-            f"any output value {verification.max_difference:.3g} (values up to "
-            f"{verification.max_value:.3g}; towers "
+            f"Reloaded in a fresh process {loader}: largest difference of any output value "
+            f"{verification.max_difference:.3g} (values up to {verification.max_value:.3g}; towers "
             f"that took part: {', '.join(verification.towers)})."
         )
     rows = []

@@ -37,7 +37,11 @@ def export(
     verify: bool = True,
     inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write a model as a standard transformers checkpoint, with what is known about it.
+    """Write a model as a transformers checkpoint, with what is known about it.
+
+    It is a standard one, which anything reads that reads the original architecture, unless the
+    student has run-time bridges (`vlm.record.standard` is False): their weights lie in it too, but
+    only `open_model` builds the modules that use them. The model card says which of the two it is.
 
     The folder holds config, weights (safetensors), generation settings, the processor where there
     is one, `interlace.json` (the manifest of the cut), one JSON file per record and a model card.
@@ -49,7 +53,8 @@ def export(
         records: a record to put beside it, or several in any order; None entries are skipped. The
             plan of the student is added.
         overwrite: replace an existing folder, once the new one is complete.
-        verify: reload the folder in a fresh process with transformers alone and compare outputs.
+        verify: reload the folder in a fresh process, a standard one with transformers alone, and
+            compare outputs.
         inputs: forward inputs to compare on; default: synthetic ones.
 
     Returns:

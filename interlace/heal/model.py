@@ -14,18 +14,16 @@ import torch
 from torch import nn
 
 from interlace.errors import ConfigError
-from interlace.heal.batches import (
-    IGNORED,
-    aligned,
-    count_items,
-    is_encoder_decoder,
-    model_inputs,
-    num_rows,
-    targets_of,
-    token_masks,
-)
+from interlace.heal.batches import count_items, num_rows, token_masks
 from interlace.heal.losses import head_terms, normalised_error, similarity_divergence
 from interlace.heal.reading import Reader
+from interlace.models.prediction import (
+    IGNORED,
+    aligned,
+    is_encoder_decoder,
+    model_inputs,
+    targets_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from interlace.bundled import PREFIX, resolve
 from interlace.errors import BackendError, CheckpointError, ConfigError, FamilyError, unknown_name
+from interlace.models.bridges import bridged_class
 from interlace.models.checkpoint import check_folder, read_manifest
 from interlace.models.handle import VLM
 from interlace.models.processor import has_processor, load_processor
@@ -128,8 +129,15 @@ def _check_fit(path: str, model_class: Any, config: Any) -> None:
         )
 
 
-def _load(path: str, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
+def _load(
+    path: str,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    record: PruneRecord | None,
+) -> PreTrainedModel:
     model_class = _model_class(path, trust_remote_code)
+    if record is not None:
+        model_class = bridged_class(model_class, record.bridges)
     try:
         model, report = model_class.from_pretrained(
             path,
@@ -221,7 +229,7 @@ def open_model(
                 f"{name} does not exist. Expected a checkpoint folder, or a hub name such as "
                 "'Qwen/Qwen3-VL-2B-Instruct'."
             )
-        model = _load(name, wanted_dtype, trust_remote_code)
+        model = _load(name, wanted_dtype, trust_remote_code, record)
         # only what a plan tunes is ever trained, and a student is frozen but for that
         model.requires_grad_(False)
         if processor is None and (not local or has_processor(folder)):

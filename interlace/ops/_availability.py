@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from interlace.ops import _extension
-from interlace.ops._selection import tensors_in
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 # Ampere: the kernels use its asynchronous copies and its bf16 matrix units
 MIN_CAPABILITY = (8, 0)
 
 
-def why_not(backend: str, op: str, args: Iterable[Any]) -> str | None:
+def why_not(backend: str, op: str, device: torch.device) -> str | None:
     """Say why a backend cannot serve an op's arguments, whatever their shapes; None if it can.
 
     Args:
         backend: "cuda", "triton" or "cpp".
         op: the op's name. Its compiled function is called the same, `<op>_cuda` for a GPU.
-        args: the op's arguments.
+        device: of the op's tensors.
     """
-    device = next((tensor.device for tensor in tensors_in(args)), torch.device("cpu"))
     if backend == "cpp":
         if device.type != "cpu":
             return f"works on CPU tensors, got {device}"

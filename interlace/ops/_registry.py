@@ -46,9 +46,9 @@ class Backend:
     target: Callable[..., Any] | str
     why_not: Callable[..., str | None]
 
-    def refusal(self, op: str, args: tuple[Any, ...]) -> str | None:
+    def refusal(self, op: str, args: tuple[Any, ...], device: torch.device) -> str | None:
         """Say why the implementation cannot serve an op's arguments here; None if it can."""
-        return _availability.why_not(self.name, op, args) or self.why_not(*args)
+        return _availability.why_not(self.name, op, device) or self.why_not(*args)
 
     def run(self, *args: Any) -> Any:
         """Call the implementation."""
@@ -134,7 +134,8 @@ class Op:
 
     def explain(self, *args: Any) -> list[tuple[str, str | None]]:
         """Say for every backend, in order, why it cannot serve the arguments; None if it can."""
-        reasons = {b.name: b.refusal(self.name, args) for b in self.backends}
+        device = _selection.device_of(args)
+        reasons = {b.name: b.refusal(self.name, args, device) for b in self.backends}
         reasons["torch"] = None
         return [
             (name, reasons.get(name, f"{self.name} has no {name} kernel"))
@@ -157,19 +158,22 @@ class Op:
         wanted = _selection.resolve(requested)
         if wanted == "auto":
             return self._first_that_serves(args)
-        reasons = self.explain(*args)
-        if dict(reasons)[wanted] is not None:
-            raise BackendError(
-                f"Backend '{wanted}' was asked for and cannot serve {self.name}. "
-                f"{_selection.in_words(reasons)}. Ask for 'auto' or for a backend that can."
-            )
-        return wanted
+        backend = self._by_name.get(wanted)
+        if wanted == "torch" or (
+            backend is not None
+            and backend.refusal(self.name, args, _selection.device_of(args)) is None
+        ):
+            return wanted
+        raise BackendError(
+            f"Backend '{wanted}' was asked for and cannot serve {self.name}. "
+            f"{_selection.in_words(self.explain(*args))}. Ask for 'auto' or for a backend that can."
+        )
 
     def _first_that_serves(self, args: tuple[Any, ...]) -> str:
-        device = next((t.device for t in _selection.tensors_in(args)), torch.device("cpu"))
+        device = _selection.device_of(args)
         for name in _order.precedence(self.name, device):
             backend = self._by_name.get(name)
-            if backend is not None and backend.refusal(self.name, args) is None:
+            if backend is not None and backend.refusal(self.name, args, device) is None:
                 return name
         if device.type == "cuda":
             _selection.warn_of_fallback(self.name, self.explain(*args))

@@ -9,6 +9,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from interlace.errors import BackendError, unknown_name
@@ -59,13 +60,13 @@ def in_words(reasons: Iterable[tuple[str, str | None]]) -> str:
     return "; ".join(f"{name}: {reason or 'can serve'}" for name, reason in reasons)
 
 
-def tensors_in(args: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors of an op's arguments, those in lists included."""
+def device_of(args: Iterable[Any]) -> torch.device:
+    """Return the device of the first tensor among an op's arguments, those in lists included."""
     for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, list | tuple):
-            yield from tensors_in(arg)
+        tensor = arg[0] if isinstance(arg, list | tuple) and arg else arg
+        if isinstance(tensor, Tensor):
+            return tensor.device
+    return torch.device("cpu")
 
 
 def warn_of_fallback(op: str, reasons: list[tuple[str, str | None]]) -> None:

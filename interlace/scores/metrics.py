@@ -1,6 +1,8 @@
 """What a metric is, and the list of them.
 
-A metric is one file beside this one that holds one subclass of `Meter`, named in `METRICS`.
+A metric is one file beside this one that holds one class, named in `METRICS`: a `Meter`, which
+watches hidden states as they pass; a `Probe` (probes.py), which runs the model in its own ways for
+the sake of its loss; or `TaskRelevance`, which calls back.
 
 Legend: N tokens of one run of a tower (padding included), D width, U units of a run, L layers;
 h_0 is the input of layer 0, h_L the output of the last layer.
@@ -21,7 +23,16 @@ if TYPE_CHECKING:
     import torch
 
 # Metric name -> "module:class". Adding a metric is adding its file and its line here.
-METRICS: dict[str, str] = {"similarity": "interlace.scores.similarity:Similarity"}
+METRICS: dict[str, str] = {
+    "similarity": "interlace.scores.similarity:Similarity",
+    "alignment": "interlace.scores.alignment:Alignment",
+    "sensitivity": "interlace.scores.sensitivity:Sensitivity",
+    "sensitivity_zeroth_order": "interlace.scores.zeroth_order:ZerothOrderSensitivity",
+    "relevance": "interlace.scores.relevance:Relevance",
+    "attention_relevance": "interlace.scores.relevance:AttentionRelevance",
+    "mlp_relevance": "interlace.scores.relevance:MlpRelevance",
+    "task_relevance": "interlace.scores.task:TaskRelevance",
+}
 
 TEXT, VISION = 0, 1
 NUM_MODALITIES = 2
@@ -128,7 +139,7 @@ class Meter(ABC):
         self.load_totals(self.totals() + other.totals())
 
 
-def meter_classes(names: Sequence[str]) -> dict[str, type[Meter]]:
+def metric_classes(names: Sequence[str]) -> dict[str, type]:
     """Load the classes of the named metrics.
 
     Raises:
@@ -138,7 +149,7 @@ def meter_classes(names: Sequence[str]) -> dict[str, type[Meter]]:
         names = (names,)
     if not names:
         raise ConfigError(f"No metric was asked for. Give some of {', '.join(METRICS)}.")
-    classes: dict[str, type[Meter]] = {}
+    classes: dict[str, type] = {}
     for name in names:
         if name not in METRICS:
             raise ConfigError(unknown_name("metric", name, METRICS))

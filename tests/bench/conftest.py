@@ -44,7 +44,7 @@ def backward_samples(device: torch.device, dtype: torch.dtype) -> list[OpSample]
 def make_op(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Op]]:
     """Register the op with given implementations; it is gone after the test."""
     # what is called a cpp kernel here is Python
-    monkeypatch.setattr(_availability, "why_not", lambda backend, op, args: None)
+    monkeypatch.setattr(_availability, "why_not", lambda backend, op, device: None)
     made: list[str] = []
 
     def make(

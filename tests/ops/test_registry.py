@@ -71,7 +71,7 @@ def registered_toy() -> Iterator[Op]:
 @pytest.fixture
 def toy(registered_toy: Op, monkeypatch: pytest.MonkeyPatch) -> Op:
     # it has no compiled kernels; its own refusals are what is tested
-    monkeypatch.setattr(_availability, "why_not", lambda backend, op, args: None)
+    monkeypatch.setattr(_availability, "why_not", lambda backend, op, device: None)
     return registered_toy
 
 
@@ -253,8 +253,8 @@ def test_measured_orders_name_known_backends_and_ops() -> None:
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpp"])
 def test_backends_refuse_tensors_of_another_device(backend: str) -> None:
-    tensor = torch.ones(1, device="meta")
-    assert "tensors, got meta" in (_availability.why_not(backend, "any", (3, [tensor])) or "")
+    device = _selection.device_of((3, [torch.ones(1, device="meta")]))
+    assert "tensors, got meta" in (_availability.why_not(backend, "any", device) or "")
 
 
 def test_budget_catches_what_it_should() -> None:
