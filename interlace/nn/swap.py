@@ -51,12 +51,14 @@ def restore(module: Any) -> None:
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """Tell whether somebody listens to the calls of a module, so that they must not be left out."""
+    """Tell whether calls of a module must not be left out: it is listened to, or runs otherwise."""
     return any(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        # as a bridge does with the norm behind it
+        or "forward" in vars(module)
         for module in modules
     )
 
