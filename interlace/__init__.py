@@ -10,6 +10,7 @@
     healed  = il.heal(student, teacher=vlm, data=calib)
     result  = il.evaluate(student, baseline=vlm)
     il.export(student, "out/", records=(scores, plan, healed, result))
+    il.fuse(student)
 
 Every verb takes the record that the one before it made. `il.run` does the whole flow from a recipe,
 `il.progressive` drops the layers in several stages, each scored and healed again.
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from interlace.export import export
     from interlace.heal import heal
     from interlace.models import open_model
+    from interlace.nn import FuseReport, fuse, unfuse
     from interlace.pipeline import run
     from interlace.plan import make_plan
     from interlace.progressive import ProgressiveResult, progressive
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EvalReport",
+    "FuseReport",
     "HealReport",
     "Plan",
     "ProgressiveRecord",
@@ -57,6 +60,7 @@ __all__ = [
     "errors",
     "evaluate",
     "export",
+    "fuse",
     "heal",
     "make_plan",
     "open_model",
@@ -67,6 +71,7 @@ __all__ = [
     "run",
     "samples",
     "score",
+    "unfuse",
 ]
 
 # public name -> module that holds it, in flow order
@@ -87,6 +92,9 @@ _HOMES = {
     "progressive": "interlace.progressive",
     "ProgressiveResult": "interlace.progressive",
     "ProgressiveRecord": "interlace.records",
+    "fuse": "interlace.nn",
+    "unfuse": "interlace.nn",
+    "FuseReport": "interlace.nn",
     "run": "interlace.pipeline",
 }
 _SUBMODULES = ("errors", "ops", "records")

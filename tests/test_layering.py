@@ -27,6 +27,7 @@ ALLOWED = {
     "data": BASE,
     "bundled": ("errors",),
     "models": (*BASE, "ops", "bundled"),
+    "nn": ("errors", "ops", "models"),
     **dict.fromkeys(STAGES, (*BASE, "ops", "models", "data")),
     "plan": ("errors", "records", "_records", "config", "_settings", "_files", "_progress"),
 }
