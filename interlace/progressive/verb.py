@@ -98,7 +98,8 @@ def progressive(
     schedule of its own.
 
     The output folder keeps the student of every stage. A run that was killed goes on there: call
-    again with the same arguments. On a CPU the result is the same, bit for bit.
+    again with the same arguments. On a CPU with as many threads the result is the same, bit for
+    bit.
 
     Args:
         vlm: the dense model; left as it is.
