@@ -44,22 +44,25 @@ format: $(VENV)/.installed-dev  ## rewrite the code in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-bench: $(VENV)/.installed-dev  ## time the ops and scoring on the CPU
+bench: $(VENV)/.installed-dev  ## time the ops, whole models and scoring on the CPU
 	$(BIN)/python bench/run.py --device cpu --all
+	$(BIN)/python bench/e2e.py --preset small
 	$(BIN)/python bench/score_speed.py
 
 # Under ten minutes, with torch, triton, transformers, pytest and nvcc there and no package index in
 # reach. Installs into GPU_PYTHON itself. Every step runs, whatever became of the one before. -P: the
 # repository's root must not be on sys.path, where it would hide the installed package.
-gpu:  ## on a GPU machine: install, run the GPU tests, time the ops (RESULTS=folder)
+gpu:  ## on a GPU machine: install, run the GPU tests, time ops and models (RESULTS=folder)
 	@failed=; \
 	step() { echo; echo "== $$*"; "$$@" || failed="$$failed\n  $$*"; }; \
 	step env INTERLACE_EXTENSION=require INTERLACE_BUILD_CUDA=1 \
 		$(GPU_PYTHON) -P -m pip install --disable-pip-version-check --no-deps --no-build-isolation .; \
 	step timeout 280 $(GPU_PYTHON) -P -m pytest -m gpu -n 4 --benchmark-disable \
 		--continue-on-collection-errors $(PYTEST_ARGS); \
-	step timeout 260 $(GPU_PYTHON) bench/run.py --device cuda --all --budget 200 \
+	step timeout 180 $(GPU_PYTHON) bench/run.py --device cuda --all --budget 140 \
 		$(if $(RESULTS),--output $(RESULTS)) $(BENCH_ARGS); \
+	step timeout 130 $(GPU_PYTHON) bench/e2e.py --preset full --budget 90 \
+		$(if $(RESULTS),--output $(RESULTS)); \
 	if test -n "$$failed"; then printf "\nfailed:%b\n" "$$failed"; exit 1; fi
 
 clean:  ## remove .venv and everything that was built

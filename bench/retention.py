@@ -1,7 +1,8 @@
 """How much of a model's ability every rule keeps: python bench/retention.py [--preset small|full].
 
-For each bundled model, rule, fraction and seed: score, plan, prune, measure, heal, measure again.
-Every rule is given the same calibration samples, the same healing samples and steps, and trains the
+For each bundled model, rule, fraction, seed and bridge (`--bridges none,fold`): score, plan, prune,
+measure, heal, measure again. The preset `bridges` compares bridges and does not heal. Every rule is
+given the same calibration samples (bridges too), the same healing samples and steps, and trains the
 same number of layers. The seed changes the calibration samples, the healing samples and what the
 rules draw; the held-out samples stay the same. One JSON line per cell is written as soon as it is
 known, and cells that are there already are skipped, so a run can be stopped and continued.
@@ -12,14 +13,16 @@ known, and cells that are there already are skipped, so a run can be stopped and
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +31,10 @@ from interlace.config import HealSettings
 from interlace.data.collate import Collator
 from interlace.errors import PlanError
 from interlace.records import Provenance, TowerPlan
+from interlace.surgery.bridges.names import check_bridges, has_bridges
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 log = logging.getLogger("retention")
 
@@ -78,12 +85,15 @@ class Preset:
     fractions: tuple[float, ...]
     seeds: tuple[int, ...]
     calibration: int
+    # none at all: measured before healing only
     heal_samples: int
     heal_batch: int
     held_out: int
 
 
 PRESETS = {
+    # 0.334, since a third of 12 layers is to be 4
+    "bridges": Preset(("interlace", "sleb"), (0.25, 0.334), (0,), 128, 0, 0, 128),
     "smoke": Preset(("interlace", "random", "sleb"), (0.25,), (0,), 16, 64, 16, 32),
     "small": Preset((*PUBLISHED, *OTHERS), (0.25,), (0, 1, 2), 128, 2048, 32, 384),
     "full": Preset(
@@ -116,60 +126,74 @@ def _loss_without(subject: Subject, vlm: Any, scores: Any, samples: list[Any]) -
     return loss
 
 
-def _cell(
-    subject: Subject, vlm: Any, rule: str, fraction: float, seed: int, preset: Preset, test: Any
-) -> dict[str, Any]:
-    data = {
-        what: il.samples(
-            "scenes",
-            count=count,
-            tasks=subject.data_tasks,
-            seed=1000 * (seed + 1) + number,
-            processor=vlm.processor,
-        )
-        for number, (what, count) in enumerate(
-            {"calibration": preset.calibration, "healing": preset.heal_samples}.items()
-        )
-    }
-    scores = il.score(vlm, data["calibration"], packs="all", towers=subject.towers, batch_size=32)
-    plan = il.make_plan(
+def _samples(subject: Subject, vlm: Any, seed: int, number: int, count: int) -> Any:
+    return il.samples(
+        "scenes",
+        count=count,
+        tasks=subject.data_tasks,
+        seed=1000 * (seed + 1) + number,
+        processor=vlm.processor,
+    )
+
+
+def _plan(
+    subject: Subject, vlm: Any, rule: str, fraction: float, seed: int, calibration: Any
+) -> Any:
+    scores = il.score(vlm, calibration, packs="all", towers=subject.towers, batch_size=32)
+    return il.make_plan(
         scores,
         drop_fraction=fraction,
         rule=rule,
         protect="auto",
         seed=seed,
         towers=subject.towers,
-        loss=_loss_without(subject, vlm, scores, data["calibration"][:64]),
+        loss=_loss_without(subject, vlm, scores, calibration[:64]),
     )
-    student = il.prune(vlm, plan)
 
-    def measure() -> dict[str, float]:
+
+def _cells(
+    subject: Subject, vlm: Any, rule: str, fraction: float, seed: int, preset: Preset, test: Any
+) -> Callable[[str], dict[str, Any]]:
+    """Give the function that measures one bridge; the first one called makes the plan for all."""
+    calibration = _samples(subject, vlm, seed, 0, preset.calibration)
+    plan = functools.cache(lambda: _plan(subject, vlm, rule, fraction, seed, calibration))
+
+    def measure(student: Any) -> dict[str, float]:
         report = il.evaluate(
             student, tasks=tuple(subject.tasks), data=test, batch_size=64, max_new_tokens=56
         )
         return _headline(subject, report.metrics)
 
-    raw = measure()
-    started = time.monotonic()
-    il.heal(
-        student,
-        teacher=vlm,
-        data=data["healing"],
-        settings=HealSettings(
-            epochs=1.0,
-            batch_size=preset.heal_batch,
-            learning_rate=subject.learning_rate,
-            warmup_fraction=0.1,
-            seed=seed,
-        ),
-    )
-    return {
-        "dropped": {name: list(tower.drop) for name, tower in plan.towers.items()},
-        "parameters": student.num_parameters(),
-        "raw": raw,
-        "heal_seconds": round(time.monotonic() - started, 1),
-        "healed": measure(),
-    }
+    def cell(bridges: str) -> dict[str, Any]:
+        data = calibration if has_bridges(bridges) else None
+        student = il.prune(vlm, plan(), bridges=bridges, data=data, batch_size=32)
+        found = {
+            "dropped": {name: list(tower.drop) for name, tower in plan().towers.items()},
+            "parameters": student.num_parameters(),
+            "raw": measure(student),
+        }
+        if not preset.heal_samples:
+            return found
+        started = time.monotonic()
+        il.heal(
+            student,
+            teacher=vlm,
+            data=_samples(subject, vlm, seed, 1, preset.heal_samples),
+            settings=HealSettings(
+                epochs=1.0,
+                batch_size=preset.heal_batch,
+                learning_rate=subject.learning_rate,
+                warmup_fraction=0.1,
+                seed=seed,
+            ),
+        )
+        return {
+            **found,
+            "heal_seconds": round(time.monotonic() - started, 1),
+            "healed": measure(student),
+        }
+
+    return cell
 
 
 def _speed(subject: Subject, vlm: Any, fraction: float) -> dict[str, Any]:
@@ -205,7 +229,9 @@ def _provenance() -> dict[str, Any]:
     }
 
 
-def measure_all(subjects: list[str], preset: Preset, path: Path, *, speed: bool = True) -> None:
+def measure_all(
+    subjects: list[str], preset: Preset, path: Path, bridges: list[str], *, speed: bool = True
+) -> None:
     """Fill the results file cell by cell."""
     done = {json.dumps(row["cell"]) for row in _read(path)}
 
@@ -216,7 +242,8 @@ def measure_all(subjects: list[str], preset: Preset, path: Path, *, speed: bool 
         try:
             result = make()
         except PlanError as error:
-            # a rule that has no plan at this fraction is a result, not a failure of the run
+            # a rule that has no plan at this fraction, or a bridge that a tower cannot take, is a
+            # result, not a failure of the run
             result = {"no_plan": str(error)}
         _append(path, {"cell": cell, **result, **_provenance()})
         log.info("%s: %.0f s", cell, time.monotonic() - started)
@@ -247,19 +274,18 @@ def measure_all(subjects: list[str], preset: Preset, path: Path, *, speed: bool 
 
         keep([name, "dense"], dense)
         for fraction in preset.fractions:
-            if speed:
+            if speed and preset.heal_samples:
                 keep(
                     [name, "speed", fraction],
                     lambda s=subject, v=vlm, f=fraction: {"speed": _speed(s, v, f)},
                 )
             for rule in preset.rules:
                 for seed in preset.seeds:
-                    keep(
-                        [name, rule, fraction, seed],
-                        lambda s=subject, v=vlm, r=rule, f=fraction, n=seed, t=test: _cell(
-                            s, v, r, f, n, preset, t
-                        ),
-                    )
+                    cell = _cells(subject, vlm, rule, fraction, seed, preset, test)
+                    for each in bridges:
+                        key = [name, rule, fraction, seed]
+                        # cells without bridges keep the name that they had before there were any
+                        keep(key if each == "none" else [*key, each], partial(cell, each))
 
 
 def _retention(rows: list[dict[str, Any]], metric: str, dense: float) -> str:
@@ -268,10 +294,11 @@ def _retention(rows: list[dict[str, Any]], metric: str, dense: float) -> str:
     if not rows:
         return ""
     if not done:
-        return "no plan"
-    before, after = (
-        [100 * row[when][metric] / dense for row in done] for when in ("raw", "healed")
-    )
+        return "refused"
+    before = [100 * row["raw"][metric] / dense for row in done]
+    after = [100 * row["healed"][metric] / dense for row in done if "healed" in row]
+    if not after:
+        return f"{statistics.fmean(before):.1f}"
     spread = (max(after) - min(after)) / 2
     return f"{statistics.fmean(before):.1f} → {statistics.fmean(after):.1f} ± {spread:.1f}"
 
@@ -282,9 +309,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     columns = [(name, metric) for name, row in dense.items() for metric in row["raw"]]
     cells: dict[tuple[float, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        if len(row["cell"]) == 4:
-            name, rule, fraction, _ = row["cell"]
-            cells.setdefault((fraction, rule, name), []).append(row)
+        if len(row["cell"]) >= 4:
+            name, rule, fraction, _, *bridges = row["cell"]
+            label = " + ".join([f"`{rule}`", *bridges])
+            cells.setdefault((fraction, label, name), []).append(row)
     rules = list(dict.fromkeys(rule for _, rule, _ in cells))
     lines = []
     for fraction in sorted({fraction for fraction, _, _ in cells}):
@@ -302,7 +330,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 )
                 for name, metric in columns
             )
-            lines.append(f"| `{rule}` | {found} |")
+            lines.append(f"| {rule} | {found} |")
     return "\n".join(lines)
 
 
@@ -315,13 +343,23 @@ def main() -> None:
     parser.add_argument(
         "--no-speed", action="store_true", help="leave speed out, while the machine is busy"
     )
+    parser.add_argument("--bridges", default="none", help="comma separated: none, scale, fold")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("interlace").setLevel(logging.WARNING)
     path = arguments.output or Path(f"bench/results/cpu/retention-{arguments.preset}.jsonl")
     if not arguments.table:
-        measure_all(arguments.models, PRESETS[arguments.preset], path, speed=not arguments.no_speed)
+        bridges = [each.strip() for each in arguments.bridges.split(",")]
+        for each in bridges:
+            check_bridges(each)
+        measure_all(
+            arguments.models,
+            PRESETS[arguments.preset],
+            path,
+            bridges,
+            speed=not arguments.no_speed,
+        )
     sys.stdout.write(table(_read(path)) + "\n")
 
 

@@ -11,6 +11,7 @@
 
 #include "cpu/bridge_norm.h"
 #include "cpu/layer_similarity.h"
+#include "cpu/ragged_attention.h"
 #include "cpu/ragged_decode.h"
 #if defined(INTERLACE_CUDA)
 #include "cuda/bridge_norm.h"
@@ -99,6 +100,45 @@ void bridge_norm(const interlace::BridgeNormArgs& args, std::uintptr_t down, std
                  std::int64_t rank, int num_threads, int max_lanes) {
   const interlace::LowRank low{as_pointer<const void>(down), as_pointer<const void>(up), rank};
   interlace::bridge_norm(args, low, num_threads, max_lanes);
+}
+
+// Strides from token to token and from head to head.
+using TokenStrides = std::array<std::int64_t, 2>;
+
+void ragged_attention(int dtype, std::uintptr_t q, const TokenStrides& q_strides, std::uintptr_t k,
+                      const TokenStrides& k_strides, std::uintptr_t v,
+                      const TokenStrides& v_strides, std::uintptr_t gate, std::uintptr_t q_tokens,
+                      std::uintptr_t kv_tokens, const std::vector<std::int64_t>& q_start,
+                      std::int64_t num_sequences, std::int64_t num_queries, std::int64_t width,
+                      std::int64_t before, std::int64_t behind, double scale, std::uintptr_t out,
+                      std::uintptr_t lse, int num_threads, int max_lanes) {
+  interlace::ragged_attention({
+      static_cast<interlace::DType>(dtype),
+      as_pointer<const void>(q),
+      q_strides[0],
+      q_strides[1],
+      as_pointer<const void>(k),
+      k_strides[0],
+      k_strides[1],
+      as_pointer<const void>(v),
+      v_strides[0],
+      v_strides[1],
+      as_pointer<const float>(gate),
+      as_pointer<const std::int32_t>(q_tokens),
+      as_pointer<const std::int32_t>(kv_tokens),
+      q_start.data(),
+      num_sequences,
+      num_queries,
+      static_cast<std::int64_t>(q_start.size()) - 1,
+      width,
+      before,
+      behind,
+      static_cast<float>(scale),
+      as_pointer<void>(out),
+      as_pointer<float>(lse),
+      num_threads,
+      max_lanes,
+  });
 }
 
 using Strides = std::array<std::int64_t, 3>;
@@ -241,6 +281,13 @@ PYBIND11_MODULE(_C, module) {
              py::call_guard<py::gil_scoped_release>());
   define_bridge_norm<std::uintptr_t, std::uintptr_t, std::int64_t, int, int>(
       module, "bridge_norm", &bridge_norm, "down", "up", "rank", "num_threads", "max_lanes");
+  module.def("ragged_attention", &ragged_attention, py::kw_only(), py::arg("dtype"), py::arg("q"),
+             py::arg("q_strides"), py::arg("k"), py::arg("k_strides"), py::arg("v"),
+             py::arg("v_strides"), py::arg("gate"), py::arg("q_tokens"), py::arg("kv_tokens"),
+             py::arg("q_start"), py::arg("num_sequences"), py::arg("num_queries"), py::arg("width"),
+             py::arg("before"), py::arg("behind"), py::arg("scale"), py::arg("out"), py::arg("lse"),
+             py::arg("num_threads"), py::arg("max_lanes"),
+             py::call_guard<py::gil_scoped_release>());
   module.def("ragged_decode", &ragged_decode, py::kw_only(), py::arg("dtype"), py::arg("q"),
              py::arg("q_strides"), py::arg("k"), py::arg("k_strides"), py::arg("v"),
              py::arg("v_strides"), py::arg("lengths"), py::arg("starts"), py::arg("block_table"),

@@ -10,8 +10,10 @@
     healed  = il.heal(student, teacher=vlm, data=calib)
     result  = il.evaluate(student, baseline=vlm)
     il.export(student, "out/", records=(scores, plan, healed, result))
+    il.fuse(student)
 
-Every verb takes the record that the one before it made. `il.run` does the whole flow from a recipe.
+Every verb takes the record that the one before it made. `il.run` does the whole flow from a recipe,
+`il.progressive` drops the layers in several stages, each scored and healed again.
 The names are loaded when they are first used: importing the package loads neither torch nor
 transformers.
 """
@@ -30,31 +32,46 @@ if TYPE_CHECKING:
     from interlace.export import export
     from interlace.heal import heal
     from interlace.models import open_model
+    from interlace.nn import FuseReport, fuse, unfuse
     from interlace.pipeline import run
     from interlace.plan import make_plan
-    from interlace.records import EvalReport, HealReport, Plan, PruneRecord, Scores
+    from interlace.progressive import ProgressiveResult, progressive
+    from interlace.records import (
+        EvalReport,
+        HealReport,
+        Plan,
+        ProgressiveRecord,
+        PruneRecord,
+        Scores,
+    )
     from interlace.scores import score
     from interlace.surgery import prune
 
 __all__ = [
     "EvalReport",
+    "FuseReport",
     "HealReport",
     "Plan",
+    "ProgressiveRecord",
+    "ProgressiveResult",
     "PruneRecord",
     "Scores",
     "__version__",
     "errors",
     "evaluate",
     "export",
+    "fuse",
     "heal",
     "make_plan",
     "open_model",
     "ops",
+    "progressive",
     "prune",
     "records",
     "run",
     "samples",
     "score",
+    "unfuse",
 ]
 
 # public name -> module that holds it, in flow order
@@ -72,6 +89,12 @@ _HOMES = {
     "evaluate": "interlace.evaluate",
     "EvalReport": "interlace.records",
     "export": "interlace.export",
+    "progressive": "interlace.progressive",
+    "ProgressiveResult": "interlace.progressive",
+    "ProgressiveRecord": "interlace.records",
+    "fuse": "interlace.nn",
+    "unfuse": "interlace.nn",
+    "FuseReport": "interlace.nn",
     "run": "interlace.pipeline",
 }
 _SUBMODULES = ("errors", "ops", "records")

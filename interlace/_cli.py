@@ -11,6 +11,7 @@ import typer
 
 from interlace._files import check_new_file
 from interlace.errors import ConfigError
+from interlace.surgery.bridges.names import BRIDGES, check_bridges
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +46,36 @@ MaxBad = Annotated[
 ]
 Count = Annotated[int, typer.Option(min=1, help="Number of samples.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+Metrics = Annotated[
+    str,
+    typer.Option(
+        "--metrics",
+        "--metric",
+        help="Comma separated: similarity, alignment (1 forward pass per sample for both), "
+        "sensitivity (3), relevance, attention_relevance, mlp_relevance (half as many as there are "
+        "layers, each), sensitivity_zeroth_order (16 times as many as relevance).",
+    ),
+]
+Protect = Annotated[
+    str,
+    typer.Option(
+        help="auto (layers that the model's family needs), alignment (these and the layers that "
+        "carry the alignment of image and text), none (the published rule as it is), or layer "
+        "numbers such as 0,1,2."
+    ),
+]
+Group = Annotated[str, typer.Option(help="Token group: all, text, vision or balanced.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="Judge layers by several metrics, such as similarity=1,relevance=2."),
+]
+Bridges = Annotated[
+    str,
+    typer.Option(
+        help=f"What stands in for the removed layers: {', '.join(BRIDGES)}; or per tower, such as "
+        "text=fold,vision=none."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
@@ -84,6 +115,58 @@ def whole_numbers(text: str, option: str, words: str) -> tuple[int, ...]:
         raise ConfigError(
             f"{option} is {text!r}; give {words}, or whole numbers such as 1,2,3."
         ) from error
+
+
+def guarded_layers(text: str) -> Any:
+    """Read the option --protect.
+
+    Raises:
+        ConfigError: it is neither a known word nor layer numbers.
+    """
+    word = text.strip()
+    if word == "none":
+        return ()
+    if word in ("auto", "alignment"):
+        return word
+    return whole_numbers(word, "--protect", "auto, alignment, none")
+
+
+def metric_weights(text: str | None) -> dict[str, float] | None:
+    """Read the option --weights; None stays None.
+
+    Raises:
+        ConfigError: a part is not NAME=NUMBER, or a name stands twice.
+    """
+    if text is None:
+        return None
+    found: dict[str, float] = {}
+    for part in split_names(text) or ():
+        name, _, weight = part.partition("=")
+        try:
+            if name.strip() in found:
+                raise ValueError
+            found[name.strip()] = float(weight)
+        except ValueError as error:
+            raise ConfigError(
+                f"--weights is {text!r}; give every metric once with a number, such as "
+                "similarity=1,relevance=2."
+            ) from error
+    return found
+
+
+def read_bridges(text: str) -> str | dict[str, str]:
+    """Read the option that names bridges, for all towers or per tower.
+
+    Raises:
+        ConfigError: an unknown bridge, or a part without a tower.
+    """
+    if "=" not in text:
+        found: str | dict[str, str] = text.strip()
+    else:
+        parts = [part.partition("=") for part in split_names(text) or ()]
+        found = {tower.strip(): name.strip() for tower, _, name in parts}
+    check_bridges(found)
+    return found
 
 
 def output_option(text: str) -> Any:

@@ -112,6 +112,15 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     return total.to(values.device)
 
 
+def union_over_processes(found: Mapping[str, str]) -> dict[str, str]:
+    """Return what any process has found, of several the first one's; every process calls it."""
+    if process_rank()[1] == 1:
+        return dict(found)
+    gathered: list[dict[str, str]] = [{} for _ in range(process_rank()[1])]
+    dist.all_gather_object(gathered, dict(found))
+    return {key: text for each in reversed(gathered) for key, text in each.items()}
+
+
 def agree_on_failure(message: str) -> None:
     """Stop all processes where one of them has failed; every process calls it.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,14 +18,20 @@ from interlace._cli import (
     Data,
     Device,
     Dtype,
+    Group,
     MaxBad,
+    Metrics,
     Model,
     Overwrite,
+    Protect,
     Remote,
     Root,
     Seed,
     Split,
+    Weights,
     check_outputs,
+    guarded_layers,
+    metric_weights,
     open_vlm,
     output_option,
     read_samples,
@@ -36,7 +42,8 @@ from interlace._cli import (
     split_names,
     whole_numbers,
 )
-from interlace._files import check_new_folder
+from interlace._cli_progressive import progressive
+from interlace._cli_students import export, heal, prune
 from interlace.errors import InterlaceError
 from interlace.plan.rules import USE_LOSS, check_rule_without_code, rule_names
 
@@ -55,6 +62,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.command()(progressive)
 _RULES = [name for name in rule_names() if name not in USE_LOSS]
 
 
@@ -67,7 +75,7 @@ def score(
     split: Split = "train",
     count: Count = 256,
     max_bad_fraction: MaxBad = 0.01,
-    metric: Annotated[str, typer.Option(help="Metrics, comma separated.")] = "similarity",
+    metrics: Metrics = "similarity",
     packs: Annotated[
         str, typer.Option(help="Distances of compared hidden states, such as 1,2,3, or all.")
     ] = "1,2,3",
@@ -84,7 +92,7 @@ def score(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure how redundant every layer is, in one forward pass per sample."""
+    """Measure how redundant every layer is; by similarity in one forward pass per sample."""
     from interlace.scores import score as run_score
 
     check_outputs(output, heatmap, overwrite)
@@ -92,7 +100,7 @@ def score(
     scores = run_score(
         vlm,
         read_samples(vlm, data, root, split, count, seed, max_bad_fraction),
-        metrics=split_names(metric) or (),
+        metrics=split_names(metrics) or (),
         packs="all" if packs.strip() == "all" else whole_numbers(packs, "--packs", "all"),
         towers=split_names(tower),
         batch_size=batch_size,
@@ -117,17 +125,12 @@ def plan(
     rule: Annotated[
         str, typer.Option(help=f"How layers are chosen: {', '.join(_RULES)}.")
     ] = "interlace",
-    protect: Annotated[
-        str,
-        typer.Option(
-            help="auto (layers that the model's family needs), none (the published rule as it is), "
-            "or layer numbers such as 0,1,2."
-        ),
-    ] = "auto",
+    protect: Protect = "auto",
+    weights: Weights = None,
     tower: Annotated[
         str | None, typer.Option(help="Towers, comma separated. Default: text, or all.")
     ] = None,
-    group: Annotated[str, typer.Option(help="Token group: all, text or vision.")] = "all",
+    group: Group = "all",
     seed: Seed = 42,
     picture: Annotated[Path | None, typer.Option(help="Also draw the plan to this PNG.")] = None,
     overwrite: Overwrite = False,
@@ -139,17 +142,13 @@ def plan(
 
     check_outputs(output, picture, overwrite)
     check_rule_without_code(rule)
-    guarded: Any = protect.strip()
-    if guarded == "none":
-        guarded = ()
-    elif guarded != "auto":
-        guarded = whole_numbers(guarded, "--protect", "auto, none")
     settings = PlanSettings(
         drop_fraction=drop_fraction,
         num_drop=num_drop,
         rule=rule,
-        protect=guarded,
+        protect=guarded_layers(protect),
         seed=seed,
+        weights=metric_weights(weights),
         towers=split_names(tower),
         group=group,
     )
@@ -162,105 +161,8 @@ def plan(
         save_picture(plan_strip(made), picture)
 
 
-@app.command()
-def prune(
-    model: Model,
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="What `interlace plan` wrote.")],
-    output: Annotated[Path, output_option("Folder of the new checkpoint.")],
-    allow_pinned: Annotated[
-        bool, typer.Option("--allow-pinned", help="Also drop layers that the family pins.")
-    ] = False,
-    dtype: Dtype = None,
-    device: Device = None,
-    trust_remote_code: Remote = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Remove the planned layers and save the student, not yet healed."""
-    from interlace.export import export as run_export
-    from interlace.records import Plan
-    from interlace.surgery import prune as run_prune
-
-    check_new_folder(output, overwrite=overwrite)
-    chosen = Plan.load(plan_file)
-    student = run_prune(
-        open_vlm(model, dtype, device, trust_remote_code), chosen, allow_pinned=allow_pinned
-    )
-    run_export(student, output, records=(chosen,), overwrite=overwrite)
-    say(f"Wrote {output} ({student.num_parameters():,} parameters)")
-
-
-@app.command()
-def heal(
-    model: Annotated[str, typer.Argument(help="The DENSE model: folder, hub name, bundled:NAME.")],
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="What `interlace plan` wrote.")],
-    output: Annotated[Path, output_option("Folder of the healed model.")],
-    data: Data = "scenes",
-    root: Root = None,
-    split: Split = "train",
-    count: Count = 4096,
-    max_bad_fraction: MaxBad = 0.01,
-    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
-    max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimiser steps, instead of epochs.")
-    ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-5,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 16,
-    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes per step.")] = 1,
-    distil: Annotated[
-        bool,
-        typer.Option(help="Also learn from the dense model; off is the published recipe."),
-    ] = True,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
-    ] = False,
-    save_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checkpoints.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run stopped.")] = False,
-    seed: Seed = 42,
-    dtype: Dtype = None,
-    device: Device = None,
-    trust_remote_code: Remote = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Cut the dense model by the plan, train the tuned layers, and save the result.
-
-    Checkpoints go to OUTPUT.healing beside the result; `--resume` goes on from the newest.
-    """
-    from interlace.config import HealSettings
-    from interlace.export import export as run_export
-    from interlace.heal import heal as run_heal
-    from interlace.records import Plan
-    from interlace.surgery import prune as run_prune
-
-    check_new_folder(output, overwrite=overwrite)
-    chosen = Plan.load(plan_file)
-    settings = HealSettings(
-        epochs=epochs,
-        max_steps=max_steps,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        hidden_weight=1.0 if distil else 0.0,
-        kl_weight=1.0 if distil else 0.0,
-        bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing,
-        save_steps=save_steps,
-        seed=seed,
-    )
-    teacher = open_vlm(model, dtype, device, trust_remote_code)
-    student = run_prune(teacher, chosen)
-    report = run_heal(
-        student,
-        teacher=teacher if distil else None,
-        data=read_samples(teacher, data, root, split, count, seed, max_bad_fraction),
-        settings=settings,
-        output=output.with_name(output.name + ".healing"),
-        resume=resume,
-    )
-    run_export(student, output, records=(chosen, report), overwrite=overwrite)
-    say(f"Wrote {output} after {report.steps} steps on {report.num_samples} samples")
+app.command()(prune)
+app.command()(heal)
 
 
 @app.command(name="eval")
@@ -313,26 +215,7 @@ def evaluate(
         save_record(report, output)
 
 
-@app.command()
-def export(
-    model: Model,
-    output: Annotated[Path, typer.Argument(help="Folder to write.")],
-    record: Annotated[
-        list[Path] | None,
-        typer.Option(help="A record to put beside the weights and into the model card; repeat."),
-    ] = None,
-    dtype: Dtype = None,
-    trust_remote_code: Remote = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Write a checked transformers checkpoint with its records and a model card."""
-    from interlace.export import export as run_export
-    from interlace.records import load_record
-
-    check_new_folder(output, overwrite=overwrite)
-    vlm = open_vlm(model, dtype, "cpu", trust_remote_code)
-    records = tuple(load_record(path) for path in record or ())
-    say(f"Wrote {run_export(vlm, output, records=records, overwrite=overwrite)}")
+app.command()(export)
 
 
 @app.command()

@@ -12,15 +12,14 @@ Whatever is left out keeps its default. Unknown sections and keys are refused.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from interlace._coerce import Checked, build, field_types, plain
-from interlace._files import sha256_of
+from interlace._coerce import build, field_types
+from interlace._settings import Settings
+from interlace._settings import within as _within
 from interlace.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -28,63 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 DEFAULT_DROP_FRACTION = 0.25
-
-
-def _within(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
-    # `above` leaves the lower bound itself out.
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
-
-
-def _range_text(low: float, high: float, above: bool) -> str:
-    if math.isinf(high):
-        return f"more than {low:g}" if above else f"at least {low:g}"
-    return f"above {low:g} and at most {high:g}" if above else f"within {low:g}..{high:g}"
-
-
-@dataclass(frozen=True)
-class Settings(Checked):
-    """Base of the settings of one stage: frozen, types and ranges checked on creation."""
-
-    def __post_init__(self) -> None:
-        """Check types, then ranges, then what the class itself demands."""
-        super().__post_init__()
-        for each in dataclasses.fields(self):
-            value = getattr(self, each.name)
-            if "low" not in each.metadata or value is None:
-                continue
-            low, high, above = (each.metadata[key] for key in ("low", "high", "above"))
-            fits = low < value <= high if above else low <= value <= high
-            if not fits:
-                raise ConfigError(
-                    f"{type(self).__name__}.{each.name} must be {_range_text(low, high, above)}, "
-                    f"got {value!r}."
-                )
-        self._check_together()
-
-    def _check_together(self) -> None:
-        """Raise ConfigError where the fields contradict each other."""
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of all values."""
-        return sha256_of(self.to_dict())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON-able values."""
-        made: dict[str, Any] = plain(self)
-        return made
-
-    def replace(self, **overrides: Any) -> Self:
-        """Return a copy with some values changed.
-
-        Raises:
-            ConfigError: a name is no setting of this stage, or a value does not fit.
-        """
-        known = field_types(type(self))
-        for name in overrides:
-            if name not in known:
-                raise ConfigError(unknown_name(f"setting of {type(self).__name__}", name, known))
-        return dataclasses.replace(self, **overrides)
 
 
 @dataclass(frozen=True)
@@ -144,6 +86,7 @@ class ScoreSettings(Settings):
         batch_size: samples per forward pass.
         answers: also feed the answers, not the questions alone.
         packed: pack batches of unequal length instead of padding them.
+        num_directions: random directions per layer of the metric "sensitivity_zeroth_order".
     """
 
     metrics: tuple[str, ...] = ("similarity",)
@@ -152,6 +95,7 @@ class ScoreSettings(Settings):
     batch_size: int = _within(8, 1)
     answers: bool = False
     packed: bool = False
+    num_directions: int = _within(8, 1)
 
     def _check_together(self) -> None:
         if not self.metrics:
@@ -172,11 +116,12 @@ class PlanSettings(Settings):
         num_drop: number of layers to drop, or one per tower, instead of a fraction.
         rule: name of the rule that chooses the layers.
         protect: layers never to drop, or a table of them per tower, or "auto": those that the
-            scores recorded as pinned. An empty list gives the published rules unguarded.
+            scores recorded as pinned, or "alignment": these and the layers that carry the alignment
+            of image and text. An empty list gives the published rules unguarded.
         seed: seed of the rules that draw.
-        weights: metric -> weight, to judge layers by a mix of metrics.
+        weights: metric -> weight of at least 0, to judge layers by a mix of metrics.
         towers: towers to plan; default: the text tower where there is one, else all.
-        group: token group of the similarity: "all", "text" or "vision".
+        group: token group of the similarity: "all", "text", "vision" or "balanced".
         heads: share of the query heads of the kept layers to cut, or one per tower.
         ffn: share of the neurons of the kept layers to cut, or one per tower.
         spread: "uniform" (the same in every layer, a standard checkpoint), "global" (by importance
@@ -190,7 +135,11 @@ class PlanSettings(Settings):
     drop_fraction: float | dict[str, float] | None = None
     num_drop: int | dict[str, int] | None = None
     rule: str = "interlace"
-    protect: Literal["auto"] | tuple[int, ...] | dict[str, tuple[int, ...]] = "auto"
+    protect: (
+        Literal["auto", "alignment"]
+        | tuple[int, ...]
+        | dict[str, Literal["auto", "alignment"] | tuple[int, ...]]
+    ) = "auto"
     seed: int = _within(42, 0)
     weights: dict[str, float] | None = None
     towers: tuple[str, ...] | None = None
@@ -226,9 +175,14 @@ class PruneSettings(Settings):
 
     Attributes:
         allow_pinned: also drop layers that the model's family pins, where surgery can.
+        bridges: what stands in for the removed layers: "none", "scale", "fold", "diagonal" or
+            "lowrank", or a table of them per tower. They are fitted on the calibration samples.
+        rank: of low-rank bridges.
     """
 
     allow_pinned: bool = False
+    bridges: str | dict[str, str] = "none"
+    rank: int = _within(16, 1)
 
 
 @dataclass(frozen=True)
@@ -255,6 +209,11 @@ class HealSettings(Settings):
         seed: seed of the order of samples.
         num_workers: processes that prepare batches.
         schedule: course of the learning rate after warm-up.
+        gates: sparse regularisation: learn a factor on every attention and feed-forward branch of
+            the pruned towers, under an "l1" or a "hard_concrete" (L0) penalty. The factors end in
+            the weights, and the report holds them. "none": no gates.
+        gate_penalty: weight of the mean penalty of the gates.
+        gate_learning_rate: peak learning rate of the gates.
     """
 
     epochs: float = _within(1.0, 0.0)
@@ -276,6 +235,9 @@ class HealSettings(Settings):
     seed: int = _within(42, 0)
     num_workers: int = _within(0, 0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    gates: Literal["none", "l1", "hard_concrete"] = "none"
+    gate_penalty: float = _within(0.3, 0.0, above=True)
+    gate_learning_rate: float = _within(2e-2, 0.0, 1.0, above=True)
 
     def _check_together(self) -> None:
         if self.ce_weight == self.hidden_weight == self.kl_weight == 0.0:
@@ -283,6 +245,29 @@ class HealSettings(Settings):
                 "HealSettings: ce_weight, hidden_weight and kl_weight are all 0, "
                 "so there is nothing to train on. Set at least one above 0."
             )
+
+
+@dataclass(frozen=True)
+class ProgressiveSettings(Settings):
+    """How to drop layers in several stages, each with scoring and healing of its own.
+
+    Attributes:
+        stages: number of stages; one that would drop no further layer is merged into the next.
+        guard: what is measured after every stage, beside the dense model: "loss" (retention is the
+            likelihood of the right answers, exp(dense loss - loss)), or "task/metric" such as
+            "vqa/accuracy".
+        min_retention: a stage that retains less of `guard`, 0..1, is rolled back and ends the run.
+            Default: stages are measured, but none is rolled back.
+        gate_importance: weight of the gates learned in a stage, beside 1 for the similarity, in the
+            choice of the next; default: 1 for rules that choose by scores, where there are gates.
+        export_stages: also export the student of every stage (`interlace run` only).
+    """
+
+    stages: int = _within(3, 1)
+    guard: str = "loss"
+    min_retention: float | None = _within(None, 0.0, 1.0)
+    gate_importance: float | None = _within(None, 0.0)
+    export_stages: bool = False
 
 
 @dataclass(frozen=True)
@@ -331,7 +316,7 @@ class ExportSettings(Settings):
 
 @dataclass(frozen=True)
 class Recipe(Settings):
-    """The settings of the whole flow, one section per stage."""
+    """The settings of the whole flow, one section per stage; without [progressive] in one cut."""
 
     model: ModelSettings
     data: DataSettings = field(default_factory=DataSettings)
@@ -341,6 +326,7 @@ class Recipe(Settings):
     heal: HealSettings = field(default_factory=HealSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
+    progressive: ProgressiveSettings | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
@@ -356,8 +342,11 @@ class Recipe(Settings):
                 raise ConfigError(f"{source}: {message}")
         made: dict[str, Any] = {}
         for name, kind in field_types(cls).items():
-            if name in values:
-                made[name] = build(kind, values[name], f"{source}, [{name}]", "recipe key")
+            # the one section that may be absent; JSON says so by null
+            if name not in values or (name == "progressive" and values[name] is None):
+                continue
+            section = ProgressiveSettings if name == "progressive" else kind
+            made[name] = build(section, values[name], f"{source}, [{name}]", "recipe key")
         if "model" not in made:
             raise ConfigError(f"{source}: no model. Add a section [model] with path = '...'.")
         return cls(**made)

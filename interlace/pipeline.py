@@ -7,40 +7,41 @@ from its last checkpoint.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from interlace._files import atomic_write_text, check_new_folder, check_place, sha256_of
+from interlace._files import check_new_folder, check_place, sha256_of
+from interlace._stages import STATE, Stages
 from interlace.config import DataSettings, EvalSettings, Recipe
 from interlace.data.samples import Samples, samples, scenes_split
-from interlace.errors import CheckpointError, ConfigError, unknown_name
+from interlace.errors import ConfigError, PlanError, unknown_name
 from interlace.evaluate import evaluate
 from interlace.evaluate.selection import check_models, checked_names
 from interlace.export import export
 from interlace.heal import heal
 from interlace.models import VLM, open_model
 from interlace.plan import make_plan
-from interlace.plan.rules import check_rule_without_code
+from interlace.plan.rules import check_rule_without_code, find_rule
 from interlace.plan.widths import check_width_metrics
-from interlace.records import EvalReport, HealReport, Plan, Record, Scores
+from interlace.progressive import progressive
+from interlace.progressive.guard import check_guard, held_out_scenes
+from interlace.progressive.verb import check_depth_only
+from interlace.records import EvalReport, HealReport, Plan, ProgressiveRecord, Record, Scores
 from interlace.scores import score
-from interlace.scores.metrics import meter_classes
+from interlace.scores.metrics import metric_classes
 from interlace.surgery import prune
+from interlace.surgery.bridges.names import check_bridges, has_bridges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 __all__ = ["RunResult", "run"]
 
 log = logging.getLogger(__name__)
 
-R = TypeVar("R", bound=Record)
-
-STATE = "run.json"
 SCENES_HEAL_COUNT = 4096
 
 
@@ -52,58 +53,22 @@ class RunResult:
         folder: the exported checkpoint.
         scores: of the dense model.
         plan: what was dropped, tuned and frozen.
-        healed: how healing went; None where the recipe skips it.
-        raw: the student before healing, beside the dense model.
+        healed: how healing went, in the last stage of a progressive run; None where the recipe
+            skips it.
+        raw: the student before healing, beside the dense model; None for a progressive run.
         result: the finished student, beside the dense model.
         skipped: names of the stages that were taken from an earlier run.
+        progressive: the stages of a progressive run.
     """
 
     folder: Path
     scores: Scores
     plan: Plan
     healed: HealReport | None
-    raw: EvalReport
+    raw: EvalReport | None
     result: EvalReport
     skipped: tuple[str, ...]
-
-
-class _Stages:
-    """Remembers for every stage of an output folder what it was made from."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.skipped: list[str] = []
-        self.keys: dict[str, dict[str, str]] = {}
-        path = folder / STATE
-        if path.exists():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                self.keys = {name: {**key} for name, key in found.items()}
-            except (OSError, ValueError, TypeError, AttributeError) as error:
-                raise CheckpointError(
-                    f"{path} is damaged ({error}). Remove it to run every stage again."
-                ) from error
-
-    def is_done(self, name: str, key: str) -> bool:
-        return self.keys.get(name, {}).get("key") == key
-
-    def mark(self, name: str, key: str, fingerprint: str = "") -> None:
-        self.keys[name] = {"key": key, "fingerprint": fingerprint}
-        atomic_write_text(self.folder / STATE, json.dumps(self.keys, indent=2) + "\n")
-
-    def record(self, name: str, kind: type[R], key: str, make: Callable[[], R]) -> R:
-        """Load the record of a stage if it still fits `key`, else make and save it."""
-        path = self.folder / f"{name}.json"
-        if self.is_done(name, key) and path.exists():
-            record = kind.load(path)
-            if record.fingerprint == self.keys[name].get("fingerprint"):
-                log.info("%s: unchanged, taken from %s", name, path)
-                self.skipped.append(name)
-                return record
-        record = make()
-        record.save(path)
-        self.mark(name, key, record.fingerprint)
-        return record
+    progressive: ProgressiveRecord | None = None
 
 
 def _samples(settings: DataSettings, vlm: VLM, **choice: Any) -> Samples:
@@ -140,6 +105,26 @@ def _measured(data: DataSettings, settings: EvalSettings, vlm: VLM) -> dict[str,
     return dict.fromkeys(settings.tasks, held_out)
 
 
+def _measure(
+    settings: Recipe, vlm: VLM, held_out: Mapping[str, Samples] | None
+) -> tuple[dict[str, Any], list[Any]]:
+    """Arguments of the evaluation, and what its record is made from."""
+    measure: dict[str, Any] = {
+        "tasks": settings.eval.tasks,
+        "data": held_out,
+        "baseline": vlm,
+        "batch_size": settings.eval.batch_size,
+        "max_new_tokens": settings.eval.max_new_tokens,
+        "count": settings.eval.count,
+        "seed": settings.eval.seed,
+        "split": settings.eval.split,
+    }
+    inputs: list[Any] = [settings.eval.to_dict(), settings.data.to_dict()]
+    if held_out is not None:
+        inputs += [each.fingerprint for each in held_out.values()]
+    return measure, inputs
+
+
 def _warn_of_overlap(held_out: Mapping[str, Samples] | None, *seen: Samples) -> None:
     """Say so when the student is measured on what it was made with."""
     if not held_out:
@@ -160,9 +145,16 @@ def _warn_of_overlap(held_out: Mapping[str, Samples] | None, *seen: Samples) -> 
 
 def _check_names(settings: Recipe) -> None:
     """Refuse names that a later stage would refuse, before any work is spent."""
-    meter_classes(settings.score.metrics)
-    check_rule_without_code(settings.plan.rule)
-    check_width_metrics(settings.plan, settings.score.metrics)
+    metric_classes(settings.score.metrics)
+    if settings.progressive is None:
+        check_rule_without_code(settings.plan.rule)
+        check_width_metrics(settings.plan, settings.score.metrics)
+    else:
+        # a progressive run makes the callback itself
+        find_rule(settings.plan.rule)
+        check_depth_only(settings.plan)
+    _check_metrics(settings)
+    check_bridges(settings.prune.bridges)
     checked_names(settings.eval.tasks)
     if settings.data.source == "scenes":
         scenes_split(settings.data.split)
@@ -170,11 +162,31 @@ def _check_names(settings: Recipe) -> None:
         scenes_split(settings.eval.split)
 
 
+def _check_metrics(settings: Recipe) -> None:
+    """Refuse a plan by metrics that the recipe does not score."""
+    needed = dict.fromkeys(settings.plan.weights or (), "weighs")
+    protect = settings.plan.protect
+    if "alignment" in (protect.values() if isinstance(protect, dict) else [protect]):
+        needed["alignment"] = "protects by"
+    for name, why in needed.items():
+        if name not in settings.score.metrics:
+            known = ", ".join(settings.score.metrics)
+            raise ConfigError(
+                f"The recipe {why} the metric '{name}' in [plan], but scores only {known}. Name it "
+                "under [score] metrics too, or leave it out of [plan]."
+            )
+
+
 def _check_towers(settings: Recipe, vlm: VLM) -> None:
     """Refuse towers that the model does not have, or that are planned but not scored."""
+    bridges = settings.prune.bridges
+    for name in bridges if isinstance(bridges, dict) else ():
+        if name not in vlm.towers:
+            raise ConfigError(unknown_name(f"tower of {vlm.name}", name, vlm.towers))
     scored = settings.score.towers or tuple(vlm.towers)
     plan = settings.plan
-    amounts = [each for each in (plan.drop_fraction, plan.num_drop) if isinstance(each, dict)]
+    given = (plan.drop_fraction, plan.num_drop, plan.heads, plan.ffn)
+    amounts = [each for each in given if isinstance(each, dict)]
     planned = [*(plan.towers or ()), *(name for each in amounts for name in each)]
     for name in (*scored, *planned):
         if name not in vlm.towers:
@@ -214,7 +226,7 @@ def run(
     if folder.is_file():
         raise ConfigError(f"The output {folder} is a file; name a folder.")
     check_place(folder / STATE)
-    stages = _Stages(folder)
+    stages = Stages(folder)
     target = folder / "model"
     # a folder that an earlier run of this recipe made is its own to replace
     replace = settings.export.overwrite or "export" in stages.keys
@@ -227,8 +239,12 @@ def run(
     )
     _check_towers(settings, vlm)
     check_models(vlm, vlm, settings.eval.tasks)
+    if settings.progressive is not None:
+        check_guard(settings.progressive.guard, vlm)
     calibration = _calibration(settings.data, vlm)
     folder.mkdir(parents=True, exist_ok=True)
+    if settings.progressive is not None:
+        return _run_progressive(settings, vlm, calibration, stages, target, replace)
 
     scores_key = sha256_of([vlm.fingerprint, calibration.fingerprint, settings.score.to_dict()])
     scores = stages.record(
@@ -239,32 +255,29 @@ def run(
     )
     plan_key = sha256_of([scores.fingerprint, settings.plan.to_dict()])
     plan = stages.record("plan", Plan, plan_key, lambda: make_plan(scores, **vars(settings.plan)))
-    student = prune(vlm, plan, allow_pinned=settings.prune.allow_pinned)
+    student = prune(
+        vlm,
+        plan,
+        allow_pinned=settings.prune.allow_pinned,
+        bridges=settings.prune.bridges,
+        data=calibration if has_bridges(settings.prune.bridges) else None,
+        batch_size=settings.score.batch_size,
+        rank=settings.prune.rank,
+    )
+    prune_key = sha256_of([plan_key, settings.prune.to_dict(), settings.score.batch_size])
 
     held_out = _measured(settings.data, settings.eval, vlm)
     heals = settings.heal.max_steps != 0 and (settings.heal.epochs > 0 or settings.heal.max_steps)
     healing = _healing(settings.data, vlm) if heals else None
     _warn_of_overlap(held_out, calibration, *([healing] if healing is not None else []))
-    measure: dict[str, Any] = {
-        "tasks": settings.eval.tasks,
-        "data": held_out,
-        "baseline": vlm,
-        "batch_size": settings.eval.batch_size,
-        "max_new_tokens": settings.eval.max_new_tokens,
-        "count": settings.eval.count,
-        "seed": settings.eval.seed,
-        "split": settings.eval.split,
-    }
-    eval_inputs: list[Any] = [settings.eval.to_dict(), settings.data.to_dict()]
-    if held_out is not None:
-        eval_inputs += [each.fingerprint for each in held_out.values()]
-    raw_key = sha256_of([plan_key, *eval_inputs])
+    measure, eval_inputs = _measure(settings, vlm, held_out)
+    raw_key = sha256_of([prune_key, *eval_inputs])
     raw = stages.record("eval_raw", EvalReport, raw_key, lambda: evaluate(student, **measure))
 
     healed: HealReport | None = None
     heal_key = ""
     if healing is not None:
-        heal_key = sha256_of([plan_key, healing.fingerprint, settings.heal.to_dict()])
+        heal_key = sha256_of([prune_key, healing.fingerprint, settings.heal.to_dict()])
         checkpoints = folder / "healing" / heal_key[:12]
 
         def run_healing() -> HealReport:
@@ -288,17 +301,95 @@ def run(
             healed.save(folder / "heal.json")
             stages.mark("heal", heal_key, healed.fingerprint)
 
-    eval_key = sha256_of([plan_key, heal_key, *eval_inputs])
+    eval_key = sha256_of([prune_key, heal_key, *eval_inputs])
     result = stages.record("eval", EvalReport, eval_key, lambda: evaluate(student, **measure))
 
     records = [scores, plan, *([healed] if healed else []), result]
-    export_key = sha256_of([eval_key, [record.fingerprint for record in records]])
-    if stages.is_done("export", export_key) and target.exists():
-        log.info("export: unchanged, %s", target)
-        stages.skipped.append("export")
-    else:
-        # noted before the folder is there, so that a run killed in between knows it for its own
-        stages.mark("export", "")
-        export(student, target, records=records, overwrite=replace, verify=settings.export.verify)
-        stages.mark("export", export_key)
+    _export(student, target, records, eval_key, stages, replace, verify=settings.export.verify)
     return RunResult(target, scores, plan, healed, raw, result, tuple(stages.skipped))
+
+
+def _export(
+    student: VLM,
+    target: Path,
+    records: list[Record],
+    made_of: str,
+    stages: Stages,
+    replace: bool,
+    *,
+    verify: bool,
+) -> None:
+    """Export a student, unless the folder is there and still belongs to what it is made of."""
+    # the last stage is "export", whatever its folder is called; others are named after theirs
+    name = "export" if target.name == "model" else f"export/{target.name}"
+    key = sha256_of([made_of, [record.fingerprint for record in records]])
+    if stages.is_done(name, key) and target.exists():
+        log.info("%s: unchanged, %s", name, target)
+        stages.skipped.append(name)
+        return
+    # noted before the folder is there, so that a run killed in between knows it for its own
+    stages.mark(name, "")
+    export(student, target, records=records, overwrite=replace, verify=verify)
+    stages.mark(name, key)
+
+
+def _run_progressive(
+    settings: Recipe, vlm: VLM, calibration: Samples, stages: Stages, target: Path, replace: bool
+) -> RunResult:
+    """Do the flow with scoring, cutting and healing in stages; see `interlace.progressive`."""
+    chosen = settings.progressive
+    if chosen is None:
+        raise ConfigError("The recipe has no section [progressive].")
+    smaller: dict[int, tuple[Path, bool]] = {}
+    for number in range(1, chosen.stages if chosen.export_stages else 1):
+        folder = target.with_name(f"model-stage-{number}")
+        own = settings.export.overwrite or f"export/{folder.name}" in stages.keys
+        check_new_folder(folder, overwrite=own)
+        smaller[number] = (folder, own)
+    held_out = _measured(settings.data, settings.eval, vlm)
+    healing = _healing(settings.data, vlm)
+    _warn_of_overlap(held_out, calibration, healing)
+    if held_out is not None:
+        guarded = next(iter(held_out.values()))
+    else:
+        # other scenes than those of the evaluation, which must not choose what is evaluated
+        eval_seed = settings.eval.seed + 1
+        guarded = held_out_scenes(
+            vlm, chosen.guard, count=settings.eval.count, seed=eval_seed, split=settings.eval.split
+        )
+    made = progressive(
+        vlm,
+        calibration=calibration,
+        healing=healing,
+        held_out=guarded,
+        output=stages.folder / "progressive",
+        settings=chosen,
+        score=settings.score,
+        plan=settings.plan,
+        prune=settings.prune,
+        heal=settings.heal,
+        max_new_tokens=settings.eval.max_new_tokens,
+    )
+    stages.skipped += made.skipped
+    if not made.stages:
+        raise PlanError(
+            f"{made.stopped} So there is no student to hand over. Drop fewer layers, take more "
+            "stages, heal longer, or lower min_retention."
+        )
+    last = made.stages[-1]
+    measure, eval_inputs = _measure(settings, vlm, held_out)
+    key = sha256_of([made.record.fingerprint, *eval_inputs])
+    result = stages.record("eval", EvalReport, key, lambda: evaluate(made.student, **measure))
+    verify = settings.export.verify
+    for stage in made.stages[:-1]:
+        if stage.record.number in smaller:
+            folder, own = smaller[stage.record.number]
+            about = stage.plan.fingerprint
+            given = list(stage.records)
+            _export(stage.student(), folder, given, about, stages, own, verify=verify)
+    records = [*made.records, result]
+    _export(made.student, target, records, key, stages, replace, verify=verify)
+    skipped = tuple(stages.skipped)
+    return RunResult(
+        target, made.stages[0].scores, last.plan, last.healed, None, result, skipped, made.record
+    )

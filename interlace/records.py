@@ -1,5 +1,7 @@
 """The records that the stages hand on: Scores, Plan, PruneRecord, HealReport, EvalReport.
 
+A progressive run adds a ProgressiveRecord, which tells of all its stages.
+
 Every record is frozen, equals its own copy read back from JSON, names the fingerprints of what it
 was made from, and is refused on loading when its content no longer matches its fingerprint.
 """
@@ -15,7 +17,8 @@ from interlace._records.base import (
     parse_object,
     read_record_text,
 )
-from interlace._records.plan import Action, Plan, PruneRecord, TowerPlan
+from interlace._records.plan import Action, Bridge, Plan, PruneRecord, TowerPlan
+from interlace._records.progressive import ProgressiveRecord, StageRecord
 from interlace._records.scores import Scores, TowerScores
 from interlace._records.shape import ModelShape, SiteShape, TowerShape
 from interlace.errors import CheckpointError, unknown_name
@@ -25,15 +28,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Action",
+    "Bridge",
     "EvalReport",
     "HealReport",
     "ModelShape",
     "Plan",
+    "ProgressiveRecord",
     "Provenance",
     "PruneRecord",
     "Record",
     "Scores",
     "SiteShape",
+    "StageRecord",
     "TowerPlan",
     "TowerScores",
     "TowerShape",
@@ -56,6 +62,8 @@ class HealReport(Record):
         seconds: wall-clock time of training.
         objective: "chat", "contrastive", "caption" or "vqa".
         settings: the settings of the run (any JSON values).
+        gates: tower -> original layer -> branch -> final factor, folded into the weights; empty
+            without gates.
     """
 
     kind: ClassVar[str] = "heal"
@@ -70,6 +78,7 @@ class HealReport(Record):
     seconds: float = 0.0
     objective: str = "chat"
     settings: dict[str, Any] = field(default_factory=dict)
+    gates: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,8 @@ class EvalReport(Record):
 
 
 _KINDS: dict[str, type[Record]] = {
-    kind.kind: kind for kind in (Scores, Plan, PruneRecord, HealReport, EvalReport)
+    kind.kind: kind
+    for kind in (Scores, Plan, PruneRecord, HealReport, EvalReport, ProgressiveRecord)
 }
 
 

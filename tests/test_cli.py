@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COMMANDS = (
-    "score", "plan", "prune", "heal", "eval", "export", "run", "demo", "ops", "doctor",
+    "score", "plan", "prune", "heal", "eval", "export", "run", "progressive", "demo", "ops",
+    "doctor",
 )  # fmt: skip
 
 
@@ -88,6 +89,28 @@ def test_the_steps_one_by_one(interlace, tmp_path: Path) -> None:
     assert (copy / "README.md").exists()
 
 
+def test_several_metrics_choose_together(interlace, tmp_path: Path) -> None:
+    scores, plan = tmp_path / "s.json", tmp_path / "p.json"
+    step = interlace(
+        "score", "bundled:clip", "-o", scores, "--count", 8, "--metrics",
+        "similarity,alignment,sensitivity,relevance",
+    )  # fmt: skip
+    assert step[0] == 0, step
+    found = json.loads(scores.read_text())["towers"]["vision"]
+    assert set(found["metrics"]) == {"alignment", "sensitivity", "relevance"}
+    assert found["alignment"].keys() == {"11"}
+    step = interlace(
+        "plan", scores, "-o", plan, "--weights", "similarity=1,relevance=2", "--protect",
+        "alignment", "--group", "balanced", "--tower", "vision", "--num-drop", 2,
+    )  # fmt: skip
+    assert step[0] == 0, step
+    settings = json.loads(plan.read_text())["settings"]
+    assert settings["weights"] == {"similarity": 1.0, "relevance": 2.0}
+    assert (settings["protect"], settings["group"]) == ("alignment", "balanced")
+    assert "its output enters the projection into the shared space" in step[1]
+    assert "weighted" in step[1]
+
+
 def test_heal_writes_a_student_and_can_be_resumed(interlace, scores: Path, tmp_path: Path) -> None:
     plan, healed = tmp_path / "plan.json", tmp_path / "healed"
     assert interlace("plan", scores, "-o", plan)[0] == 0
@@ -104,6 +127,20 @@ def test_heal_writes_a_student_and_can_be_resumed(interlace, scores: Path, tmp_p
     assert resumed[0] == 0, resumed
 
 
+def test_progressive_says_where_a_stage_was_rolled_back(interlace, tmp_path: Path) -> None:
+    code, _, told = interlace(
+        "progressive", "bundled:clip", "-o", tmp_path / "out", "--tower", "text",
+        "--rule", "random", "--drop-fraction", 0.5, "--stages", 1, "--min-retention", 1,
+        "--calibration-count", 8, "--heal-count", 8, "--batch-size", 4, "--count", 8,
+        "--task", "retrieval",
+    )  # fmt: skip
+    assert code == 2
+    assert "Stage 1 of 1 was rolled back" in told
+    assert "no student to hand over" in told
+    assert (tmp_path / "out" / "progressive" / "stage-1" / "student").is_dir()
+    assert not (tmp_path / "out" / "model").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -114,15 +151,23 @@ def test_heal_writes_a_student_and_can_be_resumed(interlace, scores: Path, tmp_p
         (("plan", "missing.json", "-o", "OUT"), "missing.json"),
         (("score", "bundled:qwen", "-o", "OUT"), "Did you mean 'qwen3-vl'"),
         (("score", "./no-such-folder", "-o", "OUT"), "no-such-folder"),
-        (("score", "bundled:clip", "-o", "OUT", "--metric", "similarty"), "similarity"),
+        (("score", "bundled:clip", "-o", "OUT", "--metrics", "similarty"), "similarity"),
+        (("plan", "SCORES", "-o", "OUT", "--weights", "similarity"), "every metric once"),
+        (("plan", "SCORES", "-o", "OUT", "--weights", "a=1,a=2"), "every metric once"),
+        (("plan", "SCORES", "-o", "OUT", "--weights", "relevanse=1"), "Unknown metric"),
         (("score", "bundled:clip", "-o", "OUT", "--packs", "1,99", "--count", "2"), "99"),
         (("eval", "bundled:clip", "--task", "vqa", "--count", "4"), "vqa"),
         (("eval", "bundled:clip", "--task", "retrival"), "Did you mean 'retrieval'"),
         (("score", "bundled:clip", "-o", "OUT", "--data", "none.json"), "none.json"),
         (("run", "none.toml"), "none.toml"),
-        (("plan", "SCORES", "-o", "OUT", "--protect", "autoo"), "give auto, none, or whole"),
+        (("progressive", "bundled:clip", "-o", "OUT", "--rule", "slebb"), "Did you mean 'sleb'"),
+        (("progressive", "bundled:clip", "-o", "OUT", "--guard", "lost"), "Give 'loss'"),
+        (("progressive", "bundled:clip", "-o", "OUT", "--gates", "l2"), "Did you mean 'l1'"),
+        (("plan", "SCORES", "-o", "OUT", "--protect", "autoo"), "give auto, alignment, none"),
         (("plan", "SCORES", "-o", "OUT", "--rule", "sleb"), "only be called from Python"),
         (("eval", "bundled:clip", "--task", "retrieval", "--split", "tset"), "split of scenes"),
+        (("prune", "MODEL", "PLAN", "-o", "OUT", "--bridges", "fodl"), "Did you mean 'fold'"),
+        (("heal", "MODEL", "PLAN", "-o", "OUT", "--bridges", "text=fodl"), "Did you mean 'fold'"),
     ],
 )
 def test_bad_input_ends_with_code_2_and_says_why(
@@ -171,7 +216,11 @@ def test_outputs_are_refused_before_a_model_is_opened(
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("a model was opened first")
 
-    for module in ("interlace.cli.open_vlm", "interlace.demo.open_model"):
+    for module in (
+        "interlace.cli.open_vlm",
+        "interlace._cli_students.open_vlm",
+        "interlace.demo.open_model",
+    ):
         monkeypatch.setattr(module, opened)
     monkeypatch.setattr("interlace.pipeline.open_model", opened)
     filled = []
@@ -242,6 +291,31 @@ def test_a_plan_of_another_model_is_refused(interlace, scores: Path, tmp_path: P
     assert code == 2
     assert "model" in err
     assert not (tmp_path / "student").exists()
+
+
+def test_bridges_are_fitted_where_they_are_asked_for(
+    interlace, scores: Path, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    assert interlace("plan", scores, "-o", plan, "--num-drop", 1)[0] == 0
+    call = ("prune", "bundled:qwen3-vl", plan, "--count", 8, "-o")
+    for name, option in (("fold", "fold"), ("lowrank", "text=lowrank,vision=none")):
+        step = interlace(*call, tmp_path / name, "--bridges", option)
+        assert step[0] == 0, step
+        manifest = json.loads((tmp_path / name / "interlace.json").read_text())
+        assert [bridge["kind"] for bridge in manifest["bridges"]] == [name]
+        assert manifest["standard"] == (name == "fold")
+    code, _, err = interlace(*call, tmp_path / "out", "--data", tmp_path)
+    assert code == 2
+    code, _, err = interlace(*call, tmp_path / "out", "--bridges", "vision=fold")
+    assert code == 2
+    assert "loses no layer by this plan" in err
+    assert not (tmp_path / "out").exists()
+    options = ("--count", 8, "--max-steps", 1, "--batch-size", 4, "--bridges", "scale")
+    step = interlace("heal", "bundled:qwen3-vl", plan, "-o", tmp_path / "healed", *options)
+    assert step[0] == 0, step
+    manifest = json.loads((tmp_path / "healed" / "interlace.json").read_text())
+    assert [bridge["kind"] for bridge in manifest["bridges"]] == ["scale"]
 
 
 def test_existing_output_is_kept(interlace, scores: Path, tmp_path: Path) -> None:

@@ -69,6 +69,10 @@ def test_all_defaults_hold_up():
     assert recipe.score == ScoreSettings(metrics=["similarity"], packs=[1, 2, 3])
     counted = PlanSettings(num_drop=3)
     assert (counted.drop_fraction, counted.num_drop) == (None, 3)
+    assert PlanSettings(protect="alignment").protect == "alignment"
+    mixed = PlanSettings(protect={"text": "alignment", "vision": [1]}, weights={"relevance": 1})
+    assert mixed.protect == {"text": "alignment", "vision": (1,)}
+    assert mixed.weights == {"relevance": 1.0}
     # an explicit empty list asks for the published rules unguarded
     assert PlanSettings(protect=[]).protect == ()
 
@@ -112,6 +116,8 @@ MODEL = {"path": "m"}
         ({"model": MODEL, "score": {"metrics": []}}, "metrics is empty"),
         ({"model": MODEL, "data": {"tasks": ["vqq"]}}, "Did you mean 'vqa'"),
         ({"model": MODEL, "data": {"max_bad_fraction": 2}}, r"within 0\.\.1"),
+        ({"model": MODEL, "prune": {"bridge": "fold"}}, "Did you mean 'bridges'"),
+        ({"model": MODEL, "prune": {"rank": 0}}, "at least 1"),
         ({"model": MODEL, "eval": {"tasks": []}}, "tasks is empty"),
         ({"model": MODEL, "export": {"overwrite": "yes"}}, "expected bool"),
     ],

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 import interlace as il
 from interlace.config import Recipe
-from interlace.errors import CheckpointError, ConfigError, InterlaceError
+from interlace.errors import CheckpointError, ConfigError, InterlaceError, PlanError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,6 +65,20 @@ def test_flow_skips_what_is_done_and_repeats_what_changed(tmp_path: Path) -> Non
     assert len(third.plan["text"].drop) == 3
 
 
+def test_bridges_are_fitted_on_the_calibration_samples(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    text = "[export]\nverify = false\n" + RECIPE.replace('["fidelity", "vqa"]', '["fidelity"]')
+    text = text.replace("max_steps = 2", "max_steps = 0") + '[prune]\nbridges = "fold"\n'
+    bridged = il.run(_recipe(tmp_path, text), out)
+    student = il.open_model(bridged.folder)
+    assert {bridge.kind for bridge in student.record.bridges} == {"fold"}
+    assert student.record.inputs["data"] == bridged.scores.inputs["data"]
+    again = il.run(_recipe(tmp_path, text), out)
+    assert set(again.skipped) == {"scores", "plan", "eval_raw", "eval", "export"}
+    other = il.run(_recipe(tmp_path, text.replace("fold", "scale")), out)
+    assert other.skipped == ("scores", "plan")
+
+
 def test_missing_model_folder_is_exported_again(tmp_path: Path) -> None:
     import shutil
 
@@ -93,10 +107,14 @@ def test_unknown_recipe_key_is_refused_before_anything_is_made(tmp_path: Path) -
         ("drop_fraction = 0.25", "rule = 'sleb'", "only be called from Python"),
         ("drop_fraction = 0.25", "towers = ['vison']", "Did you mean 'vision'"),
         ("drop_fraction = 0.25", "drop_fraction = {vision = 0.5}", "scores only text"),
+        ("drop_fraction = 0.25", "weights = {relevance = 1}", "weighs the metric 'relevance'"),
+        ("drop_fraction = 0.25", "protect = 'alignment'", "protects by the metric 'alignment'"),
         ("towers =", "metrics = ['similarty']\ntowers =", "Did you mean 'similarity'"),
         ('"vqa"', '"vqaa"', "Did you mean 'vqa'"),
         ('"vqa"', '"retrieval"', "cannot be done by"),
         ("count = 16", "split = 'tset'", "Did you mean 'test'"),
+        ("[heal]", "[prune]\nbridges = 'fodl'\n[heal]", "Did you mean 'fold'"),
+        ("[heal]", "[prune]\nbridges = {vison = 'fold'}\n[heal]", "Did you mean 'vision'"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_before_anything_is_made(
@@ -155,3 +173,83 @@ def test_measuring_on_what_was_healed_with_is_told(
     (tmp_path / "b.json").write_text(rows)
     third = il.run(_recipe(tmp_path, apart), out)
     assert set(third.skipped) == {"scores", "plan", "heal"}
+
+
+PROGRESSIVE = """
+[model]
+path = "bundled:clip"
+dtype = "float32"
+[data]
+calibration_count = 8
+heal_count = 12
+tasks = ["retrieval"]
+[score]
+towers = ["text"]
+[plan]
+num_drop = 3
+rule = "sleb"
+towers = ["text"]
+[heal]
+batch_size = 4
+learning_rate = 1e-4
+[progressive]
+stages = 2
+export_stages = true
+[eval]
+tasks = ["retrieval"]
+count = 12
+[export]
+verify = false
+"""
+
+
+def test_a_progressive_recipe_exports_every_stage_and_skips_what_is_done(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = il.run(_recipe(tmp_path, PROGRESSIVE), out)
+    assert first.progressive is not None
+    assert [len(stage.gone["text"]) for stage in first.progressive.stages] == [2, 3]
+    assert first.plan.dropped == first.progressive.stages[-1].gone
+    assert first.raw is None
+    assert first.result.retention is not None
+    for folder, layers in (("model-stage-1", 10), ("model", 9)):
+        config = json.loads((out / folder / "config.json").read_text())
+        assert config["text_config"]["num_hidden_layers"] == layers
+        assert il.open_model(out / folder).towers["text"].num_layers == layers
+    assert (out / "model" / "progressive.json").exists()
+
+    second = il.run(_recipe(tmp_path, PROGRESSIVE), out)
+    assert {"stage-2/student", "eval", "export", "export/model-stage-1"} <= set(second.skipped)
+    assert second.progressive == first.progressive
+    assert second.result == first.result
+
+    limited = PROGRESSIVE.replace("stages = 2", "stages = 2\nmin_retention = 1.0")
+    limited = limited.replace("num_drop = 3", "num_drop = 9")
+    limited = limited.replace('rule = "sleb"', 'rule = "random"\nprotect = []')
+    with pytest.raises(PlanError, match=r"min_retention=1\..* So there is no student to hand over"):
+        il.run(_recipe(tmp_path, limited), tmp_path / "limited")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("stages = 2", "stage = 2", "Did you mean 'stages'"),
+        ("stages = 2", "guard = 'vqa/accuracy'", "task for the guard"),
+        ('rule = "sleb"', 'rule = "slebb"', "Did you mean 'sleb'"),
+        ("stages = 2", "gate_importance = 1.0", "gates is 'none'"),
+    ],
+)
+def test_a_progressive_recipe_is_checked_first(
+    tmp_path: Path, old: str, new: str, says: str
+) -> None:
+    with pytest.raises(InterlaceError, match=says):
+        il.run(_recipe(tmp_path, PROGRESSIVE.replace(old, new)), tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.json"))
+
+
+def test_a_smaller_model_of_somebody_else_is_kept(tmp_path: Path) -> None:
+    mine = tmp_path / "out" / "model-stage-1" / "mine"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ConfigError, match="model-stage-1 exists already"):
+        il.run(_recipe(tmp_path, PROGRESSIVE), tmp_path / "out")
+    assert mine.read_text() == "mine"

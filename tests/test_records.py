@@ -10,6 +10,7 @@ import pytest
 
 from interlace.errors import CheckpointError, ConfigError, DataError, PlanError, ShapeError
 from interlace.records import (
+    Bridge,
     EvalReport,
     HealReport,
     ModelShape,
@@ -51,6 +52,10 @@ RECORDS = {
         config_changes={"text_config.num_hidden_layers": [6, 4]},
         parameters_before=1000,
         parameters_after=800,
+        bridges=(
+            Bridge("text", "fold", (3,), 2, 0.5, 0.1, {"ridge": 1e-3}),
+            Bridge("text", "none", (1,), note="no room"),
+        ),
         notes=("a note",),
     ),
     "heal": HealReport(
@@ -103,7 +108,7 @@ def changed(record, **changes) -> str:
         ("[1]", "holds a JSON list"),
         ('{"kind": "plan", "kind": "plan"}', "the key kind stands twice"),
         (changed(RECORDS["scores"]), "of kind 'scores', but 'plan' is expected"),
-        (changed(RECORDS["plan"], schema=2), "schema version 2.*reads 1 only"),
+        (changed(RECORDS["plan"], schema=1), "schema version 1.*reads 2 only"),
         (changed(RECORDS["plan"], rul="x"), "Unknown key 'rul'. Did you mean 'rule'"),
         (changed(RECORDS["plan"], rule="random"), "was altered after it was written"),
         (changed(RECORDS["plan"], seed="x"), r"cannot be used\. plan\.seed: expected int, got 'x'"),

@@ -121,6 +121,11 @@ def on_hopper(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9
 
 
+def on_blackwell(tensor: Tensor) -> bool:
+    """Whether a tensor lies on a GPU of Blackwell's generation that has tensor memory."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 10
+
+
 def fits_tma(tensor: Tensor) -> bool:
     """Whether TMA can fetch tiles of [tokens, D] of a tensor [tokens, heads, D]."""
     size = tensor.element_size()

@@ -31,6 +31,7 @@ from interlace.triton_kernels._ragged import (
     launch_on,
     load_tile,
     locate,
+    on_blackwell,
     on_device,
     on_hopper,
     parts_of,
@@ -334,12 +335,16 @@ QUERIES_HOPPER = {
     (2, 128): Launch(128, 64, 8, 2, tma=True),
     (2, 256): Launch(64, 32, 8, 2),
 }
+# eight warps make the compiler aim at three programs per multiprocessor, and spill
+QUERIES_BLACKWELL = {(2, 128): Launch(64, 64, 4, 2), (4, 128): Launch(32, 32, 4, 1)}
 # what BLOCK_M of the kernel of keys divides
 ROWS = 64
 
 
-def tables(by_tma: bool, gated_or_windowed: bool) -> tuple[Table, Table]:
-    """How to launch the kernel of keys and the kernel of queries."""
+def tables(by_tma: bool, blackwell: bool, gated_or_windowed: bool) -> tuple[Table, Table]:
+    """How to launch the kernel of keys and the kernel of queries; Hopper is where TMA is used."""
+    if blackwell:
+        return KEYS, QUERIES | QUERIES_BLACKWELL
     if not by_tma:
         return KEYS, QUERIES
     keys = KEYS_HOPPER_SMALL if gated_or_windowed else KEYS_HOPPER
@@ -384,7 +389,8 @@ def backward(
         for _ in range(2)
     )
     by_tma = on_hopper(q) and all(map(fits_tma, (grad_out, q, k, v)))
-    for_keys, for_queries = tables(by_tma, gate is not None or window is not None)
+    special = gate is not None or window is not None
+    for_keys, for_queries = tables(by_tma, on_blackwell(q), special)
     keys = launch_keys or choose(for_keys, size, head_dim)
     queries = launch_queries or choose(for_queries, size, head_dim)
     slots_q, per_sequence_q = slots(num_tokens, num_sequences, max_seqlen_q, queries.block_m)
@@ -445,7 +451,13 @@ def backward(
 
 
 def _variant(
-    kernel: Any, head_dim: int, launch: Launch, name: str, dtype: str = "bf16", **constants: object
+    kernel: Any,
+    head_dim: int,
+    launch: Launch,
+    capabilities: tuple[int, ...],
+    name: str,
+    dtype: str = "bf16",
+    **constants: object,
 ) -> Variant:
     part, rest = parts_of(head_dim)
     strides = [name for name in kernel.arg_names if name.startswith("stride_")]
@@ -476,16 +488,16 @@ def _variant(
         for capability, product in products.items()
         if (dtype == "bf16" and min(launch.block_m, launch.block_n) >= 64) or launch.tma
     }
+    result = kernel.__name__.strip("_").removesuffix("_kernel")
     return Variant(
-        name=f"{kernel.__name__[1:]}, head {head_dim}, {dtype}, {name}"
-        + (", TMA" if launch.tma else ""),
+        name=f"{result}, head {head_dim}, {dtype}, {name}" + (", TMA" if launch.tma else ""),
         kernel=kernel,
         types=types,
         constants=given,
         aligned=tuple(n for n, t in types.items() if t.startswith("*") or n in strides),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        capabilities=(90,) if launch.tma else (80, 90, 100),
+        capabilities=capabilities,
         expects=expects,
     )
 
@@ -494,16 +506,20 @@ def variants() -> list[Variant]:
     """What is launched on real shapes."""
     found = []
     special = {"BEFORE": True, "GATED": True, "SEARCH": 64}
-    for by_tma in (False, True):
-        plain, small = tables(by_tma, False), tables(by_tma, True)
+    # Hopper without TMA launches what Ampere does
+    for by_tma, generations in ((False, (80, 90)), (False, (100,)), (True, (90,))):
+        blackwell = generations == (100,)
+        plain, small = (tables(by_tma, blackwell, each) for each in (False, True))
         for place, kernel in enumerate((_keys, queries_kernel)):
             for head_dim in (64, 80, 128) if by_tma else (128, 256):
                 launch = choose(plain[place], 2, head_dim)
-                found.append(_variant(kernel, head_dim, launch, "causal"))
+                found.append(_variant(kernel, head_dim, launch, generations, "causal"))
             launch = choose(small[place], 2, 128)
-            found.append(_variant(kernel, 128, launch, "window, gate, 64 lengths", **special))
-        full = _variant(_keys, 128, choose(plain[0], 2, 128), "full", BEHIND=False)
-        found.append(full)
-    for kernel, table in ((_keys, KEYS), (queries_kernel, QUERIES)):
-        found.append(_variant(kernel, 128, choose(table, 4, 128), "causal", "fp32"))
+            name = "window, gate, 64 lengths"
+            found.append(_variant(kernel, 128, launch, generations, name, **special))
+            if not by_tma:
+                launch = choose(plain[place], 4, 128)
+                found.append(_variant(kernel, 128, launch, generations, "causal", "fp32"))
+        launch = choose(plain[0], 2, 128)
+        found.append(_variant(_keys, 128, launch, generations, "full", BEHIND=False))
     return found

@@ -10,32 +10,6 @@ constexpr int kRows = kLanes == 16 ? 4 : 2;
 constexpr int kKeys = 4;
 constexpr int kColumns = 4;
 
-// e^x for x <= 0, 0 below the normal numbers; NaN stays NaN. x = n ln 2 + rest, |rest| <= ln 2 / 2,
-// and e^rest by its Taylor series.
-INTERLACE_TARGET static inline Vector exp_of_negative(const Vector& x) {
-  // adding it leaves a whole number in the lowest bits
-  const Vector magic = broadcast(0x1.8p23f);
-  const Vector shifted = x * 0x1.715476p0f + magic;
-  const Vector n = shifted - magic;
-  const Vector rest = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
-  Vector series = broadcast(1.0f / 5040);
-  series = series * rest + 1.0f / 720;
-  series = series * rest + 1.0f / 120;
-  series = series * rest + 1.0f / 24;
-  series = series * rest + 1.0f / 6;
-  series = series * rest + 0.5f;
-  series = series * rest + 1.0f;
-  series = series * rest + 1.0f;
-  const Vector power = (Vector)(((VectorBits)shifted + 127u) << 23);
-  const VectorBits vanishes = (VectorBits)(x < -87.0f);
-  return (Vector)((VectorBits)(series * power) & ~vanishes);
-}
-
-template <class Element>
-INTERLACE_TARGET static inline Vector load_up_to(const Element* from, int64_t count) {
-  return count >= kLanes ? load(from) : load_some(from, count);
-}
-
 // Scores of kKeys keys, `num` of them real, with `Rows` rows of queries.
 template <int Rows, class Element>
 INTERLACE_TARGET static void score_tile(const Block& block, int64_t first, int num, int64_t row) {

@@ -1,4 +1,5 @@
-// Vectors of kLanes floats for one instruction set: load and store any element type, and sum up.
+// Vectors of kLanes floats for one instruction set: load and store any element type, sum up,
+// and take exponentials.
 //
 // Included by cpu/isa.h inside a namespace per instruction set, hence no include guard. Needs
 // kLanes and INTERLACE_TARGET. Vector takes the operators of C, element by element.
@@ -43,6 +44,12 @@ INTERLACE_TARGET static inline Vector load_some(const Element* from, int64_t cou
   Vector result = {};
   for (int64_t i = 0; i < count; ++i) result[i] = to_float(from[i]);
   return result;
+}
+
+// The same for any count, at most kLanes elements of it.
+template <class Element>
+INTERLACE_TARGET static inline Vector load_up_to(const Element* from, int64_t count) {
+  return count >= kLanes ? load(from) : load_some(from, count);
 }
 
 INTERLACE_TARGET static inline void store(const Vector& vector, float* to) {
@@ -96,4 +103,25 @@ INTERLACE_TARGET static inline float largest_lane(const Vector& vector) {
   float largest = vector[0];
   for (int i = 1; i < kLanes; ++i) largest = vector[i] > largest ? vector[i] : largest;
   return largest;
+}
+
+// e^x for x <= 0, 0 below the normal numbers; NaN stays NaN. x = n ln 2 + rest, |rest| <= ln 2 / 2,
+// and e^rest by its Taylor series.
+INTERLACE_TARGET static inline Vector exp_of_negative(const Vector& x) {
+  // adding it leaves a whole number in the lowest bits
+  const Vector magic = broadcast(0x1.8p23f);
+  const Vector shifted = x * 0x1.715476p0f + magic;
+  const Vector n = shifted - magic;
+  const Vector rest = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
+  Vector series = broadcast(1.0f / 5040);
+  series = series * rest + 1.0f / 720;
+  series = series * rest + 1.0f / 120;
+  series = series * rest + 1.0f / 24;
+  series = series * rest + 1.0f / 6;
+  series = series * rest + 0.5f;
+  series = series * rest + 1.0f;
+  series = series * rest + 1.0f;
+  const Vector power = (Vector)(((VectorBits)shifted + 127u) << 23);
+  const VectorBits vanishes = (VectorBits)(x < -87.0f);
+  return (Vector)((VectorBits)(series * power) & ~vanishes);
 }

@@ -109,11 +109,14 @@ class Plan(Record):
         model_name: name or path the model was opened by.
         shape: sizes of the original model, where known.
         settings: the other arguments of the choice (any JSON values).
-        standard: the result must load in plain transformers. Without it, widths that no config of
-            the family can state are allowed; only `open_model` loads the result then.
+        standard: the result must load in plain transformers, but for run-time bridges that are
+            asked for beside the plan. Without it, widths that no config of the family can state are
+            allowed; only `open_model` loads the result then.
     """
 
     kind: ClassVar[str] = "plan"
+    # 2: standard, TowerPlan.cut and .graft, TowerShape.sites
+    schema: ClassVar[int] = 2
 
     towers: dict[str, TowerPlan]
     rule: str = "by hand"
@@ -140,6 +143,32 @@ class Plan(Record):
 
 
 @dataclass(frozen=True)
+class Bridge(Checked):
+    """What stands in for one run of adjacent removed layers; numbers count in the original model.
+
+    Attributes:
+        tower: tower name.
+        kind: name of the bridge, such as "fold"; "none" where there is none, and `note` says why.
+        dropped: the removed layers.
+        after: the kept layer before them; None where there is none.
+        error_before: squared distance of the student's hidden states behind the cut from those of
+            the original model, over their squared size, on held-out samples, without this bridge.
+        error_after: the same with it.
+        settings: what was chosen for it, such as its "ridge" or "factor" (any JSON values).
+        note: why there is no bridge.
+    """
+
+    tower: str
+    kind: str
+    dropped: tuple[int, ...]
+    after: int | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class PruneRecord(Record):
     """What surgery did to a model; also the manifest in its checkpoint, `interlace.json`.
 
@@ -154,10 +183,13 @@ class PruneRecord(Record):
         widths: what the config of a checkpoint that is not standard cannot state: tower ->
             original layer -> place in the layer -> query heads of every KV head, or the number of
             neurons.
+        bridges: what stands in for the removed layers, one entry per cut; empty without bridges.
         notes: anything a user of the student should know.
     """
 
     kind: ClassVar[str] = "prune"
+    # 2: bridges; 3: widths
+    schema: ClassVar[int] = 3
 
     plan_fingerprint: str
     towers: dict[str, tuple[int, ...]]
@@ -167,6 +199,7 @@ class PruneRecord(Record):
     parameters_after: int = 0
     standard: bool = True
     widths: dict[str, dict[int, dict[str, tuple[int, ...]]]] = field(default_factory=dict)
+    bridges: tuple[Bridge, ...] = ()
     notes: tuple[str, ...] = ()
 
     def _check(self) -> None:

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 # rounding step.
 _COSINE_SLACK = 2**-7
 
+# The token group whose tables give image and text tokens equal mass, made from those two groups.
+BALANCED = "balanced"
+_MODALITIES = ("text", "vision")
+# One layer in so many counts as carrying the alignment by what was measured of it.
+_LAYERS_PER_ALIGNED = 8
+
 
 @dataclass(frozen=True)
 class TowerScores(Checked):
@@ -33,14 +39,19 @@ class TowerScores(Checked):
         similarity: group -> pack p -> mean cosines of h_i and h_{i+p} for i = 0..L-p-1. The pair
             that ends in h_L is not among them, as in the published code.
         tail: group -> pack p -> mean cosine of h_{L-p} and h_L; may be empty.
-        metrics: other metrics by name, one value per layer.
+        metrics: other metrics by name, one value per layer; all measure importance, so that a high
+            value speaks for keeping the layer.
         importance: metric of heads or neurons -> place in the layer, such as "self_attn" -> layer
             -> one value per query head or neuron; empty where a layer lacks the place.
         pinned: layers that the model's family must keep, with the reason.
         cross_attention_layers: the layers with cross-attention, where only some have it.
         num_samples: number of calibration samples behind the means.
         num_tokens: number of tokens per group.
-        group_samples: number of samples that have tokens of a group; `num_samples` where absent.
+        group_samples: number of samples that have tokens of a group, or that stand behind a metric;
+            `num_samples` where absent.
+        alignment: layers at which image and text meet (DeepStack, projector inputs), with the
+            reason; None where the metric "alignment" was not scored.
+        notes: what a reader of the values should know.
     """
 
     num_layers: int
@@ -53,6 +64,8 @@ class TowerScores(Checked):
     num_samples: int = 0
     num_tokens: dict[str, int] = field(default_factory=dict)
     group_samples: dict[str, int] = field(default_factory=dict)
+    alignment: dict[int, str] | None = None
+    notes: tuple[str, ...] = ()
 
     def _check(self) -> None:
         if self.num_layers < 1:
@@ -75,7 +88,7 @@ class TowerScores(Checked):
                         f"The metric '{metric}' of '{site}' has values for {len(layers)} of "
                         f"{self.num_layers} layers."
                     )
-        named = [*self.pinned, *(self.cross_attention_layers or ())]
+        named = [*self.pinned, *(self.cross_attention_layers or ()), *(self.alignment or ())]
         outside = sorted({layer for layer in named if not 0 <= layer < self.num_layers})
         if outside:
             raise ShapeError(f"The tower has layers 0..{self.num_layers - 1}, not {outside}.")
@@ -106,18 +119,72 @@ class TowerScores(Checked):
     def packs(self, pack: int, group: str = "all") -> tuple[float, ...]:
         """Return the cosines of h_i and h_{i+pack}, i = 0..L-pack-1.
 
+        The group "balanced" is the mean of the groups "text" and "vision": both modalities count
+        alike, however many tokens an image has. Where a tower reads one of them, it is that one.
+
         Raises:
             PlanError: the group or the pack was not scored.
         """
-        if group not in self.similarity:
-            raise PlanError(unknown_name("token group", group, self.similarity))
-        if pack not in self.similarity[group]:
-            have = ", ".join(str(each) for each in sorted(self.similarity[group])) or "none"
+        tables = self._balanced() if group == BALANCED else self.similarity.get(group)
+        if tables is None:
+            known = [*self.similarity, BALANCED] if self._balanced() else self.similarity
+            raise PlanError(unknown_name("token group", group, known))
+        if pack not in tables:
+            have = ", ".join(str(each) for each in sorted(tables)) or "none"
             raise PlanError(
                 f"Pack {pack} of group '{group}' was not scored (scored: {have}). "
                 f"Score again with packs=(..., {pack}) or packs='all'."
             )
-        return self.similarity[group][pack]
+        return tables[pack]
+
+    def has_pack(self, pack: int, group: str = "all") -> bool:
+        """Tell whether `packs` would find the table."""
+        tables = self._balanced() if group == BALANCED else self.similarity.get(group)
+        return tables is not None and pack in tables
+
+    def end(self, pack: int, group: str = "all") -> float | None:
+        """Return the mean cosine of h_{L-pack} and h_L; None where it was not recorded."""
+        if group != BALANCED:
+            return self.tail.get(group, {}).get(pack)
+        ends = [self.tail[each].get(pack) for each in _MODALITIES if each in self.tail]
+        known = [value for value in ends if value is not None]
+        return sum(known) / len(known) if known and len(known) == len(ends) else None
+
+    def _balanced(self) -> dict[int, tuple[float, ...]] | None:
+        groups = [self.similarity[each] for each in _MODALITIES if each in self.similarity]
+        if not groups:
+            return None
+        return {
+            pack: tuple(sum(values) / len(groups) for values in zip(*tables, strict=True))
+            for pack in groups[0]
+            if len(tables := [group[pack] for group in groups if pack in group]) == len(groups)
+        }
+
+    def alignment_layers(self) -> dict[int, str]:
+        """Return the layers that carry the alignment of image and text, with the reason in words.
+
+        They are those of `alignment`, and of the values of the metric "alignment" the highest, one
+        for every eight layers or part of eight.
+
+        Raises:
+            PlanError: the metric "alignment" was not scored.
+        """
+        if self.alignment is None:
+            raise PlanError(
+                "The layers that carry the alignment are not known: the metric 'alignment' was not "
+                "scored. Score again with metrics=('similarity', 'alignment')."
+            )
+        found = dict(self.alignment)
+        values = self.metrics.get("alignment", ())
+        count = -(-len(values) // _LAYERS_PER_ALIGNED)
+        ranked = sorted(range(len(values)), key=lambda layer: (-values[layer], layer))
+        for rank, layer in enumerate(ranked[:count], start=1):
+            why = (
+                f"changes the likeness of image and text states by {values[layer]:.3f} "
+                f"(rank {rank} of {len(values)})"
+            )
+            found[layer] = f"{found[layer]}; {why}" if layer in found else why
+        return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)
@@ -132,6 +199,8 @@ class Scores(Record):
     """
 
     kind: ClassVar[str] = "scores"
+    # 2: TowerScores.alignment and .notes; 3: TowerScores.importance and TowerShape.sites
+    schema: ClassVar[int] = 3
 
     towers: dict[str, TowerScores]
     shape: ModelShape | None = None
@@ -238,7 +307,9 @@ def _tables(scores: TowerScores) -> dict[tuple[str, ...], tuple[float, ...]]:
 
 
 def _merge(name: str, one: TowerScores, other: TowerScores) -> TowerScores:
-    fixed = ("num_layers", "pinned", "cross_attention_layers")
+    fixed = ["num_layers", "pinned", "cross_attention_layers"]
+    if one.alignment is not None and other.alignment is not None:
+        fixed.append("alignment")
     for what in fixed:
         if getattr(one, what) != getattr(other, what):
             raise ShapeError(
@@ -283,12 +354,13 @@ def _merge(name: str, one: TowerScores, other: TowerScores) -> TowerScores:
         num_samples=_join(one.num_samples, other.num_samples, bool(shared)),
         num_tokens=_join_dicts(one.num_tokens, other.num_tokens, bool(shared)),
         group_samples=_join_dicts(one.group_samples, other.group_samples, bool(shared)),
+        alignment=other.alignment if one.alignment is None else one.alignment,
+        notes=tuple(dict.fromkeys((*one.notes, *other.notes))),
     )
 
 
 def _weight(name: str, key: tuple[str, ...], scores: TowerScores) -> int:
-    group = key[1] if key[0] in ("similarity", "tail") else ""
-    weight = scores.group_samples.get(group, scores.num_samples)
+    weight = scores.group_samples.get(key[1], scores.num_samples)
     if weight < 1:
         raise ConfigError(
             f"Averaging the scores of tower '{name}' needs to know how many samples stand behind "

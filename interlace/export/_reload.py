@@ -48,24 +48,33 @@ def flatten(output: Any, name: str = "") -> dict[str, torch.Tensor]:
     return found
 
 
+def load(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Load a checkpoint as its user would; gives the model and how loading went."""
+    if not request["standard"]:
+        from interlace.models import open_model
+
+        model: Any = open_model(request["folder"]).model
+        model.set_attn_implementation(request["attention"])
+        return model, {}
+    import transformers
+
+    loaded: tuple[Any, dict[str, Any]] = getattr(
+        transformers, request["architecture"]
+    ).from_pretrained(
+        request["folder"],
+        attn_implementation=request["attention"],
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    return loaded
+
+
 def answer(request: dict[str, Any]) -> None:
     """Load one checkpoint, run it on the given inputs, and write its outputs and how it loaded."""
     import transformers
 
     torch.set_num_threads(request["threads"])
-    loading: dict[str, Any] = {}
-    model: Any
-    if request["standard"]:
-        model, loading = getattr(transformers, request["architecture"]).from_pretrained(
-            request["folder"],
-            attn_implementation=request["attention"],
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    else:
-        from interlace.models import open_model
-
-        model = open_model(request["folder"]).model
+    model, loading = load(request)
     model.to(request["device"]).eval().requires_grad_(False)
     inputs = {
         name: value.to(request["device"]) for name, value in load_file(request["inputs"]).items()

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interlace.models.bridges import run_time
 from interlace.records import EvalReport, HealReport, Plan, Scores
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from interlace.export.verify import Verification
     from interlace.models.handle import VLM
-    from interlace.records import Record
+    from interlace.records import Bridge, PruneRecord, Record
 
 _TASKS = {
     "chat": "image-text-to-text",
@@ -47,7 +48,7 @@ def model_card(
         parts.append(_layers(vlm, known))
     parts += [_healing(record) for record in known if isinstance(record, HealReport)]
     parts += [_results(record) for record in known if isinstance(record, EvalReport)]
-    parts += [_loading(vlm), _origin(known, verification)]
+    parts += [_loading(vlm), _origin(vlm, known, verification)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -73,7 +74,7 @@ def _front_matter(vlm: VLM) -> str:
     lines += ["tags:", "- interlace"]
     if vlm.record is not None and vlm.record.dropped:
         lines.append("- layer-pruning")
-    if not _standard(vlm):
+    if vlm.record is not None and vlm.record.widths:
         lines.append("- width-pruning")
     return "\n".join([*lines, "---"])
 
@@ -129,6 +130,8 @@ def _layers(vlm: VLM, records: Sequence[Record]) -> str:
     if plans:
         rules = ", ".join(dict.fromkeys(f"`{plan.rule}`" for plan in plans))
         text.append(f"Chosen by the rule {rules}; `plan.json` holds the scores and reasons.")
+    if record.bridges:
+        text += _bridges(record.bridges)
     text += [f"- {note}" for note in record.notes]
     return "\n\n".join(text)
 
@@ -139,6 +142,27 @@ def _widths(layers: Any) -> list[tuple[object, ...]]:
         (layer, place, "+".join(map(str, groups)))
         for layer, places in layers.items()
         for place, groups in places.items()
+    ]
+
+
+def _bridges(bridges: Sequence[Bridge]) -> list[str]:
+    rows = [
+        (
+            each.tower,
+            _listed(each.dropped),
+            each.kind,
+            "start" if each.after is None else each.after,
+            "-" if each.error_before is None else _number(each.error_before),
+            "-" if each.error_after is None else _number(each.error_after),
+        )
+        for each in bridges
+    ]
+    head = ("tower", "in place of layers", "bridge", "behind layer", "error without", "error with")
+    return [
+        "Bridges stand in for the removed layers. The errors are squared distances of the hidden "
+        "states there from those of the original model, over their squared size, on held-out "
+        "samples, before any healing.",
+        _table(head, rows),
     ]
 
 
@@ -198,17 +222,38 @@ def _results(report: EvalReport) -> str:
     return "\n\n".join((title, _table(head, rows)))
 
 
-def _loading(vlm: VLM) -> str:
-    if not _standard(vlm):
-        code = ["import interlace as il", "", 'vlm = il.open_model(".")  # this folder']
-        return "\n\n".join(
-            (
-                "## Loading",
-                "NOT a standard checkpoint: layers differ in their heads or neurons, which plain "
-                "transformers cannot build. INTERLACE can; `interlace.json` states the widths.",
-                "\n".join(["```python", *code, "```"]),
+def _loading_with_package(record: PruneRecord) -> str:
+    found = []
+    alone = "transformers alone cannot load the folder."
+    if record.widths:
+        found.append("layers that differ in their heads or neurons")
+    if run_time(record.bridges):
+        found.append("run-time bridges")
+        if not record.widths:
+            alone = (
+                "transformers alone loads the folder without them, warns of unused weights, and "
+                "computes something else."
             )
+    code = [
+        "import interlace as il",
+        "",
+        'folder = "."  # this folder',
+        "vlm = il.open_model(folder)  # vlm.model, vlm.processor",
+    ]
+    return "\n\n".join(
+        (
+            "## Loading",
+            f"NOT a standard transformers checkpoint: it has {' and '.join(found)}, listed in "
+            "`interlace.json`, which only INTERLACE (`pip install interlace-vlm`) builds. "
+            f"{alone}",
+            "\n".join(["```python", *code, "```"]),
         )
+    )
+
+
+def _loading(vlm: VLM) -> str:
+    if vlm.record is not None and not vlm.record.standard:
+        return _loading_with_package(vlm.record)
     architecture = type(vlm.model).__name__
     code = [
         f"from transformers import AutoProcessor, {architecture}",
@@ -231,14 +276,14 @@ def _loading(vlm: VLM) -> str:
     )
 
 
-def _origin(records: Sequence[Record], verification: Verification | None) -> str:
+def _origin(vlm: VLM, records: Sequence[Record], verification: Verification | None) -> str:
     lines = ["## How it was made"]
     if verification is not None:
+        version = f"transformers {verification.transformers}"
+        loader = f"by {version} alone" if _standard(vlm) else f"by INTERLACE on {version}"
         lines.append(
-            f"Reloaded in a fresh process by transformers {verification.transformers} "
-            f"{'alone' if verification.standard else 'and INTERLACE'}: largest difference of "
-            f"any output value {verification.max_difference:.3g} (values up to "
-            f"{verification.max_value:.3g}; towers "
+            f"Reloaded in a fresh process {loader}: largest difference of any output value "
+            f"{verification.max_difference:.3g} (values up to {verification.max_value:.3g}; towers "
             f"that took part: {', '.join(verification.towers)})."
         )
     rows = []

@@ -41,8 +41,11 @@ def export(
 ) -> Path:
     """Write a model as a transformers checkpoint, with what is known about it.
 
-    The checkpoint is a standard one, unless the layers have widths that no config can state: then
-    its config says so (`per_layer_config`, where transformers knows it), and `open_model` loads it.
+    It is a standard one, which anything reads that reads the original architecture, unless the
+    student has run-time bridges or layers with widths that no config can state
+    (`vlm.record.standard` is False): then only `open_model` builds it. Such weights lie in the
+    checkpoint too, and the config states such widths where transformers knows them
+    (`per_layer_config`). The model card says which of the two it is.
 
     The folder holds config, weights (safetensors), generation settings, the processor where there
     is one, `interlace.json` (the manifest of the cut), one JSON file per record and a model card.

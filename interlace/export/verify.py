@@ -48,7 +48,6 @@ class Verification:
         num_outputs: output tensors compared.
         towers: towers that took part in computing them.
         transformers: version that reloaded it.
-        standard: transformers did so alone.
     """
 
     max_difference: float
@@ -56,13 +55,14 @@ class Verification:
     num_outputs: int
     towers: tuple[str, ...]
     transformers: str
-    standard: bool = True
 
 
 def verify_checkpoint(
     vlm: VLM, folder: str | os.PathLike[str], *, inputs: Mapping[str, torch.Tensor] | None = None
 ) -> Verification:
-    """Reload a checkpoint in a fresh process, where it is standard with transformers alone.
+    """Reload a checkpoint in a fresh process, and compare outputs.
+
+    A standard one is loaded by transformers alone, one that is not by `open_model`.
 
     Args:
         vlm: what the folder should hold; left as it is.
@@ -222,7 +222,6 @@ def _compare(
         num_outputs=len(expected),
         towers=towers,
         transformers=str(report["transformers"]),
-        standard=bool(request["standard"]),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from interlace.errors import ConfigError
+from interlace.models.bridges import RunTimeBridge, run_time
 
 if TYPE_CHECKING:
     from interlace.models import VLM, Tower
@@ -43,7 +44,8 @@ def plan_of(student: VLM) -> Plan:
             "The student carries no plan, so it is not known which layers to tune. Heal what "
             "prune(vlm, plan) returned, or set student.plan to the plan it was pruned by."
         )
-    if not any(tower.tune for tower in plan.towers.values()):
+    bridged = student.record is not None and run_time(student.record.bridges)
+    if not bridged and not any(tower.tune for tower in plan.towers.values()):
         raise ConfigError(
             f"The plan (rule '{plan.rule}') has no layers to tune in any tower, so there is "
             "nothing to heal. Use a rule that tunes layers, such as 'interlace', or skip healing."
@@ -61,7 +63,10 @@ def _tower(student: VLM, name: str) -> Tower:
 
 
 def tuned_parameters(student: VLM, plan: Plan) -> tuple[str, ...]:
-    """Return the names of the parameters that train: those of the plan's `tune` layers, no other.
+    """Return the names of the parameters that train.
+
+    These are the parameters of the plan's `tune` layers and of the student's run-time bridges, no
+    other.
 
     Raises:
         ConfigError: the student lacks a tower or a layer of the plan, has a layer that it drops, or
@@ -80,6 +85,11 @@ def tuned_parameters(student: VLM, plan: Plan) -> tuple[str, ...]:
                 "Heal the student that was pruned by this plan."
             )
         prefixes += [f"{tower.path}.{tower.original.index(layer)}." for layer in each.tune]
+    prefixes += [
+        f"{name}."
+        for name, module in student.model.named_modules()
+        if isinstance(module, RunTimeBridge)
+    ]
     inside: dict[int, str] = {}
     outside: dict[int, str] = {}
     for name, parameter in student.model.named_parameters(remove_duplicate=False):

@@ -17,6 +17,13 @@ MAX_LOGGED = 200
 _SCHEDULES = {"constant": "constant_with_warmup"}
 
 
+def total_samples(num_samples: int, settings: HealSettings, num_processes: int) -> int:
+    """Return how many samples, repeats counted, a run over `num_samples` different ones sees."""
+    if settings.max_steps is None:
+        return round(settings.epochs * num_samples)
+    return settings.max_steps * settings.batch_size * settings.accumulation * num_processes
+
+
 def count_steps(num_samples: int, settings: HealSettings, num_processes: int) -> int:
     """Return the optimiser steps that one pass over `num_samples` takes."""
     batches = math.ceil(num_samples / settings.batch_size)

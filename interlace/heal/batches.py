@@ -8,16 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
 
-from interlace.errors import DataError, ShapeError
+from interlace.errors import DataError
+from interlace.models.prediction import IGNORED, targets_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor, nn
-
-IGNORED = -100
+    from torch import Tensor
 
 # Everything `count_items` may count.
 COUNTED = (
@@ -31,11 +29,6 @@ COUNTED = (
 )
 
 Batch = dict[str, Any]
-
-
-def is_encoder_decoder(owner: nn.Module) -> bool:
-    """Tell whether the model that owns the head reads its labels unshifted through a decoder."""
-    return bool(getattr(getattr(owner, "config", None), "is_encoder_decoder", False))
 
 
 def token_masks(batch: Mapping[str, Any], *, has_decoder: bool) -> dict[str, Tensor]:
@@ -54,11 +47,6 @@ def token_masks(batch: Mapping[str, Any], *, has_decoder: bool) -> dict[str, Ten
     if "pixel_attention_mask" in batch:
         masks["vision"] = batch["pixel_attention_mask"].bool()
     return masks
-
-
-def targets_of(labels: Tensor, *, shift: bool) -> Tensor:
-    """Return the token that every place predicts, [B, T] int64, -100 where none counts."""
-    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if shift else labels
 
 
 def num_rows(batch: Mapping[str, Any], tower: str) -> int:
@@ -96,39 +84,3 @@ def count_items(batch: Mapping[str, Any], *, has_decoder: bool, shift: bool) -> 
     for tower, mask in token_masks(batch, has_decoder=has_decoder).items():
         counts[f"tower:{tower}"] = float(mask.sum())
     return counts
-
-
-def model_inputs(batch: Mapping[str, Any], owner: nn.Module, objective: str) -> Batch:
-    """Return the keyword arguments of the forward pass, labels left out.
-
-    A model that is given labels computes full logits for a loss of its own. The decoders that read
-    their input from the labels get it here instead.
-    """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    labels = batch.get("labels")
-    if labels is None or "decoder_input_ids" in inputs:
-        return inputs
-    if is_encoder_decoder(owner):
-        prepare: Any = owner.prepare_decoder_input_ids_from_labels
-        inputs["decoder_input_ids"] = prepare(labels=labels)
-    elif objective == "vqa":
-        config: Any = getattr(owner, "config", None)
-        padding = getattr(config, "pad_token_id", None) or 0
-        inputs["decoder_input_ids"] = labels.masked_fill(labels == IGNORED, padding)
-        inputs["decoder_attention_mask"] = (labels != IGNORED).long()
-    return inputs
-
-
-def aligned(hidden: Tensor, targets: Tensor) -> Tensor:
-    """Return the places of `hidden` that `targets` [B, T] speaks of, [B, T, D].
-
-    Raises:
-        ShapeError: there are fewer places than labels.
-    """
-    places = hidden[:, -targets.shape[1] :]
-    if places.shape[:2] != targets.shape:
-        raise ShapeError(
-            f"The labels have the shape {tuple(targets.shape)}, but the model predicts at "
-            f"{tuple(hidden.shape[:2])} places. The collator does not fit this model."
-        )
-    return places

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,11 @@ from interlace.data.collate import Collator
 from interlace.errors import ConfigError, DataError
 from interlace.heal import checkpoints, checks
 from interlace.heal.anchors import find_anchors, plan_of, tuned_parameters
-from interlace.heal.arguments import count_steps, training_arguments
+from interlace.heal.arguments import count_steps, total_samples, training_arguments
 from interlace.heal.model import HealModel
 from interlace.heal.order import ShuffledRepeats
 from interlace.heal.shell import HALF, hand_over, make_shell, move_together
+from interlace.heal.sparsity import by_layer, final_gates, find_branches, fold
 from interlace.heal.trainer import HealTrainer
 from interlace.models.handle import check_vlm
 from interlace.records import HealReport, Provenance
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from interlace.data.samples import Sample, Samples
+    from interlace.heal.sparsity import Branch
     from interlace.models import VLM
     from interlace.records import Plan
 
@@ -54,10 +57,12 @@ def heal(
 ) -> HealReport:
     """Train the plan's `tune` layers of a student, in place.
 
-    All other parameters stay frozen. The loss is the task's own (cross-entropy of the answer
-    tokens, or the contrastive loss of CLIP and SigLIP) and, with a teacher, the normalised squared
-    distance of the hidden states at the anchors and at the end of each pruned tower, and the
-    divergence of the predictions. The student changes only when everything went well.
+    All other parameters stay frozen; gates, where the settings ask for them, scale the branches of
+    all layers of the planned towers and end in their weights. The loss is the task's own
+    (cross-entropy of the answer tokens, or the contrastive loss of CLIP and SigLIP) and, with a
+    teacher, the normalised squared distance of the hidden states at the anchors and at the end of
+    each pruned tower, and the divergence of the predictions. The student changes only when
+    everything went well.
 
     Works under torchrun, accelerate launch, FSDP2 and DeepSpeed ZeRO 1 and 2; `batch_size` then
     counts per process, and each process compares the images and texts of its own batch only. Layers
@@ -81,11 +86,12 @@ def heal(
 
     Returns:
         The report. Its losses hold the weighted "loss" and the terms "ce" (the task's own),
-        "hidden" and "kl" before weighting, each averaged over the steps since the entry before.
+        "hidden", "kl" and "gates" before weighting, each averaged over the steps since the entry
+        before.
 
     Raises:
-        ConfigError: no plan, nothing to tune, a teacher that does not match, an output folder that
-            exists, or a setting that does not exist or fit.
+        ConfigError: no plan, nothing to tune, a tower that cannot be gated, a teacher that does not
+            match, an output folder that exists, or a setting that does not exist or fit.
         DataError: no samples, or a loss that is not finite.
         CheckpointError: the checkpoints belong to another run, or the disk is full.
     """
@@ -100,6 +106,7 @@ def heal(
     chosen = (settings or HealSettings()).replace(**overrides)
     plan = plan_of(student)
     names = tuned_parameters(student, plan)
+    branches = find_branches(student, plan.towers) if chosen.gates != "none" else ()
     if len(data) == 0:
         raise DataError("There are no samples to heal with. Give at least one.")
     folder = checks.output_folder(output, resume=resume)
@@ -109,7 +116,7 @@ def heal(
     # Read before training changes the weights.
     inputs = checks.inputs_of(student, teacher, plan, data)
     sizes = _sizes(student.model, names)
-    total = _total_samples(len(data), chosen)
+    total = total_samples(len(data), chosen, checks.world_size())
     if total == 0:
         logger.info("Healing is skipped: the settings ask for no steps.")
         return _report(student, chosen, inputs, sizes, None)
@@ -136,7 +143,7 @@ def heal(
         if found is not None:
             advance(found[1].step)
         trainer = HealTrainer(
-            _model(student, teacher, plan, names, chosen, args),
+            _model(student, teacher, plan, names, branches, chosen, args),
             args,
             dataset=ShuffledRepeats(data, total, chosen.seed),
             collate=collate,
@@ -145,15 +152,12 @@ def heal(
         )
         trainer.train(resume_from_checkpoint=str(found[0]) if found is not None else None)
         trainer.close()
-        hand_over(student.model, names, trainer.trained_values())
-    return _report(student, chosen, inputs, sizes, trainer)
-
-
-def _total_samples(num_samples: int, settings: HealSettings) -> int:
-    if settings.max_steps is None:
-        return round(settings.epochs * num_samples)
-    per_step = settings.batch_size * settings.accumulation * checks.world_size()
-    return settings.max_steps * per_step
+        trained = trainer.trained_values()
+        hand_over(student.model, names, trained)
+        gates = final_gates(trained("gates.values"), chosen.gates) if branches else []
+        fold(student.model, branches, gates)
+    report = _report(student, chosen, inputs, sizes, trainer)
+    return replace(report, gates=by_layer(branches, gates))
 
 
 @contextlib.contextmanager
@@ -189,6 +193,7 @@ def _model(
     teacher: VLM | None,
     plan: Plan,
     names: tuple[str, ...],
+    branches: tuple[Branch, ...],
     settings: HealSettings,
     args: TrainingArguments,
 ) -> HealModel:
@@ -209,6 +214,7 @@ def _model(
         objective=student.family.objective,
         settings=settings,
         paths={name: tower.path for name, tower in student.towers.items()},
+        branches=branches,
         **extra,
     )
 

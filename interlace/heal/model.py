@@ -14,18 +14,17 @@ import torch
 from torch import nn
 
 from interlace.errors import ConfigError
-from interlace.heal.batches import (
-    IGNORED,
-    aligned,
-    count_items,
-    is_encoder_decoder,
-    model_inputs,
-    num_rows,
-    targets_of,
-    token_masks,
-)
+from interlace.heal.batches import count_items, num_rows, token_masks
 from interlace.heal.losses import head_terms, normalised_error, similarity_divergence
 from interlace.heal.reading import Reader
+from interlace.heal.sparsity import Gates
+from interlace.models.prediction import (
+    IGNORED,
+    aligned,
+    is_encoder_decoder,
+    model_inputs,
+    targets_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,8 +33,9 @@ if TYPE_CHECKING:
 
     from interlace.config import HealSettings
     from interlace.heal.anchors import Anchor
+    from interlace.heal.sparsity import Branch
 
-TERMS = ("loss", "ce", "hidden", "kl")
+TERMS = ("loss", "ce", "hidden", "kl", "gates")
 
 CONTRASTIVE = "contrastive"
 
@@ -59,6 +59,7 @@ class HealModel(nn.Module):
         teacher: nn.Module | None = None,
         teacher_paths: Mapping[str, str] | None = None,
         anchors: Sequence[Anchor] = (),
+        branches: Sequence[Branch] = (),
     ) -> None:
         """Set the hooks on both models.
 
@@ -70,6 +71,7 @@ class HealModel(nn.Module):
             teacher: shell of the teacher, if there is one.
             teacher_paths: the same as `paths` in the teacher.
             anchors: where the two are compared.
+            branches: what gets gates, where the settings ask for them.
 
         Raises:
             ConfigError: student and teacher have different vocabularies.
@@ -80,6 +82,10 @@ class HealModel(nn.Module):
         self.settings = settings
         self.anchors = tuple(anchors) if settings.hidden_weight else ()
         with_head = objective != CONTRASTIVE
+        self.gates: Gates | None = None
+        if settings.gates != "none" and branches:
+            self.gates = Gates(branches, settings.gates)
+            self.gates.attach(student)
         own = [(anchor.tower, anchor.position) for anchor in self.anchors]
         self._reader = Reader(student, own, paths, with_head=with_head)
         self._teacher: Reader | None = None
@@ -130,10 +136,12 @@ class HealModel(nn.Module):
             batch: what the collator gave.
 
         Returns:
-            "loss", which carries the gradient, and detached "ce" (the task's own loss), "hidden"
-            and "kl": the batch's SHARE of each average, so that shares of one step add up.
+            "loss", which carries the gradient, and detached "ce" (the task's own loss), "hidden",
+            "kl" and "gates" (their penalty): the batch's SHARE of each average, so that shares of
+            one step add up.
         """
         whole = counts if counts is not None else self.count(batch)
+        penalty = self.gates.draw() if self.gates is not None else None
         if self.objective == CONTRASTIVE:
             loss, terms = self._contrastive(batch, whole)
         else:
@@ -142,6 +150,10 @@ class HealModel(nn.Module):
         if hidden is not None:
             loss = loss + self.settings.hidden_weight * hidden
             terms["hidden"] = hidden.detach()
+        if penalty is not None:
+            penalty = penalty * (num_rows(batch, "text") / max(whole["samples"], 1.0))
+            loss = loss + self.settings.gate_penalty * penalty
+            terms["gates"] = penalty.detach()
         self._reader.release()
         if self._teacher is not None:
             self._teacher.release()

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from interlace.errors import FamilyError
+from interlace.models.prediction import find_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -30,16 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-
-def find_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """Return the head and the (sub)model it belongs to, or None where there is no head."""
-    for owner in (model, *model.children()):
-        getter = getattr(owner, "get_output_embeddings", None)
-        head = getter() if getter is not None else None
-        if isinstance(head, nn.Module):
-            return head, owner
-    return None
 
 
 def _first(output: Any) -> Tensor:

@@ -122,6 +122,20 @@ class HealTrainer(Trainer):  # type: ignore[misc]
                 "this package does not load. Leave out the output folder, or use FSDP2."
             )
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer; gates are apart in it, with a learning rate of their own."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        gates = self.healed.gates
+        if gates is None:
+            return optimizer
+        # The wrapped module holds the parameters that train, the gates under an unchanged name.
+        trained = self._trained()["gates.values"]
+        for group in optimizer.param_groups:
+            group["params"] = [each for each in group["params"] if each is not trained]
+        rate = self.healed.settings.gate_learning_rate
+        optimizer.add_param_group({"params": [trained], "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
     def _get_train_sampler(
         self, train_dataset: Dataset[Sample] | None = None
     ) -> Sampler[int] | None:

@@ -21,6 +21,7 @@ from interlace.errors import (
     ShapeError,
     unknown_name,
 )
+from interlace.models.bridges import bridged_class
 from interlace.models.checkpoint import check_folder, read_manifest
 from interlace.models.handle import VLM
 from interlace.models.processor import has_processor, load_processor
@@ -141,10 +142,15 @@ def _check_fit(path: str, model_class: Any, config: Any) -> None:
 
 
 def _load(
-    path: str, dtype: torch.dtype | None, trust_remote_code: bool, record: PruneRecord | None
+    path: str,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    record: PruneRecord | None,
 ) -> PreTrainedModel:
     uneven = record is not None and bool(record.widths)
     model_class, config = _model_class(path, trust_remote_code, uneven)
+    if record is not None:
+        model_class = bridged_class(model_class, record.bridges)
     built: Any = with_widths(model_class, record) if record is not None and uneven else model_class
     try:
         model, report = built.from_pretrained(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from interlace.errors import ShapeError
+from interlace.ops import _ragged_attention_compiled as compiled
 from interlace.ops._autograd import Backward
 from interlace.ops._ragged_reference import backward_reference, num_visible, reference
 from interlace.ops._ragged_samples import backward_samples, not_finite, samples
@@ -26,8 +27,6 @@ from interlace.ops._registry import Backend, Op, OpSample
 __all__ = ["q_start_of", "ragged_attention"]
 
 MAX_HEAD_DIM = 256
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def ragged_attention(
@@ -86,8 +85,9 @@ def ragged_attention(
             on the CPU only, since looking would stall a GPU.
         BackendError: a named backend cannot run these arguments; the message says why.
 
-    Numerics: scores, softmax and sums in fp32; on 16-bit input the weights are rounded to that
-    type before they meet v, as the tensor cores take them. Deterministic, the gradients included.
+    Numerics: scores, softmax and sums in fp32; on a GPU, weights of 16-bit input are rounded to
+    that type before they meet v, as the tensor cores take them. Deterministic, the gradients
+    included, whatever the number of threads.
     Cost: 4 D Hq operations per visible pair; the gradient 10 D Hq.
     """
     given = (q, k, v, cu_seqlens_q, cu_seqlens_kv)
@@ -281,8 +281,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[OpSample]:
     return [*samples(device, dtype), *not_finite(device, dtype)]
 
 
-def _triton_why_not(q: Tensor, *others: object) -> str | None:
-    if q.dtype not in _DTYPES:
+def _why_not(q: Tensor, *others: object) -> str | None:
+    if q.dtype not in compiled.DTYPES:
         return f"works on fp32, bf16 and fp16, got {q.dtype}"
     return None
 
@@ -298,7 +298,7 @@ BACKWARD = Op(
         Backend(
             "triton",
             "interlace.triton_kernels.ragged_attention_bwd:backward",
-            why_not=_triton_why_not,
+            why_not=_why_not,
         ),
     ),
 )
@@ -313,8 +313,9 @@ OP = Op(
         Backend(
             "triton",
             "interlace.triton_kernels.ragged_attention:forward",
-            why_not=_triton_why_not,
+            why_not=_why_not,
         ),
+        Backend("cpp", compiled.forward, why_not=_why_not),
     ),
     backward=Backward(BACKWARD, wrt=("q", "k", "v", "gate"), needs_outputs=True, constant=(1,)),
 )

@@ -48,7 +48,7 @@ def shortgpt(problem: Problem) -> Choice:
     if len(drop) < problem.num_drop:
         raise problem.shortage(len(drop), "layers with a score", FEWER)
     table = tuple(scores.get(layer) for layer in range(problem.num_layers))
-    if problem.layer_scores is not None:
+    if problem.weighted is not None:
         reasons = {layer: f"score {scores[layer]:.4f}" for layer in drop}
     else:
         reasons = {layer: f"block influence {1 - scores[layer]:.4f}" for layer in drop}
@@ -70,7 +70,7 @@ def uidl(problem: Problem) -> Choice:
     """
     count = problem.num_drop
     blocks = dict(enumerate(problem.packs(count)))
-    tail = problem.scores.tail.get(problem.group, {}).get(count)
+    tail = problem.scores.end(count, problem.group)
     if tail is not None:
         blocks[problem.num_layers - count] = tail
     # Rounding may carry a cosine a little past 1, where there is no angle.

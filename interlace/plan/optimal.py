@@ -102,20 +102,21 @@ def triplet_optimal(problem: Problem) -> Choice:
     Where n triplets do not fit, as many as leave room for pairs of neighbours to make up the rest,
     with the highest total of s_3 and s_2. Roles within a triplet or pair are as in `interlace`;
     selection order is by falling s_3, then by falling s_2. A triplet with one protected layer
-    among its first two drops the other; one with two is not taken.
+    among its first two drops the other; one with two is not taken. With weights, the values of
+    weights.py take the places of s_3 and s_2.
 
     Raises:
         PlanError: a needed pack was not scored, or even pairs do not make up the rest.
     """
     made = Assembly(problem)
     layers, wanted = problem.num_layers, problem.num_drop
-    s3 = problem.packs(3)
-    triplets = {start: value for start, value in enumerate(s3) if made.usable(start)}
+    s3 = problem.group_scores(3, made.dropped)
+    triplets = {start: value for start, value in s3.items() if made.usable(start)}
     most = min(wanted, most_triplets(layers, triplets))
     pairs: dict[int, float] = {}
     if most < wanted:
-        s2 = problem.packs(2)
-        pairs = {start: value for start, value in enumerate(s2) if made.usable(start)}
+        s2 = problem.group_scores(2, made.dropped)
+        pairs = {start: value for start, value in s2.items() if made.usable(start)}
     for count in range(most, -1, -1):
         packing = best_packing(layers, triplets, pairs, count, wanted - count)
         if packing is None:

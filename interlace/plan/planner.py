@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from interlace.errors import ConfigError, PlanError, unknown_name
 from interlace.plan.protection import protected_layers, repair, resolve
-from interlace.plan.rules import USE_LAYER_SCORES, Problem, find_rule
-from interlace.plan.weights import combined_scores
+from interlace.plan.rules import USE_WEIGHTS, Problem, find_rule
+from interlace.plan.weights import weighted
 from interlace.plan.widths import add_cuts, add_grafts
 from interlace.records import Plan, Provenance, Scores, TowerPlan
 
@@ -116,9 +116,7 @@ def _per_tower(share: Fraction) -> dict[str, float]:
 def _tower_plan(problem: Problem, choice: Choice) -> TowerPlan:
     table = choice.layer_scores
     if table is None:
-        scored = problem.layer_scores is not None or 1 in problem.scores.similarity.get(
-            problem.group, {}
-        )
+        scored = problem.weighted is not None or problem.scores.has_pack(1, problem.group)
         table = problem.score_table() if scored else (None,) * problem.num_layers
     reasons = dict(choice.reasons)
     for layer, why in problem.protected.items():
@@ -162,20 +160,25 @@ def make_plan(
         num_drop: the number itself, or a dict per tower, instead of a fraction.
         rule: name of the rule; see `rule_names()`.
         protect: layers never to drop: numbers (for every planned tower), a dict of them per tower,
-            "auto" (what the scores recorded as pinned), or () for the exact published rule. They
-            may still be tuned or be anchors. With any protection, a choice that the model's
-            configuration could not express (cross-attention in every f-th layer) is replaced by
-            the best one that it can, and `consecutive` looks only at blocks that fit.
+            "auto" (what the scores recorded as pinned), "alignment" (these and the layers that
+            carry the alignment of image and text; needs the metric "alignment"), or () for the
+            exact published rule. They may still be tuned or be anchors. With any protection, a
+            choice that the model's configuration could not express (cross-attention in every f-th
+            layer) is replaced by the best one that it can, and `consecutive` looks only at blocks
+            that fit.
         seed: seed of the rules that draw.
-        weights: metric -> weight: judge single layers by the weighted sum of the metrics' z-scores
-            ("similarity" is s_1) instead of s_1 alone. Distances over two and three layers, which
-            rank pairs and triplets, always stay those of the similarity: no mean of single-layer
-            scores says how much a whole triplet changes the hidden state.
+        weights: metric -> weight of at least 0: judge by the weighted sum of the metrics' z-scores
+            instead of the similarity alone. Every metric counts as importance, high = keep; the
+            sign of "similarity" (s_1) is turned. A triplet or pair is worth its z-scored s_3 or
+            s_2 less the importance, by the other metrics, of the layer that it drops. Rules that
+            choose by such scores take them: interlace, interlace_oa, interlace_tn, consecutive,
+            triplet_optimal, shortgpt.
         towers: towers to plan. Default: those of the dict given, else the text tower where there
             is one, else all that were scored.
         loss: callback (tower, dropped layers in selection order) -> loss of the model without
             them; for the rule `sleb`.
-        group: token group of the similarity: "all" (published), "text" or "vision".
+        group: token group of the similarity: "all" (published), "text", "vision", or "balanced",
+            where image and text tokens have equal mass.
         heads: share of the query heads of every kept layer to cut, 0..1, or a dict per tower. They
             go in whole KV groups, rounded down.
         ffn: share of the neurons of every kept layer to cut, likewise, in multiples of 8. With
@@ -195,8 +198,8 @@ def make_plan(
 
     Raises:
         ConfigError: an unknown rule, or an argument that cannot be used.
-        PlanError: no plan exists: too few layers, too many protected, packs not scored, or the
-            published rule fails here.
+        PlanError: no plan exists: too few layers, too many protected, packs or metrics not scored,
+            weights for a rule that has no use for them, or the published rule fails here.
     """
     if not isinstance(scores, Scores):
         raise ConfigError(
@@ -210,10 +213,10 @@ def make_plan(
             "Give either drop_fraction (such as 0.25) or num_drop (such as 9), and not both; got "
             f"drop_fraction={drop_fraction!r} and num_drop={num_drop!r}."
         )
-    if weights is not None and rule not in USE_LAYER_SCORES:
-        raise ConfigError(
-            f"The rule '{rule}' does not judge single layers by a score, so weights would change "
-            f"nothing. Leave weights out, or use one of {', '.join(sorted(USE_LAYER_SCORES))}."
+    if weights is not None and rule not in USE_WEIGHTS:
+        raise PlanError(
+            f"The rule '{rule}' does not choose by scores of layers, so weights mean nothing to "
+            f"it. Leave weights out, or use one of {', '.join(sorted(USE_WEIGHTS))}."
         )
     amounts = drop_fraction if num_drop is None else num_drop
     if amounts is None and towers is None and isinstance(heads or ffn, Mapping):
@@ -236,7 +239,7 @@ def make_plan(
             guarded=guarded,
             group=group,
             seed=seed,
-            layer_scores=combined_scores(tower, weights, group, name) if weights else None,
+            weighted=None if weights is None else weighted(tower, weights, group, name),
             loss=loss,
         )
         choice = choose(problem)

@@ -20,20 +20,23 @@ if TYPE_CHECKING:
     from interlace.plan.rules import Problem
     from interlace.records import Scores
 
-    Protect = Literal["auto"] | Iterable[int] | Mapping[str, Literal["auto"] | Iterable[int]]
-    Guard = Literal["auto"] | tuple[int, ...]
+    Word = Literal["auto", "alignment"]
+    Protect = Word | Iterable[int] | Mapping[str, Word | Iterable[int]]
+    Guard = Word | tuple[int, ...]
 
 _ACCEPTED = (
     "Give layer numbers, a dict of them per tower, 'auto' (what the scores recorded as pinned), "
-    "or () for none."
+    "'alignment' (these and the layers that carry the alignment of image and text), or () for none."
 )
 
 
 def _guard(wanted: Any) -> Guard:
     if isinstance(wanted, str):
-        if wanted != "auto":
-            raise ConfigError(f"protect={wanted!r} is not known. {_ACCEPTED}")
-        return "auto"
+        if wanted == "auto":
+            return "auto"
+        if wanted == "alignment":
+            return "alignment"
+        raise ConfigError(f"protect={wanted!r} is not known. {_ACCEPTED}")
     try:
         return tuple(sorted({operator.index(layer) for layer in wanted}))
     except TypeError as error:
@@ -44,7 +47,8 @@ def resolve(protect: Protect, scores: Scores) -> Guard | dict[str, Guard]:
     """Bring the argument `protect` into one form.
 
     Args:
-        protect: layer numbers (of every planned tower), a dict of them per tower, "auto", or ().
+        protect: layer numbers (of every planned tower), a dict of them per tower, "auto",
+            "alignment", or ().
         scores: what was measured; holds the names of the towers.
 
     Raises:
@@ -66,18 +70,30 @@ def protected_layers(
 
     Args:
         guards: what `resolve` gave.
-        scores: what was measured; holds the pinned layers.
+        scores: what was measured; holds the pinned and the alignment layers.
         tower: name of the tower.
 
     Returns:
         Layer -> reason, and whether protection was asked for at all.
 
     Raises:
-        PlanError: a layer is outside the tower.
+        PlanError: a layer is outside the tower, or its alignment was not scored.
     """
     guard = guards.get(tower, ()) if isinstance(guards, dict) else guards
     if isinstance(guard, str):
-        return dict(scores[tower].pinned), True
+        found = dict(scores[tower].pinned)
+        if guard == "alignment":
+            carrying = scores[tower].alignment_layers()
+            if not carrying:
+                raise PlanError(
+                    f"Tower '{tower}': no layer is known to carry the alignment of image and text "
+                    f"({'; '.join(scores[tower].notes)}). Protect it by 'auto' instead."
+                )
+            for layer, reason in carrying.items():
+                if reason not in found.get(layer, ""):
+                    why = f"alignment: {reason}"
+                    found[layer] = f"{found[layer]}; {why}" if layer in found else why
+        return dict(sorted(found.items())), True
     last = scores[tower].num_layers - 1
     outside = [layer for layer in guard if not 0 <= layer <= last]
     if outside:

@@ -5,6 +5,7 @@ similarity with ties to the lower index, pair fallback when triplets run out. Pa
 end in h_L are not scored there, so a triplet starts at 0..L-4, a pair at 0..L-3, and the last layer
 is dropped by `random` alone.
 
+With weights, a score out of several metrics takes the place of s_1, s_2 and s_3 (see weights.py).
 Protection is ours: without protected layers every rule gives the published selection. A protected
 layer is never dropped; in a triplet or pair the other one is dropped then.
 """
@@ -50,20 +51,32 @@ class Assembly:
         """Tell whether one of the two layers may be dropped."""
         return start not in self.problem.protected or start + 1 not in self.problem.protected
 
-    def add(self, start: int, length: int, similarity: float) -> None:
-        """Take a triplet (length 3) or pair (length 2): drop the more redundant of the first two.
+    def dropped(self, start: int) -> int:
+        """Return the layer to drop of a triplet or pair: the more redundant of the first two.
 
-        Of two equal layers the first goes.
+        Of two equal layers the first goes; where one is protected, the other.
         """
-        first, second = self.scores[start], self.scores[start + 1]
-        gone, other = (start + 1, start) if first < second else (start, start + 1)
-        why = f"score {self.scores[gone]:.4f} >= {self.scores[other]:.4f} of layer {other}"
-        if gone in self.problem.protected:
-            gone, other = other, gone
+        gone = start + 1 if self.scores[start] < self.scores[start + 1] else start
+        return 2 * start + 1 - gone if gone in self.problem.protected else gone
+
+    def add(self, start: int, length: int, value: float) -> None:
+        """Take a triplet (length 3) or pair (length 2): drop one of the first two, tune the other.
+
+        Args:
+            start: its first layer.
+            length: its layers.
+            value: what it was chosen by.
+        """
+        gone = self.dropped(start)
+        other = 2 * start + 1 - gone
+        more = self.scores[gone] > self.scores[other]
+        if more or (gone < other and self.scores[gone] == self.scores[other]):
+            why = f"score {self.scores[gone]:.4f} >= {self.scores[other]:.4f} of layer {other}"
+        else:
             why = f"layer {other} is protected"
         word = "triplet" if length == 3 else "pair"
-        name = f"{word} {'-'.join(str(start + k) for k in range(length))} (s{length} "
-        name += f"{similarity:.4f})"
+        measure = f"s{length}" if self.problem.weighted is None else "weighted"
+        name = f"{word} {'-'.join(str(start + k) for k in range(length))} ({measure} {value:.4f})"
         self.drop.append(gone)
         self.tune.append(other)
         self.reasons[gone] = f"{name}: {why}"
@@ -93,10 +106,10 @@ def interlace(problem: Problem) -> Choice:
     for length in (3, 2):
         if made.complete():
             break
-        similarity = problem.packs(length)
-        for start in by_score(enumerate(similarity)):
+        values = problem.group_scores(length, made.dropped)
+        for start in by_score(values.items()):
             if made.free(start, length) and made.usable(start):
-                made.add(start, length, similarity[start])
+                made.add(start, length, values[start])
             if made.complete():
                 break
     if not made.complete():
@@ -111,16 +124,17 @@ def interlace_oa(problem: Problem) -> Choice:
         PlanError: triplets run out. There is no pair fallback: the published code takes the
             pack-2 table as an argument but does not use it, and fails.
     """
-    similarity = problem.packs(3)
+    values = problem.group_scores(3, lambda start: start)
+    measure = "s3" if problem.weighted is None else "weighted"
     drop: list[int] = []
     taken: set[int] = set()
     reasons: dict[int, str] = {}
-    for start in by_score(enumerate(similarity)):
+    for start in by_score(values.items()):
         triplet = range(start, start + 3)
         if taken.isdisjoint(triplet) and start not in problem.protected:
             taken.update(triplet)
             drop.append(start)
-            name = f"triplet {start}-{start + 1}-{start + 2} (s3 {similarity[start]:.4f})"
+            name = f"triplet {start}-{start + 1}-{start + 2} ({measure} {values[start]:.4f})"
             reasons[start] = f"{name}: first layer"
             reasons[start + 1] = f"{name}: takes over from layer {start}"
             reasons[start + 2] = f"{name}: anchor"

@@ -15,6 +15,7 @@ from interlace.errors import ConfigError, PlanError, unknown_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from interlace.plan.weights import Weighted
     from interlace.records import TowerScores
 
     Loss = Callable[[str, tuple[int, ...]], float]
@@ -35,9 +36,18 @@ RULES: dict[str, str] = {
     "sleb": "interlace.plan.baselines:sleb",
 }
 
-# The rules that judge single layers by a score, so that another score can take its place.
-USE_LAYER_SCORES = frozenset(
-    {"interlace", "interlace_tn", "consecutive", "triplet_optimal", "shortgpt"}
+# The rules that judge layers, triplets or pairs by a score, so that another can take its place. The
+# others draw (random), count (last, uniform), measure a whole block of n layers by its own angle
+# (uidl) or ask for the loss themselves (sleb).
+USE_WEIGHTS = frozenset(
+    {
+        "interlace",
+        "interlace_oa",
+        "interlace_tn",
+        "consecutive",
+        "triplet_optimal",
+        "shortgpt",
+    }
 )
 
 # The rules that call back for the loss of a model, which only Python code can give.
@@ -57,8 +67,7 @@ class Problem:
             published behaviour, which may fail.
         group: token group of the similarity.
         seed: seed of rules that draw.
-        layer_scores: score per layer by which single layers are judged, higher = more redundant;
-            s_1 unless weights were given; None where a layer has none (h_L is not scored).
+        weighted: what the layers are worth by several metrics, where weights were given.
         loss: callback (tower, dropped layers) -> loss of the model without them.
     """
 
@@ -69,7 +78,7 @@ class Problem:
     guarded: bool = False
     group: str = "all"
     seed: int = 42
-    layer_scores: tuple[float | None, ...] | None = None
+    weighted: Weighted | None = None
     loss: Loss | None = None
 
     @property
@@ -87,13 +96,15 @@ class Problem:
         return self.scores.packs(pack, self.group)
 
     def score_table(self) -> tuple[float | None, ...]:
-        """Return the layer scores, L of them.
+        """Return the score by which single layers are judged, higher = more redundant, L of them.
+
+        It is s_1 unless weights were given; None where a layer has none (h_L is not scored).
 
         Raises:
             PlanError: pack 1 was not scored.
         """
-        if self.layer_scores is not None:
-            return self.layer_scores
+        if self.weighted is not None:
+            return self.weighted.layer_scores
         return (*self.packs(1), None)
 
     def scored(self, *, with_tail: bool = False) -> dict[int, float]:
@@ -104,10 +115,32 @@ class Problem:
                 rules leave it out.
         """
         scores = {i: value for i, value in enumerate(self.score_table()) if value is not None}
-        tail = self.scores.tail.get(self.group, {}).get(1)
-        if with_tail and tail is not None and self.layer_scores is None:
+        tail = self.scores.end(1, self.group)
+        if with_tail and tail is not None and self.weighted is None:
             scores[self.num_layers - 1] = tail
         return scores
+
+    def group_scores(self, length: int, dropped: Callable[[int], int]) -> dict[int, float]:
+        """Return what every triplet (length 3) or pair (2) is worth: start -> score.
+
+        It is s_length unless weights were given; then see `Weighted`. As published, no group takes
+        in the pair of states that ends in h_L.
+
+        Args:
+            length: layers of a group.
+            dropped: start -> the layer that would be dropped from the group.
+
+        Raises:
+            PlanError: the similarity takes part, and this pack was not scored.
+        """
+        if self.weighted is None:
+            return dict(enumerate(self.packs(length)))
+        takes_part = self.weighted.similarity_weight > 0
+        similarity = self.packs(length) if takes_part else ()
+        starts = range(self.num_layers - length)
+        scores = self.scored()
+        usable = [i for i in starts if i in scores and i + 1 in scores]
+        return self.weighted.group_values(similarity, {i: dropped(i) for i in usable})
 
     def shortage(self, found: int, of_what: str, advice: str) -> PlanError:
         """Word the error of a rule that cannot find enough layers to drop."""

@@ -5,6 +5,7 @@ Legend: B samples of a batch, T tokens of a sample.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from interlace.data import Collator
 from interlace.data.samples import IMAGE_PLACEHOLDER, Sample
 from interlace.errors import ConfigError, DataError
 from interlace.models.tokens import token_units
-from interlace.scores.metrics import Units
+from interlace.scores.metrics import NotFinite, Units
 from interlace.scores.packing import pack, refuse_if_unpackable
 
 if TYPE_CHECKING:
@@ -72,6 +73,16 @@ class Batch:
             return f"sample '{names[unit]}'"
         return f"one of the samples {', '.join(repr(name) for name in self.ids)}"
 
+    def not_finite(self, tower: Tower, bad: NotFinite) -> DataError:
+        """Word the error of activations that are not finite."""
+        where = f"the output of layer {bad.state - 1}" if bad.state else "the input of layer 0"
+        return DataError(
+            f"NaN or infinite activations in {where} of the tower '{tower.name}', batch "
+            f"{self.number}, {self.name_of(tower, bad.unit, bad.num_units)}. Open the model in "
+            "another dtype (float16 overflows where bfloat16 and float32 do not), check its "
+            "weights, or leave the sample out."
+        )
+
 
 class Batches:
     """The batches of the data, each made when its turn comes."""
@@ -84,9 +95,8 @@ class Batches:
         batch_size: int,
         answers: bool,
         packed: bool,
-        labels: bool = False,
     ) -> None:
-        """Check the data and fix which sample goes into which batch; with labels, for the loss.
+        """Check the data and fix which sample goes into which batch.
 
         Raises:
             ConfigError: a batch size below 1, a model without processor, or no way to pack.
@@ -107,7 +117,7 @@ class Batches:
         self._items = items
         self._collate: Callable[[Sequence[Sample]], dict[str, Any]] | None = None
         self._packed = packed
-        self._strip = (lambda _, inputs: inputs) if labels else _without_labels
+        self._labels = False
         self._answers = answers or _runs_on_answers(vlm)
         if packed:
             refuse_if_unpackable(vlm)
@@ -124,6 +134,22 @@ class Batches:
         fingerprint = getattr(data, "fingerprint", None)
         self.fingerprints: dict[str, str] = {"data": fingerprint} if fingerprint else {}
 
+    def padded(self) -> Batches:
+        """Return the same samples as batches that are padded and never packed."""
+        other = copy.copy(self)
+        other._packed = False
+        if self._collate is None:
+            other._rows = _cut(range(len(self._items)), 1)
+        return other
+
+    def labelled(self) -> Batches:
+        """Return the same samples as batches with answers and labels, padded and never packed."""
+        other = self.padded()
+        other._labels = other._answers = True
+        if self._collate is not None:
+            other._collate = Collator.for_model(self._vlm, answers=True)
+        return other
+
     def part(self, rank: int, world: int) -> Part:
         """Return the share of one of `world` processes: every world-th batch from `rank` on."""
         return Part(range(rank, len(self._rows), world), self._make)
@@ -138,13 +164,15 @@ class Batches:
         ids = tuple(sample.id for sample in samples)
         images = tuple(sample.id for sample in samples for _ in sample.images)
         if not self._packed:
-            inputs = self._strip(self._vlm, self._collate(samples))
-            return Batch(number, ids, images, inputs)
+            return Batch(number, ids, images, self._ready(self._collate(samples)))
         singles = tuple(_without_labels(self._vlm, self._collate([sample])) for sample in samples)
         return Batch(number, ids, images, pack(self._vlm, singles), singles)
 
+    def _ready(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs if self._labels else _without_labels(self._vlm, inputs)
+
     def _from_ready(self, number: int, ready: list[dict[str, Any]]) -> Batch:
-        ready = [self._strip(self._vlm, inputs) for inputs in ready]
+        ready = [self._ready(inputs) for inputs in ready]
         counts = [_num_samples(inputs) for inputs in ready]
         if not self._packed:
             names = tuple(f"{number}[{row}]" for row in range(counts[0]))

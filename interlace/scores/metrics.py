@@ -1,6 +1,8 @@
 """What a metric is, and the list of them.
 
-A metric is one file beside this one that holds one subclass of `Meter`, named in `METRICS`.
+A metric is one file beside this one that holds one class, named in `METRICS`: a `Meter`, which
+watches hidden states as they pass; a `Probe` (probes.py), which runs the model in its own ways for
+the sake of its loss; or `TaskRelevance`, which calls back.
 
 Legend: N tokens of one run of a tower (padding included), D width, U units of a run, L layers;
 h_0 is the input of layer 0, h_L the output of the last layer.
@@ -21,8 +23,17 @@ if TYPE_CHECKING:
     import torch
 
 # Metric name -> "module:class". Adding a metric is adding its file and its line here.
-METRICS: dict[str, str] = {"similarity": "interlace.scores.similarity:Similarity"}
-# Metrics of single heads and neurons; see widths.py.
+METRICS: dict[str, str] = {
+    "similarity": "interlace.scores.similarity:Similarity",
+    "alignment": "interlace.scores.alignment:Alignment",
+    "sensitivity": "interlace.scores.sensitivity:Sensitivity",
+    "sensitivity_zeroth_order": "interlace.scores.zeroth_order:ZerothOrderSensitivity",
+    "relevance": "interlace.scores.relevance:Relevance",
+    "attention_relevance": "interlace.scores.relevance:AttentionRelevance",
+    "mlp_relevance": "interlace.scores.relevance:MlpRelevance",
+    "task_relevance": "interlace.scores.task:TaskRelevance",
+}
+# The same of single heads and neurons; see widths.py.
 WIDTH_METRICS: dict[str, str] = {
     "head_norm": "interlace.scores.head_norm:HeadNorm",
     "head_taylor": "interlace.scores.head_taylor:HeadTaylor",
@@ -134,23 +145,21 @@ class Meter(ABC):
         self.load_totals(self.totals() + other.totals())
 
 
-def meter_classes(names: Sequence[str]) -> dict[str, type[Meter]]:
-    """Load the meters of the named metrics; those of single heads and neurons have none.
+def metric_classes(names: Sequence[str]) -> dict[str, type]:
+    """Load the classes of the named metrics.
 
     Raises:
         ConfigError: an unknown metric, or none at all.
     """
-    known = (*METRICS, *WIDTH_METRICS)
+    known = METRICS | WIDTH_METRICS
     if isinstance(names, str):
         names = (names,)
     if not names:
         raise ConfigError(f"No metric was asked for. Give some of {', '.join(known)}.")
-    classes: dict[str, type[Meter]] = {}
+    classes: dict[str, type] = {}
     for name in names:
         if name not in known:
             raise ConfigError(unknown_name("metric", name, known))
-        if name in WIDTH_METRICS:
-            continue
-        module, _, attribute = METRICS[name].partition(":")
+        module, _, attribute = known[name].partition(":")
         classes[name] = getattr(import_module(module), attribute)
     return classes

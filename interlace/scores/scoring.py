@@ -1,4 +1,4 @@
-"""`score`: one forward pass over calibration data, every metric of every tower on the way.
+"""`score`: every metric of every tower, in as few passes over calibration data as they allow.
 
 Legend: L layers of a tower, U samples of a batch.
 """
@@ -24,11 +24,14 @@ from interlace._torch_utils import (
 from interlace.errors import ConfigError, DataError, InterlaceError, unknown_name
 from interlace.models.handle import check_vlm
 from interlace.records import Provenance, Scores, TowerScores
+from interlace.scores.alignment import Alignment, meeting_layers
 from interlace.scores.batches import Batch, Batches
-from interlace.scores.metrics import WIDTH_METRICS, Meter, meter_classes
+from interlace.scores.metrics import Meter, metric_classes
 from interlace.scores.packing import check_packing
+from interlace.scores.probes import Probe, ProbeOptions, Probes
 from interlace.scores.tap import Tap
-from interlace.scores.widths import gauge_class, measure
+from interlace.scores.task import Measure, TaskRelevance
+from interlace.scores.widths import Gauge, Gauges
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -60,13 +63,28 @@ def score(
     batch_size: int = 8,
     answers: bool = False,
     packed: bool = False,
+    num_directions: int = 8,
+    measure: Measure | None = None,
     progress: bool = True,
     description: str = "scoring",
 ) -> Scores:
-    """Measure every layer of a model in one forward pass over calibration data.
+    """Measure every layer of a model on calibration data.
 
-    The metrics of single heads and neurons (`head_norm`, `ffn_norm`, `head_taylor`) take a pass of
-    their own each, the last one with answers and a backward pass.
+    What the metrics cost per sample, L layers in the tower, in forward passes of the model; several
+    of a kind share what they can, and the bar says the sum:
+
+    - "similarity", "alignment": one pass for both, on the questions.
+    - "sensitivity": a forward and a backward pass, about 3.
+    - "relevance": 1 + L/2 for a tower that nothing else reads; for one that others read up to L.
+    - "attention_relevance", "mlp_relevance": as "relevance", each.
+    - "sensitivity_zeroth_order": `num_directions` times L, half as for relevance and twice for the
+      two sides of a difference. No gradients, so it needs the memory of inference.
+    - "task_relevance": L + 1 calls of `measure` per tower, whatever they cost.
+    - "head_norm", "ffn_norm", of single heads and neurons: one pass each, on the questions.
+    - "head_taylor", of single heads: a forward and a backward pass, about 3.
+
+    Sensitivity, relevance and "head_taylor" run on questions with their answers, since they need a
+    loss: that of the answer tokens, or the contrastive one.
 
     Under torch.distributed (torchrun) every process takes every n-th batch and all get the
     scores of the whole data, equal to those of one process up to the order of fp64 sums.
@@ -83,77 +101,105 @@ def score(
             where each has to hold one sample, so many of them are laid into a row.
         answers: feed the answers too. By default the model sees what stands before the first
             answer, as published. Models whose text part runs on answers alone always get them.
-        packed: lay the samples of a batch end to end in one row instead of padding them.
+        packed: lay the samples of a batch end to end in one row instead of padding them, for the
+            metrics of hidden states; those of the loss, of heads and of neurons always pad.
+        num_directions: random directions per layer of "sensitivity_zeroth_order", at least 1.
+        measure: what "task_relevance" asks: callback (tower, dropped positions) -> a number, higher
+            is better; it is called with no layers for the whole model.
         progress: show a bar with the time left.
         description: what the bar is called.
 
     Returns:
         The scores: means over the tokens of a sample first, over samples then. In towers that
-        read images the image takes the place of the sample.
+        read images the image takes the place of the sample for the metrics of hidden states.
 
     Raises:
         ConfigError: an unknown metric or tower, a pack that does not fit, a bad batch size, a
-            model that cannot take packed batches.
-        DataError: no data, data without anything for a tower that was asked for, or activations
-            that are not finite; it says which tower, layer, batch and sample.
+            model that cannot take packed batches, "task_relevance" without `measure`.
+        DataError: no data, data without anything for a tower that was asked for or without the
+            answers that a loss needs, or activations, losses or gradients that are not finite; it
+            says which tower, layer, batch and sample.
         ShapeError: a tower that does not run its layers one after the other.
     """
     check_vlm(vlm, "model")
-    classes = meter_classes(metrics)
-    wide = [name for name in dict.fromkeys(_listed(metrics)) if name in WIDTH_METRICS]
-    counts: dict[str, int] = {}
+    classes = metric_classes(metrics)
     chosen = _towers(vlm, towers)
     batches = Batches(vlm, data, batch_size=batch_size, answers=answers, packed=packed)
     watches = [_watch(tower, classes, packs) for tower in chosen]
+    probes = _probes(vlm, chosen, classes, num_directions)
+    task = _task(chosen, classes, measure)
+    wide = {name: kind for name, kind in classes.items() if issubclass(kind, Gauge)}
+    gauges = Gauges(vlm, chosen, wide) if wide else None
+    others = [each for each in (probes, task, gauges) if each is not None]
     with joined_processes() as (rank, world), contextlib.ExitStack() as stack:
         if rank or not progress:
             stack.enter_context(quiet())
         message = "it broke off"
         try:
-            if classes:
+            if any(watch.meters for watch in watches):
                 _run(vlm, track(batches.part(rank, world), description=description), watches)
+            if probes is not None:
+                labelled = batches.labelled().part(rank, world)
+                probes.run(track(labelled, description=probes.description()))
+            if task is not None:
+                task.run(rank, world)
+            if gauges is not None:
+                gauges.run(batches, rank, world, description)
             message = ""
         except InterlaceError as error:
             message = str(error)
             raise
         finally:
             agree_on_failure(message)
-        for watch in watches:
-            for meter in watch.meters.values():
-                meter.load_totals(sum_over_processes(meter.totals()))
-        importance: dict[str, dict[str, Any]] = {tower.name: {} for tower in chosen}
-        for name in wide:
-            gradient = gauge_class(name).gradient
-            own = Batches(
-                *(vlm, data),
-                batch_size=batch_size,
-                answers=answers or gradient,
-                packed=False,
-                labels=gradient,
-            )
-            found = measure(vlm, chosen, name, own, (rank, world), f"{description}: {name}")
-            for tower_name, (values, count) in found.items():
-                importance[tower_name][name] = values
-                counts[tower_name] = count
-    made = {w.tower.name: _collect(w, importance[w.tower.name], counts) for w in watches}
+        meters = [meter for watch in watches for meter in watch.meters.values()]
+        for each in (*meters, *others):
+            each.load_totals(sum_over_processes(each.totals()))
+        if probes is not None:
+            probes.share_notes()
+    scored = {
+        watch.tower.name: _collect(
+            vlm, watch, *(other.results(watch.tower.name) for other in others)
+        )
+        for watch in watches
+    }
     return Scores(
-        towers=_seen(made, named=towers is not None),
+        towers=_seen(scored, named=towers is not None),
         shape=vlm.shape(),
         model_name=vlm.name,
         settings={
-            "metrics": [*classes, *wide],
+            "metrics": list(classes),
             "packs": packs if packs == "all" else list(packs),
             "batch_size": batch_size,
             "answers": answers,
             "packed": packed,
+            **(probes.settings() if probes is not None else {}),
         },
         inputs={"model": vlm.fingerprint, **batches.fingerprints},
         provenance=Provenance.collect(seed=getattr(data, "seed", None)),
     )
 
 
-def _listed(names: Sequence[str]) -> Sequence[str]:
-    return (names,) if isinstance(names, str) else names
+def _probes(
+    vlm: VLM, towers: Sequence[Tower], classes: Mapping[str, type], num_directions: int
+) -> Probes | None:
+    whole = isinstance(num_directions, int) and not isinstance(num_directions, bool)
+    if not whole or num_directions < 1:
+        raise ConfigError(f"num_directions is {num_directions!r}; give a number of at least 1.")
+    kinds = {name: kind for name, kind in classes.items() if issubclass(kind, Probe)}
+    by_name = {tower.name: tower for tower in towers}
+    return Probes(vlm, by_name, kinds, ProbeOptions(num_directions)) if kinds else None
+
+
+def _task(
+    towers: Sequence[Tower], classes: Mapping[str, type], measure: Measure | None
+) -> TaskRelevance | None:
+    if TaskRelevance in classes.values():
+        return TaskRelevance(measure, {tower.name: tower for tower in towers})
+    if measure is not None:
+        raise ConfigError(
+            "measure=... was given, but no metric calls it. Add 'task_relevance' to metrics."
+        )
+    return None
 
 
 def _towers(vlm: VLM, names: Sequence[str] | None) -> list[Tower]:
@@ -193,11 +239,13 @@ def _packs(tower: Tower, packs: Sequence[int] | Literal["all"]) -> tuple[int, ..
 
 
 def _watch(
-    tower: Tower, classes: Mapping[str, type[Meter]], packs: Sequence[int] | Literal["all"]
+    tower: Tower, classes: Mapping[str, type], packs: Sequence[int] | Literal["all"]
 ) -> _Watch:
     own = _packs(tower, packs)
     meters = {
-        name: kind(tower.num_layers, own, whole=packs == "all") for name, kind in classes.items()
+        name: kind(tower.num_layers, own, whole=packs == "all")
+        for name, kind in classes.items()
+        if issubclass(kind, Meter)
     }
     return _Watch(tower, Tap(tower.name, tower.layers, list(meters.values())), meters)
 
@@ -221,35 +269,59 @@ def _run(vlm: VLM, batches: Iterable[Batch], watches: Sequence[_Watch]) -> None:
             for watch in watches:
                 watch.tap.start(partial(batch.units, vlm, watch.tower))
             vlm.model(**inputs, **extra)
-            for watch in sorted(watches, key=lambda watch: watch.tap.began):
-                _finish(watch, batch)
+            finished = [
+                watch
+                for watch in sorted(watches, key=lambda watch: watch.tap.began)
+                if _finish(watch, batch)
+            ]
+            _join(finished)
 
 
-def _finish(watch: _Watch, batch: Batch) -> None:
+def _join(watches: Sequence[_Watch]) -> None:
+    """Let every tower's alignment meter look at the tower of the other modality."""
+    meters = {
+        watch.tower.name: meter
+        for watch in watches
+        for meter in watch.meters.values()
+        if isinstance(meter, Alignment)
+    }
+    for name, meter in meters.items():
+        names = ("text_encoder", "text") if name == "vision" else ("vision",)
+        other = next((meters[each] for each in names if each in meters), None)
+        if other is not None:
+            meter.join(other)
+
+
+def _finish(watch: _Watch, batch: Batch) -> bool:
+    """End a batch for one tower and say whether it ran.
+
+    Raises:
+        DataError: activations are not finite.
+    """
     if not watch.tap.finish():
-        return
+        return False
     for meter in watch.meters.values():
         bad = meter.finish()
-        if bad is None:
-            continue
-        where = f"the output of layer {bad.state - 1}" if bad.state else "the input of layer 0"
-        raise DataError(
-            f"NaN or infinite activations in {where} of the tower '{watch.tower.name}', batch "
-            f"{batch.number}, {batch.name_of(watch.tower, bad.unit, bad.num_units)}. Open the "
-            "model in another dtype (float16 overflows where bfloat16 and float32 do not), check "
-            "its weights, or leave the sample out."
-        )
+        if bad is not None:
+            raise batch.not_finite(watch.tower, bad)
+    return True
 
 
-def _collect(
-    watch: _Watch, importance: Mapping[str, Any], counts: Mapping[str, int]
-) -> TowerScores:
+def _collect(vlm: VLM, watch: _Watch, *more: dict[str, Any]) -> TowerScores:
     tower = watch.tower
-    fields: dict[str, Any] = {"num_samples": counts.get(tower.name, 0), "importance": importance}
-    for meter in watch.meters.values():
-        for name, value in meter.results().items():
-            both = isinstance(value, dict) and isinstance(fields.get(name), dict)
-            fields[name] = {**fields[name], **value} if both else value
+    fields: dict[str, Any] = {}
+    for results in (*(meter.results() for meter in watch.meters.values()), *more):
+        for name, value in results.items():
+            if isinstance(value, dict):
+                fields[name] = {**fields.get(name, {}), **value}
+            elif isinstance(value, tuple):
+                fields[name] = (*fields.get(name, ()), *value)
+            else:
+                fields[name] = value
+    # without a metric of the hidden states, the samples are those behind the other metrics
+    fields.setdefault("num_samples", max(fields.get("group_samples", {}).values(), default=0))
+    if "alignment" in watch.meters:
+        fields["alignment"] = meeting_layers(vlm, tower)
     # Records of a pruned model count its layers as they stand; the family counts original ones.
     crossing = tower.cross_attention_layers
     return TowerScores(

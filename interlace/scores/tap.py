@@ -12,14 +12,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from interlace.errors import ShapeError
+from interlace.models.states import layer_input, layer_output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
+    import torch
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
@@ -97,14 +97,15 @@ class Tap:
     def _before(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._units_of is not None:
-                self._take(index, _given(args, kwargs, self.name, index), self._units_of)
+                where = f"Layer {index} of the tower '{self.name}'"
+                self._take(index, layer_input(args, kwargs, where), self._units_of)
 
         return hook
 
     def _after_last(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._units_of is None:
             return
-        self._take(len(self.layers), _made(output, self.name), self._units_of)
+        self._take(len(self.layers), layer_output(output, self.name), self._units_of)
         for meter in self.meters:
             meter.end_run()
         self._next = 0
@@ -135,26 +136,3 @@ class Tap:
         for meter in self.meters:
             meter.state(index, flat)
         self._next = index + 1
-
-
-def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, index: int) -> torch.Tensor:
-    candidates = (*args[:1], kwargs.get("hidden_states"), *kwargs.values())
-    for each in candidates:
-        if isinstance(each, torch.Tensor) and each.is_floating_point() and each.dim() >= 2:
-            return each
-    raise ShapeError(
-        f"Layer {index} of the tower '{name}' was called without hidden states as its first "
-        "argument or as hidden_states; its family needs a description of its own."
-    )
-
-
-def _made(output: Any, name: str) -> torch.Tensor:
-    if isinstance(output, torch.Tensor):
-        return output
-    first = output[0] if isinstance(output, tuple | list) and output else None
-    if isinstance(first, torch.Tensor):
-        return first
-    raise ShapeError(
-        f"The last layer of the tower '{name}' gives {type(output).__name__}; a tensor or a tuple "
-        "that begins with one is expected."
-    )

@@ -13,20 +13,18 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from functools import partial
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from interlace._progress import track
-from interlace._torch_utils import inference, sum_over_processes, to_device, without_cache
+from interlace._torch_utils import inference, to_device, without_cache
 from interlace.errors import DataError, ShapeError
 from interlace.models.sites import find_sites
-from interlace.scores.metrics import WIDTH_METRICS
-from interlace.scores.tap import _given
+from interlace.models.states import layer_input
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from interlace.models.handle import VLM, Tower
     from interlace.models.sites import Site
@@ -121,7 +119,7 @@ class _Watch:
 
     def _before(self, position: int) -> Callable[..., None]:
         def hook(_: Any, args: Any, kwargs: Any) -> None:
-            hidden = _given(args, kwargs, self.tower.name, position)
+            hidden = layer_input(args, kwargs, f"Layer {position} of the tower '{self.tower.name}'")
             if position == 0 and self.describe is not None:
                 self.units = self.describe(hidden)
                 self.samples += len(set(self.units.unit.tolist()) - {-1})
@@ -163,55 +161,84 @@ class _Watch:
         return made
 
 
-def measure(
-    vlm: VLM,
-    towers: Sequence[Tower],
-    name: str,
-    batches: Batches,
-    place: tuple[int, int],
-    description: str,
-) -> dict[str, tuple[Importance, int]]:
-    """Run the data once and measure one metric.
+class Gauges:
+    """Runs the data once for every metric of units, and keeps sums that add up over processes."""
 
-    Args:
-        vlm: the model; left as it was.
-        towers: the towers to watch.
-        name: one of `WIDTH_METRICS`.
-        batches: the data, with answers where the metric needs the loss.
-        place: number of this process and how many there are.
-        description: what the progress bar is called.
+    def __init__(
+        self, vlm: VLM, towers: Sequence[Tower], classes: Mapping[str, type[Gauge]]
+    ) -> None:
+        """Make empty gauges for every site of the towers.
 
-    Returns:
-        Tower -> site -> layer -> a value per unit, and the number of samples; towers that did not
-        run are left out.
+        Args:
+            vlm: the model; left as it was.
+            towers: the towers to watch.
+            classes: metric name -> its gauge.
+        """
+        self._vlm = vlm
+        self._classes = classes
+        self._watches = {
+            name: [_Watch(tower, kind) for tower in towers] for name, kind in classes.items()
+        }
 
-    Raises:
-        DataError: the loss or a value is not finite, or there is no loss.
-    """
-    kind = gauge_class(name)
-    watches = [watch for tower in towers if (watch := _Watch(tower, kind)).gauges]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(inference(vlm.model))
-        stack.enter_context(without_cache(vlm.model))
-        stack.enter_context(torch.set_grad_enabled(kind.gradient))
-        for watch in watches:
-            stack.enter_context(watch.hooked())
-        for batch in track(batches.part(*place), description=description):
-            _run(vlm, batch, watches, gradient=kind.gradient)
-    made = {}
-    for watch in watches:
-        samples = torch.tensor([float(watch.samples)], dtype=torch.float64)
-        watch.samples = int(sum_over_processes(samples))
-        for gauge in watch.gauges.values():
-            gauge.total = sum_over_processes(gauge.total)
-            if not bool(gauge.total.isfinite().all()):
-                raise DataError(
-                    f"The metric '{name}' is not finite in the tower '{watch.tower.name}'. Open "
-                    "the model in another dtype, or leave out the samples it fails on."
-                )
-        if watch.samples:
-            made[watch.tower.name] = (watch.results(), watch.samples)
-    return made
+    def run(self, batches: Batches, rank: int, world: int, description: str) -> None:
+        """Measure on this process's share of the data.
+
+        Raises:
+            DataError: there is no loss where one is needed, or a value is not finite.
+        """
+        for name, kind in self._classes.items():
+            own = (batches.labelled() if kind.gradient else batches.padded()).part(rank, world)
+            watches = [watch for watch in self._watches[name] if watch.gauges]
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(inference(self._vlm.model))
+                stack.enter_context(without_cache(self._vlm.model))
+                stack.enter_context(torch.set_grad_enabled(kind.gradient))
+                for watch in watches:
+                    stack.enter_context(watch.hooked())
+                for batch in track(own, description=f"{description}: {name}"):
+                    _run(self._vlm, batch, watches, gradient=kind.gradient)
+            for watch in watches:
+                if not all(bool(each.total.isfinite().all()) for each in watch.gauges.values()):
+                    raise DataError(
+                        f"The metric '{name}' is not finite in the tower '{watch.tower.name}'. "
+                        "Open the model in another dtype, or leave out the samples it fails on."
+                    )
+
+    def _sums(self) -> Iterator[tuple[_Watch, list[Gauge]]]:
+        for watches in self._watches.values():
+            for watch in watches:
+                yield watch, list(watch.gauges.values())
+
+    def totals(self) -> torch.Tensor:
+        """Return all sums as one flat fp64 tensor on the CPU; those of two processes add up."""
+        parts = []
+        for watch, gauges in self._sums():
+            parts.append(torch.tensor([float(watch.samples)], dtype=torch.float64))
+            parts += [gauge.total for gauge in gauges]
+        return torch.cat(parts)
+
+    def load_totals(self, totals: torch.Tensor) -> None:
+        """Replace the sums by `totals`, in the form that `totals` gives."""
+        for watch, gauges in self._sums():
+            lengths = [1, *(len(gauge.total) for gauge in gauges)]
+            count, *parts = totals[: sum(lengths)].split(lengths)
+            totals = totals[sum(lengths) :]
+            watch.samples = int(count)
+            for gauge, part in zip(gauges, parts, strict=True):
+                gauge.total = part
+
+    def results(self, tower: str) -> dict[str, Any]:
+        """Return fields of `TowerScores`: importance and group_samples."""
+        seen = {
+            name: watch
+            for name, watches in self._watches.items()
+            for watch in watches
+            if watch.tower.name == tower and watch.samples
+        }
+        return {
+            "importance": {name: watch.results() for name, watch in seen.items()},
+            "group_samples": {name: watch.samples for name, watch in seen.items()},
+        }
 
 
 def _run(vlm: VLM, batch: Batch, watches: Sequence[_Watch], *, gradient: bool) -> None:
@@ -238,10 +265,3 @@ def _run(vlm: VLM, batch: Batch, watches: Sequence[_Watch], *, gradient: bool) -
         if slope is not None:
             flat = slope.reshape(-1, slope.shape[-1])
             gauge.total += _per_sample(flat, units)[0].abs().sum(0)
-
-
-def gauge_class(name: str) -> type[Gauge]:
-    """Load the class of a width metric."""
-    module, _, attribute = WIDTH_METRICS[name].partition(":")
-    kind: type[Gauge] = getattr(import_module(module), attribute)
-    return kind

@@ -92,7 +92,7 @@ def read_cut(vlm: VLM, name: str, plan: TowerPlan) -> Cut:
                 f"The plan is for a {tower.name} tower of {plan.num_layers} layers, but this "
                 f"model's has {tower.num_layers}{since}. Score this model and plan again."
             )
-        plan = _renumbered(plan, tower.original, depth)
+        plan = renumbered(plan, tower.original, depth)
     narrowed = {layer for layers in plan.cut.values() for layer in layers}
     gone = sorted({*plan.drop, *plan.tune, *plan.freeze, *narrowed} - set(tower.original))
     if gone:
@@ -105,7 +105,7 @@ def read_cut(vlm: VLM, name: str, plan: TowerPlan) -> Cut:
     return Cut(tower, plan, kept)
 
 
-def _renumbered(plan: TowerPlan, original: Sequence[int], depth: int) -> TowerPlan:
+def renumbered(plan: TowerPlan, original: Sequence[int], depth: int) -> TowerPlan:
     """Translate a plan that counts positions of a student into layers of the first model."""
     scores: list[float | None] = [None] * depth
     for position, value in enumerate(plan.layer_scores):

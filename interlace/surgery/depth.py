@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from interlace.errors import PlanError
+from interlace.errors import ConfigError, PlanError
+from interlace.models.bridges import run_time
 from interlace.models.handle import VLM, check_vlm
 from interlace.records import Plan, Provenance, PruneRecord
+from interlace.surgery.bridges.fit import Fitted, fit_bridges
+from interlace.surgery.bridges.names import NONE, bridges_by_tower, check_bridges
 from interlace.surgery.cuts import (
     Cut,
     check_cut,
@@ -34,10 +37,11 @@ from interlace.surgery.shell import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
+    from interlace.data.samples import Sample
     from interlace.models.attention import Widths
     from interlace.models.discovery import DepthSite
 
@@ -45,7 +49,16 @@ if TYPE_CHECKING:
 _FIRST_WINDOW = "max_window_layers"
 
 
-def prune(vlm: VLM, plan: Plan, *, allow_pinned: bool = False) -> VLM:
+def prune(
+    vlm: VLM,
+    plan: Plan,
+    *,
+    allow_pinned: bool = False,
+    bridges: str | Mapping[str, str] = NONE,
+    data: Sequence[Sample] | Iterable[Mapping[str, Any]] | None = None,
+    batch_size: int = 8,
+    rank: int = 16,
+) -> VLM:
     """Make a student without the layers, heads and neurons that a plan takes out.
 
     The student is a model of its own, built by transformers from its own config. Frozen parameters
@@ -74,11 +87,27 @@ def prune(vlm: VLM, plan: Plan, *, allow_pinned: bool = False) -> VLM:
     layers whose cross-attention would no longer be periodic, a text encoder and decoder of unequal
     depth where one config field counts both (BLIP for questions).
 
+    Bridges stand in for the removed layers, fitted in closed form on calibration samples: "scale"
+    gives the residual stream back its length, "fold" puts the effect of the removed layers into the
+    last projection before them. Both live in the weights of a standard checkpoint and cost nothing
+    at run time; weights that they change are the student's own, and train only where the plan says.
+    "diagonal" and "lowrank" are modules at the cuts whose parameters train when healing; such a
+    student is saved by `export` and opened by `open_model`, not by plain transformers. A cut
+    without a place for a bridge stays without one, and the manifest says why. See
+    docs/math/bridges.md.
+
     Args:
         vlm: the model; left exactly as it is.
         plan: layers to drop and to tune, in original numbers. Towers that it does not name stay
             whole.
         allow_pinned: drop pinned layers too, where the family can express it.
+        bridges: "none", "scale", "fold", "diagonal" or "lowrank" for all towers that lose layers,
+            or tower name -> one of these; towers that it leaves out get none.
+        data: what to fit bridges on, apart from the data to measure on: samples, which are fed with
+            their answers, or ready batches that the model's forward takes as keyword arguments;
+            they stay in memory. Default: 128 of the built-in scenes, which the manifest then notes.
+        batch_size: samples per forward pass when fitting.
+        rank: of low-rank bridges, at least 1; at most the width is used.
 
     Returns:
         The student; `student.plan` is the plan, `student.record` the manifest,
@@ -86,16 +115,32 @@ def prune(vlm: VLM, plan: Plan, *, allow_pinned: bool = False) -> VLM:
 
     Raises:
         PlanError: the plan is of another model, names unknown towers or layers, drops pinned layers
-            or leaves fewer than 2 layers, or a layer no heads; the model is not as transformers
-            builds it (adapters, quantised or fused modules); or stock transformers cannot express
-            the result although the plan demands it.
+            or leaves fewer than 2 layers, or a layer no heads; the model has run-time bridges or is
+            not as transformers builds it (adapters, quantised or fused modules); or stock
+            transformers cannot express the result although the plan demands it, a bridge included.
+        ConfigError: unknown bridges, data without bridges, or samples for a model without
+            processor.
+        DataError: data for bridges that cannot be used, or less than 4 samples of it.
     """
     check_vlm(vlm, "model")
+    check_bridges(bridges)
+    if vlm.record is not None and run_time(vlm.record.bridges):
+        raise PlanError(
+            f"{vlm.name} has run-time bridges, which stock transformers does not build, so it "
+            "cannot be cut again. Prune the model that it was made from by one plan."
+        )
     fingerprint = vlm.fingerprint
     check_plan(vlm, plan, fingerprint)
     cuts = {name: read_cut(vlm, name, tower) for name, tower in plan.towers.items()}
     for cut in cuts.values():
         check_cut(cut, allow_pinned)
+    pruned = [name for name, cut in cuts.items() if cut.plan.drop]
+    wanted = bridges_by_tower(bridges, pruned, vlm.towers)
+    if data is not None and not wanted:
+        raise ConfigError(
+            f"prune reads data only to fit bridges, and bridges={bridges!r} asks for none in this "
+            "plan. Name a bridge, such as bridges='fold', or leave the data out."
+        )
     depths = {name: tower.num_layers for name, tower in vlm.towers.items()}
     vlm.family.check_depths(depths | {name: len(cut.kept) for name, cut in cuts.items()})
     check_widths(vlm, plan, cuts.values())
@@ -117,7 +162,10 @@ def prune(vlm: VLM, plan: Plan, *, allow_pinned: bool = False) -> VLM:
     if plan.standard:
         changes |= state_widths(vlm.family, draft, cuts.values())
     model = _finish(vlm.model, draft, list(cuts.values()), by_hand, widths)
-    return _hand_over(vlm, plan, cuts, model, changes, fingerprint, widths)
+    fitted = Fitted()
+    if wanted:
+        fitted = fit_bridges(vlm, model, cuts, wanted, data, batch_size, rank)
+    return _hand_over(vlm, plan, cuts, model, changes, fingerprint, widths, fitted)
 
 
 def _apply(
@@ -267,9 +315,11 @@ def _hand_over(
     changes: Mapping[str, tuple[Any, Any]],
     fingerprint: str,
     widths: Mapping[str, Widths],
+    fitted: Fitted,
 ) -> VLM:
     """Wrap the student with its plan and its manifest, which tells of all cuts since the first."""
     earlier = vlm.record
+    bridges = (*(earlier.bridges if earlier is not None else ()), *fitted.bridges)
     kept = {
         name: cuts[name].original if name in cuts else tower.original
         for name, tower in vlm.towers.items()
@@ -300,7 +350,7 @@ def _hand_over(
             if earlier is None
             else earlier.parameters_before,
             parameters_after=sum(parameter.numel() for parameter in model.parameters()),
-            standard=not widths,
+            standard=not widths and not run_time(bridges),
             widths={
                 name: {
                     kept[name][i]: {site: tuple(groups) for site, groups in sites.items()}
@@ -309,8 +359,9 @@ def _hand_over(
                 for name, tower in vlm.towers.items()
                 if tower.path in widths
             },
-            notes=(*(earlier.notes if earlier is not None else ()), *notes),
-            inputs={"model": fingerprint, "plan": plan.fingerprint},
+            bridges=bridges,
+            notes=(*(earlier.notes if earlier is not None else ()), *notes, *fitted.notes),
+            inputs={"model": fingerprint, "plan": plan.fingerprint, **fitted.inputs},
             provenance=Provenance.collect(plan.seed),
         ),
         plan=_in_original_numbers(plan, cuts),

@@ -23,7 +23,7 @@ EXPECTED = {
         "layer_similarity": {"cpp", "torch"},
         "qk_norm_rope": {"torch"},
         "qk_norm_rope_bwd": {"torch"},
-        "ragged_attention": {"torch"},
+        "ragged_attention": {"cpp", "torch"},
         "ragged_attention_bwd": {"torch"},
         "ragged_decode": {"cpp", "torch"},
     },

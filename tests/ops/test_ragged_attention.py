@@ -16,7 +16,7 @@ from interlace import ops
 from interlace.errors import ShapeError
 from interlace.ops._budget import Budget
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "cpp"]
 
 # the module, whose name the function hides
 contract = importlib.import_module("interlace.ops.ragged_attention")

@@ -130,8 +130,10 @@ def test_every_form_of_launch_on_a_gpu(
             assert_in_budget("ragged_attention", found, plain, truth)
     args = (torch.randn_like(plain[0]) + 4 * plain[0], *plain, *args)
     truth, plain = backward_reference(*in_fp64(args)), backward_reference(*args)
+    blackwell = torch.cuda.get_device_capability()[0] == 10
     for by_tma in (False, True) if hopper else (False,):
-        keys, queries = ragged_attention_bwd.tables(by_tma, gated or window is not None)
+        special = gated or window is not None
+        keys, queries = ragged_attention_bwd.tables(by_tma, blackwell, special)
         found = ragged_attention_bwd.backward(
             *args,
             launch_keys=ragged_attention_bwd.choose(keys, 2, head_dim),

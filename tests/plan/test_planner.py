@@ -46,8 +46,15 @@ def scores(random_scores):
         ({"num_drop": 3, "protect": range(10)}, PlanError, "10 are protected.*only 2 may go"),
         ({"num_drop": 2, "group": "vision"}, PlanError, "token group 'vision'"),
         ({"num_drop": 2, "weights": {"relevance": 1}}, PlanError, "metric 'relevance'"),
-        ({"num_drop": 2, "weights": {"similarity": 0}}, ConfigError, "other than 0"),
-        ({"num_drop": 2, "weights": {"similarity": 1}, "rule": "random"}, ConfigError, "weights"),
+        ({"num_drop": 2, "weights": {"similarity": 0}}, ConfigError, "above 0"),
+        ({"num_drop": 2, "weights": {}}, ConfigError, "above 0"),
+        ({"num_drop": 2, "weights": {"similarity": -1}}, ConfigError, "sign of the similarity"),
+        ({"num_drop": 2, "weights": {"similarty": 1}}, PlanError, "Did you mean 'similarity'"),
+        *(
+            ({"num_drop": 2, "weights": {"similarity": 1}, "rule": rule}, PlanError, "weights mean")
+            for rule in ("random", "last", "uniform", "uidl", "sleb")
+        ),
+        ({"num_drop": 2, "protect": "alignment"}, PlanError, "metrics=.*'alignment'"),
     ],
 )
 def test_bad_arguments_are_refused_in_words(scores, arguments, error, words):
@@ -111,7 +118,7 @@ def test_weights_combine_z_scores():
         scores,
         num_drop=1,
         rule="shortgpt",
-        weights={"similarity": 1.0, "importance": -2.0, "flat": 5.0},
+        weights={"similarity": 1.0, "importance": 2.0, "flat": 5.0},
     )["text"]
     assert plan.drop == (2,)
     # by hand: mean 0.3 and deviation sqrt(0.02); mean 4.2 and deviation sqrt(15.36)
@@ -126,7 +133,7 @@ def test_weights_on_a_metric_that_is_not_finite():
             Scores(towers={"text": tower}),
             num_drop=1,
             rule="shortgpt",
-            weights={"importance": -1.0},
+            weights={"importance": 1.0},
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,14 @@ from tiny import TINY, tiny_inputs
 
 from interlace.errors import DataError
 from interlace.models import VLM, family_of
-from interlace.scores import score
+from interlace.scores import METRICS, score
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from interlace.records import TowerScores
+    from torch import nn
+
+    from interlace.records import Scores, TowerScores
 
 # fp32 sums in another order
 TOLERANCE = 2e-6
@@ -35,6 +38,33 @@ def batch_of(name: str, num_samples: int = 3, seed: int = 0) -> dict[str, torch.
     return tiny_inputs(name, opened(name).model, batch=num_samples, seed=seed)
 
 
+def labelled(name: str, num_samples: int = 3) -> dict[str, torch.Tensor]:
+    """The same with labels, where the loss needs them: of the words, not of image placeholders."""
+    batch = batch_of(name, num_samples)
+    vlm = opened(name)
+    if vlm.family.objective != "contrastive" and "labels" not in batch:
+        words = (batch["attention_mask"] == 1) & (batch["input_ids"] < 100)
+        batch["labels"] = batch["input_ids"].masked_fill(~words, -100)
+    return batch
+
+
+@contextlib.contextmanager
+def skipped(layer: nn.Module) -> Iterator[None]:
+    """Let a layer hand on what it is given, in a whole forward pass."""
+    own = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        given = args[0] if args else kwargs["hidden_states"]
+        return (given, *output[1:]) if isinstance(output, tuple) else given
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
 def one_by_one(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     """The samples of a padded batch, each by itself and without padding."""
     num_samples = batch["input_ids"].shape[0]
@@ -45,7 +75,8 @@ def one_by_one(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         single = {}
         for key, value in batch.items():
             mask = decoder if key.startswith("decoder") or key == "labels" else None
-            if key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            own_labels = key == "labels" and decoder is None
+            if key in ("input_ids", "attention_mask", "mm_token_type_ids") or own_labels:
                 mask = batch.get("attention_mask")
             if key == "pixel_values" and grid is not None:
                 single[key] = value.split(grid.prod(-1).tolist())[row]
@@ -85,6 +116,29 @@ def farthest(one: TowerScores, other: TowerScores) -> float:
     return max(distances)
 
 
+def parts_of_the_whole() -> list[dict[str, torch.Tensor]]:
+    """Four labelled batches of a chat model; one has text alone."""
+    parts = one_by_one(labelled("qwen3_vl", 4))
+    text_only = {key: parts[1][key] for key in ("input_ids", "attention_mask", "labels")}
+    text_only["input_ids"] = text_only["input_ids"].clamp(max=99)
+    parts[1] = text_only
+    return parts
+
+
+def every_metric(parts: Sequence[dict[str, torch.Tensor]]) -> Scores:
+    """All metrics of a tiny chat model."""
+    metrics = tuple(METRICS)
+    measure = {(): 1.0}
+    return score(
+        opened("qwen3_vl"),
+        parts,
+        metrics=metrics,
+        num_directions=1,
+        measure=lambda tower, gone: measure.get(gone, len(tower) / (1 + sum(gone))),
+        progress=False,
+    )
+
+
 def score_in_process(rank: int, folder: str) -> None:
     """One of two processes: scores, then scores data that breaks in the second process alone."""
     torch.set_num_threads(1)
@@ -98,4 +152,19 @@ def score_in_process(rank: int, folder: str) -> None:
         score(vlm, singles, progress=False)
     except DataError as error:
         (Path(folder) / f"{rank}.txt").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def score_everything_in_process(rank: int, folder: str) -> None:
+    """One of two processes: scores all metrics, then a tower that only the first one runs."""
+    torch.set_num_threads(1)
+    store = Path(folder) / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    vlm, parts = opened("qwen3_vl"), parts_of_the_whole()
+    (Path(folder) / f"all-{rank}.json").write_text(every_metric(parts).to_json())
+    # it writes into its output, so it cannot be replayed
+    handle = vlm.towers["vision"].layers[0].register_forward_hook(lambda *call: call[2].mul_(1))
+    noted = score(vlm, parts[:2], metrics=("relevance",), progress=False)
+    (Path(folder) / f"noted-{rank}.json").write_text(noted.to_json())
+    handle.remove()
     dist.destroy_process_group()

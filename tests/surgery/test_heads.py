@@ -175,7 +175,7 @@ def test_an_uneven_checkpoint_is_verified_and_names_itself(kit: Any, tmp_path: P
     student = prune(dense.vlm, uneven(dense.vlm))
     folder = export(student, tmp_path / "out")
     card = (folder / "README.md").read_text()
-    assert "NOT a standard checkpoint" in card
+    assert "NOT a standard transformers checkpoint" in card
     assert "largest difference of any output value 0 " in card
     assert "per_layer_config" in (folder / "config.json").read_text()
     # plain transformers must not load it as if it were whole
@@ -184,6 +184,26 @@ def test_an_uneven_checkpoint_is_verified_and_names_itself(kit: Any, tmp_path: P
     (folder / "interlace.json").unlink()
     with pytest.raises(CheckpointError):
         open_model(folder)
+
+
+def test_run_time_bridges_stand_beside_uneven_widths(kit: Any, tmp_path: Path) -> None:
+    dense = kit.opened("qwen3_vl")
+    data = [tiny_inputs("qwen3_vl", dense.vlm.model, batch=4)]
+    cut = {"self_attn": {2: (1,)}, "mlp": {5: (0, 3)}}
+    plan = Plan({"text": TowerPlan(8, drop=(4,), tune=(5,), cut=cut)}, standard=False)
+    student = prune(dense.vlm, plan, bridges="diagonal", data=data)
+    assert student.record.widths
+    assert [bridge.kind for bridge in student.record.bridges] == ["diagonal"]
+    assert not student.record.standard
+    folder = export(student, tmp_path / "out")
+    again = open_model(folder)
+    outputs = kit.outputs(student.model, dense.inputs)
+    assert kit.bit_equal(kit.outputs(again.model, dense.inputs), outputs)
+    assert again.fingerprint == student.fingerprint
+    card = (folder / "README.md").read_text()
+    assert "it has layers that differ in their heads or neurons and run-time bridges" in card
+    with pytest.raises(PlanError, match="has run-time bridges"):
+        prune(again, Plan({"text": TowerPlan(8, drop=(5,))}))
 
 
 def test_a_uniform_student_is_a_stock_checkpoint(kit: Any, tmp_path: Path) -> None:

@@ -1,0 +1,186 @@
+"""One cut against several stages, on equal healing tokens: python bench/staged.py.
+
+For each bundled model, fraction, rule and number of stages, with and without gates: il.progressive,
+and what the finished student keeps of the dense model on held-out scenes. A single cut is a run of
+one stage, so all cells share their code, calibration samples, healing samples and steps. One JSON
+line per cell is written as soon as it is known, and cells that are there already are skipped.
+
+`--table` prints the Markdown table of a results file instead of running anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from retention import SUBJECTS, _append, _headline, _provenance, _read
+
+import interlace as il
+from interlace.config import HealSettings, PlanSettings, ScoreSettings
+from interlace.errors import PlanError
+
+log = logging.getLogger("staged")
+
+FRACTIONS = (0.25, 0.33, 0.5)
+# name -> rule, stages, gates
+WAYS = {
+    "one cut, interlace": ("interlace", 1, "none"),
+    "one cut, sleb": ("sleb", 1, "none"),
+    "3 stages, interlace": ("interlace", 3, "none"),
+    "3 stages, sleb": ("sleb", 3, "none"),
+    "3 stages, interlace, l1 gates": ("interlace", 3, "l1"),
+    "3 stages, sleb, l1 gates": ("sleb", 3, "l1"),
+    "3 stages, interlace, L0 gates": ("interlace", 3, "hard_concrete"),
+}
+
+
+def _samples(vlm: Any, name: str, count: int, seed: int, split: str = "train") -> Any:
+    tasks = SUBJECTS[name].data_tasks
+    return il.samples(
+        "scenes", count=count, tasks=tasks, seed=seed, split=split, processor=vlm.processor
+    )
+
+
+def _cell(
+    vlm: Any, name: str, fraction: float, way: str, seed: int, sizes: argparse.Namespace, test: Any
+) -> dict[str, Any]:
+    rule, stages, gates = WAYS[way]
+    subject = SUBJECTS[name]
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        made = il.progressive(
+            vlm,
+            calibration=_samples(vlm, name, sizes.calibration, 1000 * (seed + 1)),
+            healing=_samples(vlm, name, sizes.healing, 1000 * (seed + 1) + 1),
+            held_out=_samples(vlm, name, 32, 1, "test"),
+            output=folder,
+            stages=stages,
+            score=ScoreSettings(batch_size=32),
+            plan=PlanSettings(drop_fraction=fraction, rule=rule, towers=subject.towers, seed=seed),
+            heal=HealSettings(
+                batch_size=sizes.heal_batch,
+                learning_rate=subject.learning_rate,
+                warmup_fraction=0.1,
+                seed=seed,
+                gates=gates,
+            ),
+        )
+        seconds = time.monotonic() - started
+        report = il.evaluate(
+            made.student, tasks=tuple(subject.tasks), data=test, batch_size=64, max_new_tokens=56
+        )
+    return {
+        "gone": {tower: sorted(layers) for tower, layers in made.stages[-1].layers.items()},
+        "steps": sum(stage.record.steps for stage in made.stages),
+        "tokens": sum(stage.record.tokens for stage in made.stages),
+        "likelihood": [round(stage.retention, 4) for stage in made.stages],
+        "healed": _headline(subject, report.metrics),
+        "seconds": round(seconds, 1),
+    }
+
+
+def measure_all(names: list[str], sizes: argparse.Namespace, path: Path) -> None:
+    """Fill the results file cell by cell."""
+    done = {json.dumps(row["cell"]) for row in _read(path)}
+    keys = ("calibration", "healing", "heal_batch", "held_out")
+    stated = {key: getattr(sizes, key) for key in keys}
+
+    def keep(cell: list[Any], make: Any) -> None:
+        if json.dumps(cell) in done:
+            return
+        try:
+            result = make()
+        except PlanError as error:
+            # a rule that has no plan at this fraction is a result, not a failure of the run
+            result = {"no_plan": str(error)}
+        _append(path, {"cell": cell, **result, **stated, **_provenance()})
+        log.info("%s: %s", cell, result.get("healed", result))
+
+    for name in names:
+        vlm = il.open_model(f"bundled:{name}", dtype="float32")
+        subject = SUBJECTS[name]
+        test = {
+            task: il.samples(
+                "scenes", count=sizes.held_out, tasks=(task,), split="test", processor=vlm.processor
+            )
+            for task in subject.tasks
+        }
+
+        def dense(subject: Any = subject, vlm: Any = vlm, test: Any = test) -> dict[str, Any]:
+            report = il.evaluate(
+                vlm, tasks=tuple(subject.tasks), data=test, batch_size=64, max_new_tokens=56
+            )
+            return {"healed": _headline(subject, report.metrics)}
+
+        keep([name, "dense"], dense)
+        for fraction in sizes.fractions:
+            for way in sizes.ways:
+                for seed in range(sizes.seeds):
+                    keep(
+                        [name, fraction, way, seed],
+                        lambda v=vlm, n=name, f=fraction, w=way, s=seed, t=test: _cell(
+                            v, n, f, w, s, sizes, t
+                        ),
+                    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, percent of the dense model: a line per way, a column per metric of each model."""
+    dense = {row["cell"][0]: row["healed"] for row in rows if row["cell"][1] == "dense"}
+    columns = [(name, metric) for name, metrics in dense.items() for metric in metrics]
+    cells: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if len(row["cell"]) == 4:
+            name, fraction, way, _ = row["cell"]
+            cells.setdefault((name, fraction, way), []).append(row)
+
+    def shown(name: str, metric: str, fraction: float, way: str) -> str:
+        found = cells.get((name, fraction, way), [])
+        kept = [100 * r["healed"][metric] / dense[name][metric] for r in found if "healed" in r]
+        if not kept:
+            return "no plan" if found else "-"
+        return f"{statistics.fmean(kept):.1f}"
+
+    lines = []
+    for fraction in sorted({fraction for _, fraction, _ in cells}):
+        head = " | ".join(f"{name} {metric.split('/')[1]}" for name, metric in columns)
+        lines += [
+            f"| {fraction:.0%} of the layers dropped | {head} |",
+            "| --- " * (len(columns) + 1) + "|",
+        ]
+        for way in dict.fromkeys(way for _, at, way in cells if at == fraction):
+            values = " | ".join(shown(*column, fraction, way) for column in columns)
+            lines.append(f"| {way} | {values} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=sorted(SUBJECTS), default=list(SUBJECTS))
+    parser.add_argument("--fractions", nargs="+", type=float, default=list(FRACTIONS))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--calibration", type=int, default=32)
+    parser.add_argument("--healing", type=int, default=256)
+    parser.add_argument("--heal-batch", type=int, default=8)
+    parser.add_argument("--held-out", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=Path("bench/results/cpu/staged.jsonl"))
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("interlace").setLevel(logging.WARNING)
+    if not arguments.table:
+        measure_all(arguments.models, arguments, arguments.output)
+    sys.stdout.write(table(_read(arguments.output)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The command `progressive`: the whole flow with the layers dropped in several stages."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003 (typer reads it at run time)
+from typing import Annotated, Any
+
+import typer
+
+from interlace._cli import (
+    Count,
+    Data,
+    Device,
+    Dtype,
+    Model,
+    Overwrite,
+    Remote,
+    Root,
+    Seed,
+    Split,
+    output_option,
+    say,
+    split_names,
+)
+from interlace.plan.rules import rule_names
+
+
+def progressive(
+    model: Model,
+    output: Annotated[Path, output_option("Folder of the run; the model goes to model/ in it.")],
+    drop_fraction: Annotated[
+        float, typer.Option(help="Share of the layers to drop in all, 0..1.")
+    ] = 0.25,
+    stages: Annotated[int, typer.Option(min=1, help="Number of stages.")] = 3,
+    rule: Annotated[
+        str, typer.Option(help=f"How layers are chosen: {', '.join(rule_names())}.")
+    ] = "sleb",
+    min_retention: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Roll back a stage that keeps less than this, 0..1."),
+    ] = None,
+    guard: Annotated[
+        str, typer.Option(help="What is kept: loss, or a task and metric such as vqa/accuracy.")
+    ] = "loss",
+    gates: Annotated[
+        str, typer.Option(help="Sparse regularisation in healing: none, l1 or hard_concrete.")
+    ] = "none",
+    export_stages: Annotated[
+        bool, typer.Option("--export-stages", help="Also export the student of every stage.")
+    ] = False,
+    tower: Annotated[
+        str | None, typer.Option(help="Towers, comma separated. Default: text, or all.")
+    ] = None,
+    data: Data = "scenes",
+    root: Root = None,
+    split: Split = "train",
+    calibration_count: Count = 256,
+    heal_count: Count = 4096,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of healing.")] = 1e-5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per pass of healing.")] = 16,
+    save_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints of healing.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="What to measure at the end.")] = "fidelity",
+    count: Count = 256,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: Remote = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Drop layers a few at a time; each stage scores, heals and measures again.
+
+    Run it again with the same options and it goes on where it stopped. A recipe with a section
+    [progressive] for `interlace run` sets more.
+    """
+    from interlace.config import Recipe
+    from interlace.pipeline import run as run_flow
+    from interlace.report.tables import eval_table
+
+    sections: dict[str, dict[str, Any]] = {
+        "model": {
+            "path": model,
+            "dtype": dtype,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        },
+        "data": {
+            "source": data,
+            "root": root,
+            "split": split,
+            "calibration_count": calibration_count,
+            "heal_count": heal_count,
+            "seed": seed,
+        },
+        "plan": {"drop_fraction": drop_fraction, "rule": rule, "towers": split_names(tower)},
+        "heal": {
+            "learning_rate": learning_rate,
+            "batch_size": batch_size,
+            "save_steps": save_steps,
+            "gates": gates,
+        },
+        "progressive": {
+            "stages": stages,
+            "min_retention": min_retention,
+            "guard": guard,
+            "export_stages": export_stages,
+        },
+        "eval": {"tasks": split_names(task), "count": count},
+        "export": {"overwrite": overwrite},
+    }
+    result = run_flow(Recipe.from_dict(sections, source="interlace progressive"), output)
+    say(str(result.plan))
+    say(eval_table(result.result))
+    if result.progressive is not None:
+        for stage in result.progressive.stages:
+            gone = ", ".join(f"{len(layers)} {name}" for name, layers in stage.gone.items())
+            end = "" if stage.kept else ", rolled back"
+            say(f"Stage {stage.number}: {gone} layers gone, retention {stage.retention:.4f}{end}")
+        if result.progressive.stopped:
+            say(result.progressive.stopped)
+    say(f"The finished model is in {result.folder}")

@@ -1,0 +1,168 @@
+"""The commands that write a model: prune, heal and export."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003 (typer reads it at run time)
+from typing import Annotated
+
+import typer
+
+from interlace._cli import (
+    Bridges,
+    Count,
+    Data,
+    Device,
+    Dtype,
+    MaxBad,
+    Model,
+    Overwrite,
+    Remote,
+    Root,
+    Seed,
+    Split,
+    open_vlm,
+    output_option,
+    read_bridges,
+    read_samples,
+    say,
+)
+from interlace._files import check_new_folder
+from interlace.surgery.bridges.names import BRIDGE_SAMPLES, has_bridges
+
+
+def prune(
+    model: Model,
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="What `interlace plan` wrote.")],
+    output: Annotated[Path, output_option("Folder of the new checkpoint.")],
+    allow_pinned: Annotated[
+        bool, typer.Option("--allow-pinned", help="Also drop layers that the family pins.")
+    ] = False,
+    bridges: Bridges = "none",
+    data: Data = "scenes",
+    root: Root = None,
+    split: Split = "train",
+    count: Count = 128,
+    max_bad_fraction: MaxBad = 0.01,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: Remote = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Remove the planned layers and save the student, not yet healed.
+
+    Bridges are fitted on the data; without them no data is read.
+    """
+    from interlace.export import export as run_export
+    from interlace.records import Plan
+    from interlace.surgery import prune as run_prune
+
+    check_new_folder(output, overwrite=overwrite)
+    wanted = read_bridges(bridges)
+    chosen = Plan.load(plan_file)
+    dense = open_vlm(model, dtype, device, trust_remote_code)
+    calibration = None
+    if has_bridges(wanted) or data != "scenes":
+        calibration = read_samples(dense, data, root, split, count, seed, max_bad_fraction)
+    student = run_prune(dense, chosen, allow_pinned=allow_pinned, bridges=wanted, data=calibration)
+    run_export(student, output, records=(chosen,), overwrite=overwrite)
+    say(f"Wrote {output} ({student.num_parameters():,} parameters)")
+
+
+def heal(
+    model: Annotated[str, typer.Argument(help="The DENSE model: folder, hub name, bundled:NAME.")],
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="What `interlace plan` wrote.")],
+    output: Annotated[Path, output_option("Folder of the healed model.")],
+    data: Data = "scenes",
+    root: Root = None,
+    split: Split = "train",
+    count: Count = 4096,
+    max_bad_fraction: MaxBad = 0.01,
+    bridges: Bridges = "none",
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps, instead of epochs.")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 16,
+    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes per step.")] = 1,
+    distil: Annotated[
+        bool,
+        typer.Option(help="Also learn from the dense model; off is the published recipe."),
+    ] = True,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    save_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run stopped.")] = False,
+    seed: Seed = 42,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: Remote = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Cut the dense model by the plan, train the tuned layers, and save the result.
+
+    Checkpoints go to OUTPUT.healing beside the result; `--resume` goes on from the newest. Bridges
+    are fitted on the first 128 samples of the data.
+    """
+    from interlace.config import HealSettings
+    from interlace.export import export as run_export
+    from interlace.heal import heal as run_heal
+    from interlace.records import Plan
+    from interlace.surgery import prune as run_prune
+
+    check_new_folder(output, overwrite=overwrite)
+    wanted = read_bridges(bridges)
+    chosen = Plan.load(plan_file)
+    settings = HealSettings(
+        epochs=epochs,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        hidden_weight=1.0 if distil else 0.0,
+        kl_weight=1.0 if distil else 0.0,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        save_steps=save_steps,
+        seed=seed,
+    )
+    teacher = open_vlm(model, dtype, device, trust_remote_code)
+    healing = read_samples(teacher, data, root, split, count, seed, max_bad_fraction)
+    calibration = healing.subset(BRIDGE_SAMPLES) if has_bridges(wanted) else None
+    student = run_prune(teacher, chosen, bridges=wanted, data=calibration)
+    report = run_heal(
+        student,
+        teacher=teacher if distil else None,
+        data=healing,
+        settings=settings,
+        output=output.with_name(output.name + ".healing"),
+        resume=resume,
+    )
+    run_export(student, output, records=(chosen, report), overwrite=overwrite)
+    say(f"Wrote {output} after {report.steps} steps on {report.num_samples} samples")
+
+
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    record: Annotated[
+        list[Path] | None,
+        typer.Option(help="A record to put beside the weights and into the model card; repeat."),
+    ] = None,
+    dtype: Dtype = None,
+    trust_remote_code: Remote = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a checked transformers checkpoint with its records and a model card."""
+    from interlace.export import export as run_export
+    from interlace.records import load_record
+
+    check_new_folder(output, overwrite=overwrite)
+    vlm = open_vlm(model, dtype, "cpu", trust_remote_code)
+    records = tuple(load_record(path) for path in record or ())
+    say(f"Wrote {run_export(vlm, output, records=records, overwrite=overwrite)}")

@@ -1,0 +1,80 @@
+"""What a run that can be continued remembers about its output folder.
+
+Every stage leaves a record there. It is taken from the folder again while the key of the stage, a
+hash of all that it is made from, stays the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, TypeVar
+
+from interlace._files import atomic_write_text
+from interlace.errors import CheckpointError
+from interlace.records import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=Record)
+
+STATE = "run.json"
+
+
+class Stages:
+    """Remembers for every stage of an output folder what it was made from.
+
+    Attributes:
+        folder: the output folder.
+        skipped: names of the stages that were taken from an earlier run.
+        keys: stage -> "key" (what it was made from) and "fingerprint" (of what came of it).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read what an earlier run left.
+
+        Args:
+            folder: the output folder; need not exist.
+
+        Raises:
+            CheckpointError: what it left is damaged.
+        """
+        self.folder = folder
+        self.skipped: list[str] = []
+        self.keys: dict[str, dict[str, str]] = {}
+        path = folder / STATE
+        if path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                self.keys = {name: {**key} for name, key in found.items()}
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{path} is damaged ({error}). Remove it to run every stage again."
+                ) from error
+
+    def is_done(self, name: str, key: str) -> bool:
+        """Tell whether a stage was finished with this key."""
+        return self.keys.get(name, {}).get("key") == key
+
+    def mark(self, name: str, key: str, fingerprint: str = "") -> None:
+        """Note that a stage is finished, and what came of it."""
+        self.keys[name] = {"key": key, "fingerprint": fingerprint}
+        atomic_write_text(self.folder / STATE, json.dumps(self.keys, indent=2) + "\n")
+
+    def record(self, name: str, kind: type[R], key: str, make: Callable[[], R]) -> R:
+        """Load the record of a stage if it still fits `key`, else make and save it."""
+        path = self.folder / f"{name}.json"
+        if self.is_done(name, key) and path.exists():
+            record = kind.load(path)
+            if record.fingerprint == self.keys[name].get("fingerprint"):
+                log.info("%s: unchanged, taken from %s", name, path)
+                self.skipped.append(name)
+                return record
+        record = make()
+        record.save(path)
+        self.mark(name, key, record.fingerprint)
+        return record

@@ -1,0 +1,53 @@
+"""Hidden states at a layer's two ends, out of what its forward hooks are given.
+
+Legend: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from interlace.errors import ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str) -> torch.Tensor:
+    """Return the hidden states that a layer was called with, [B, T, D] or [R, D].
+
+    Args:
+        args: positional arguments of the call.
+        kwargs: its keyword arguments.
+        where: which layer of which tower, for the message.
+
+    Raises:
+        ShapeError: none of the arguments looks like hidden states.
+    """
+    candidates = (*args[:1], kwargs.get("hidden_states"), *kwargs.values())
+    for each in candidates:
+        if isinstance(each, torch.Tensor) and each.is_floating_point() and each.dim() >= 2:
+            return each
+    raise ShapeError(
+        f"{where} was called without hidden states as its first argument or as hidden_states; its "
+        "family needs a description of its own."
+    )
+
+
+def layer_output(output: Any, name: str) -> torch.Tensor:
+    """Return the hidden states that a layer gave, alone or first in a tuple.
+
+    Raises:
+        ShapeError: the output is something else.
+    """
+    if isinstance(output, torch.Tensor):
+        return output
+    first = output[0] if isinstance(output, tuple | list) and output else None
+    if isinstance(first, torch.Tensor):
+        return first
+    raise ShapeError(
+        f"A layer of the tower '{name}' gives {type(output).__name__}; a tensor or a tuple that "
+        "begins with one is expected."
+    )

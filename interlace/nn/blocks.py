@@ -1,0 +1,119 @@
+"""Fused blocks: add and norm in one op, and feed-forward parts with one projection in."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from transformers.activations import SiLUActivation
+
+from interlace.nn.norms import add_and_norm, add_before
+from interlace.nn.routes import needs_grad
+from interlace.nn.swap import Fused, autocasting
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from interlace.nn.projections import Merged
+
+
+# up to here one product reads the weights faster than two; with more rows the halves of its result,
+# which lie apart, cost the CPU what it gained
+_FEW_ROWS = 16
+
+
+@dataclass
+class BlockState:
+    """What a fused block knows.
+
+    Attributes:
+        first_norm: name of the norm before attention.
+        attention: name of the attention layer.
+        second_norm: name of the norm before the feed-forward part.
+        mlp: name of that part.
+        names: arguments of the stock block after the first.
+        defaults: those of them that may be left out, and their values.
+        next_norm: the norm that reads the block's output; empty where it is not known. In a tuple,
+            so that it does not become a part of the block.
+    """
+
+    first_norm: str
+    attention: str
+    second_norm: str
+    mlp: str
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
+    next_norm: tuple[nn.Module, ...] = ()
+
+
+class FusedBlock(Fused, nn.Module):
+    """A block of the form x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    interlace_state: BlockState
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the block on [..., hidden]; further arguments are the stock block's."""
+        state = self.interlace_state
+        others = {**state.defaults, **dict(zip(state.names, args, strict=False)), **kwargs}
+        normed = getattr(self, state.first_norm)(hidden_states)
+        attended = getattr(self, state.attention)(hidden_states=normed, **others)
+        if isinstance(attended, tuple):
+            attended = attended[0]
+        normed, total = add_and_norm(attended, hidden_states, getattr(self, state.second_norm))
+        last = getattr(self, state.mlp)(normed)
+        return add_before(last, total, state.next_norm[0] if state.next_norm else None)
+
+
+def arguments(block: nn.Module) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of the arguments of a block's forward after the first, and the defaults they have."""
+    parameters = list(inspect.signature(block.forward).parameters.values())[1:]
+    named = [each for each in parameters if each.kind is not each.VAR_KEYWORD]
+    defaults = {each.name: each.default for each in named if each.default is not each.empty}
+    return tuple(each.name for each in named), defaults
+
+
+@dataclass
+class GatedState:
+    """What a fused feed-forward part knows: its merged projections in."""
+
+    merged: Merged
+
+
+class FusedGatedMLP(Fused, nn.Module):
+    """A feed-forward part down(activation(gate(x)) * up(x)), gate and up in one product."""
+
+    interlace_state: GatedState
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: Callable[[Tensor], Tensor]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # moving a module gives every parameter memory of its own
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.interlace_state.merged.lay_out()
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the part on [..., hidden]."""
+        merged = self.interlace_state.merged
+        if autocasting(x) or not merged.serves((self.gate_proj, self.up_proj)):
+            stock: Tensor = super().forward(x)
+            return stock
+        if x.device.type == "cpu" and x.numel() > _FEW_ROWS * x.shape[-1]:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = torch.split(merged(x), merged.sizes, dim=-1)
+        if needs_grad(gate):
+            gate = self.act_fn(gate) * up
+        elif isinstance(self.act_fn, nn.SiLU | SiLUActivation):
+            # in place: fresh memory of this size costs more than the activation
+            gate = silu(gate, inplace=True).mul_(up)
+        else:
+            gate = self.act_fn(gate).mul_(up)
+        out: Tensor = self.down_proj(gate)
+        return out

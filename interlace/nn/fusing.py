@@ -1,0 +1,345 @@
+"""fuse and unfuse: modules of a loaded model are swapped in place, and swapped back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from interlace.errors import ConfigError
+from interlace.models import VLM
+from interlace.nn import backends
+from interlace.nn import graphs as recording
+from interlace.nn.attention import NAME, head_groups
+from interlace.nn.blocks import BlockState, FusedBlock, FusedGatedMLP, GatedState, arguments
+from interlace.nn.layers import QKV, CallerState, FusedAttention, FusedCaller
+from interlace.nn.norms import FusedNorm, rms_why_not
+from interlace.nn.projections import Merged
+from interlace.nn.report import FuseEntry, FuseReport
+from interlace.nn.shapes import (
+    ATTENTIONS,
+    BLOCKS,
+    BY_INTERFACE,
+    GATED_MLPS,
+    OTHER_ATTENTIONS,
+    OTHER_BLOCKS,
+    RMS_NORMS,
+)
+from interlace.nn.swap import Fused, restore, stock_class, swap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_KEPT = "interlace_fusion"
+_CHOSEN = "_attn_implementation_internal"
+
+
+@dataclasses.dataclass
+class _Fusion:
+    """What `unfuse` needs.
+
+    Attributes:
+        report: of the fusion.
+        chosen: configs, and the attention implementation that each had.
+    """
+
+    report: FuseReport
+    chosen: list[tuple[Any, Any]]
+
+
+def fuse(
+    model: VLM | PreTrainedModel,
+    *,
+    attention: bool = True,
+    norms: bool = True,
+    mlp: bool = True,
+    rope: bool = True,
+    graphs: bool | Literal["auto"] = "auto",
+) -> FuseReport:
+    """Swap the modules of a model for fused ones, in place; `unfuse` swaps them back.
+
+    Names, parameters and hooks stay, so the model is saved, trained and used as before. Projections
+    of one input are merged: their weights are laid side by side, and the parameters become views of
+    that. A model that shares memory with another (a student and its teacher) gets memory of its own
+    for these weights.
+
+    Args:
+        model: what `open_model` or `prune` returned, or a transformers model. On the device and in
+            the dtype that it will be used in; it may be moved afterwards.
+        attention: attention on `ragged_attention` and `ragged_decode`, with merged projections.
+        norms: RMSNorms in one pass, and residual add and norm by `bridge_norm`.
+        mlp: gated feed-forward parts with gate and up in one product.
+        rope: norm and rotary embedding of heads by `qk_norm_rope`; only with `attention`.
+        graphs: replay the steps of text decoders as CUDA graphs where `generate` decodes against a
+            static cache (`cache_implementation="static"`). "auto" does so on a GPU; True insists.
+
+    Returns:
+        What was replaced by what, and what was left alone and why; print it.
+
+    Raises:
+        ConfigError: the model is fused already, is none of transformers, nothing of it can be
+            fused, or graphs are insisted on without a GPU.
+    """
+    target = _target(model)
+    first = next(target.parameters())
+    if graphs is True and not (first.is_cuda and attention and norms):
+        raise ConfigError(
+            f"graphs=True needs a model on a GPU, attention and norms; this one is on "
+            f"{first.device}. Leave graphs at 'auto'."
+        )
+    if _KEPT in target.__dict__:
+        raise ConfigError(
+            f"{type(target).__name__} is fused already, and stays as it is. Call unfuse first to "
+            "fuse it in another way."
+        )
+    entries: list[FuseEntry] = []
+    chosen: list[tuple[Any, Any]] = []
+    names = {id(module): name for name, module in target.named_modules()}
+    if norms:
+        entries += _fuse_norms(target, names)
+    if attention:
+        chosen = _choose_attention(target)
+        entries += _fuse_attention(target, names, rope=rope)
+    if mlp:
+        entries += _fuse_mlps(target, names)
+    if norms:
+        entries += _fuse_blocks(target, names)
+    order = {name: place for place, name in enumerate(names.values())}
+    entries.sort(key=lambda entry: order[entry.module])
+    entries += _record_steps(target, names, graphs)
+    report = FuseReport(type(target).__name__, str(first.device), str(first.dtype), tuple(entries))
+    target.__dict__[_KEPT] = _Fusion(report, chosen)
+    if not report.fused:
+        unfuse(target)
+        raise ConfigError(
+            f"Nothing of {type(target).__name__} can be fused: "
+            + (
+                "; ".join(sorted({e.reason for e in entries if e.reason}))
+                or "no part was asked for"
+            )
+            + ". It was left as it was."
+        )
+    return report
+
+
+def unfuse(model: VLM | PreTrainedModel) -> None:
+    """Undo `fuse`: the same module objects, with their own classes and memory, as before.
+
+    Raises:
+        ConfigError: the model is not fused.
+    """
+    target = _target(model)
+    fusion = target.__dict__.pop(_KEPT, None)
+    if fusion is None:
+        raise ConfigError(f"{type(target).__name__} is not fused, so there is nothing to undo.")
+    recording.remove(target)
+    for module in target.modules():
+        if isinstance(module, Fused):
+            merged = getattr(module.interlace_state, "merged", None)
+            if merged is not None:
+                merged.separate()
+            restore(module)
+    for config, implementation in fusion.chosen:
+        setattr(config, _CHOSEN, implementation)
+
+
+def _target(model: Any) -> PreTrainedModel:
+    target = model.model if isinstance(model, VLM) else model
+    if not isinstance(target, PreTrainedModel):
+        raise ConfigError(
+            f"The model is a {type(model).__name__}; expected what open_model or prune returns, or "
+            "a transformers model."
+        )
+    return target
+
+
+def _named(target: nn.Module, names: dict[int, str]) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield every module with its path and the name of the class that transformers gave it."""
+    for module in target.modules():
+        yield names[id(module)], module, stock_class(module).__name__
+
+
+def _fuse_norms(target: nn.Module, names: dict[int, str]) -> list[FuseEntry]:
+    entries = []
+    for path, module, kind in _named(target, names):
+        if kind not in RMS_NORMS:
+            continue
+        reason = rms_why_not(module)
+        if reason is not None:
+            entries.append(FuseEntry(path, kind, "norm", False, reason=reason))
+            continue
+        swap(module, FusedNorm, None)
+        entries.append(FuseEntry(path, kind, "norm", True, "torch (rms_norm)"))
+    return entries
+
+
+def _choose_attention(target: PreTrainedModel) -> list[tuple[Any, Any]]:
+    """Choose our attention in every config that a layer may read; return what was chosen before."""
+    configs: dict[int, Any] = {}
+    modules = dict(target.named_modules())
+    for path, layer in modules.items():
+        if stock_class(layer).__name__ not in (*ATTENTIONS, *BY_INTERFACE):
+            continue
+        # the config of the layer, which may be its own, and that of the model that makes its mask
+        above = [modules[path[:end]] for end in _ends(path)]
+        owner = next(each for each in above if isinstance(each, PreTrainedModel))
+        for config in (layer.config, owner.config):
+            configs[id(config)] = config
+    chosen = [(config, getattr(config, _CHOSEN)) for config in configs.values()]
+    for config in configs.values():
+        setattr(config, _CHOSEN, NAME)
+    return chosen
+
+
+def _ends(path: str) -> list[int]:
+    """Where the paths of the modules around a module end, nearest first."""
+    return [*(place for place in range(len(path) - 1, 0, -1) if path[place] == "."), 0]
+
+
+def _fuse_attention(target: nn.Module, names: dict[int, str], *, rope: bool) -> list[FuseEntry]:
+    entries = []
+    for path, module, kind in _named(target, names):
+        if kind in OTHER_ATTENTIONS:
+            reason = OTHER_ATTENTIONS[kind]
+            entries.append(FuseEntry(path, kind, "attention", False, reason=reason))
+        if kind in BY_INTERFACE:
+            swap(module, FusedCaller, CallerState())
+            entries.append(FuseEntry(path, kind, "attention", True, *_interface_backend(module)))
+        if kind not in ATTENTIONS:
+            continue
+        mixin, shape = ATTENTIONS[kind]
+        state = dataclasses.replace(shape, rope=shape.rope and rope)
+        layer: Any = module
+        reason = ""
+        if all(hasattr(layer, name) for name in QKV):
+            projections = [getattr(layer, name) for name in QKV]
+            reason = Merged.why_not(projections) or ""
+            if not reason:
+                state.merged = Merged(projections)
+            num_heads, num_kv_heads = (
+                each.out_features // layer.head_dim for each in projections[:2]
+            )
+            like = layer.q_proj.weight
+            decodes = hasattr(layer, "layer_idx")
+        else:
+            num_heads = num_kv_heads = layer.num_heads
+            like, decodes = layer.qkv.weight, False
+        swap(module, mixin, state)
+        groups = head_groups(layer, num_heads, num_kv_heads)
+        backend, limits = backends.attention_backend(
+            num_heads, groups, layer.head_dim, like, decodes=decodes
+        )
+        if shape.rope:
+            names_of = (num_heads, num_kv_heads, layer.head_dim, like)
+            turned = backends.rope_backend(*names_of) if rope else "torch"
+            backend += f", rotation by {turned}"
+        if state.merged is not None:
+            backend += ", q k v merged"
+        elif reason:
+            limits = "; ".join(filter(None, (limits, f"projections stay apart: {reason}")))
+        entries.append(FuseEntry(path, kind, "attention", True, backend, limits))
+    return entries
+
+
+def _interface_backend(layer: Any) -> tuple[str, str]:
+    """What computes attention of a layer that is not swapped and calls our attention by itself."""
+    num_heads = next(
+        getattr(layer, name)
+        for name in ("num_heads", "num_attention_heads")
+        if hasattr(layer, name)
+    )
+    head_dim = getattr(layer, "head_dim", None) or layer.attention_head_size
+    like = next(layer.parameters())
+    groups = tuple(range(num_heads + 1))
+    decodes = getattr(layer, "layer_idx", None) is not None
+    return backends.attention_backend(num_heads, groups, head_dim, like, decodes=decodes)
+
+
+def _fuse_mlps(target: nn.Module, names: dict[int, str]) -> list[FuseEntry]:
+    entries = []
+    for path, module, kind in _named(target, names):
+        if kind not in GATED_MLPS:
+            continue
+        layer: Any = module
+        projections = (layer.gate_proj, layer.up_proj)
+        reason = Merged.why_not(projections)
+        if reason is not None:
+            entries.append(FuseEntry(path, kind, "mlp", False, reason=reason))
+            continue
+        swap(module, FusedGatedMLP, GatedState(Merged(projections)))
+        entries.append(FuseEntry(path, kind, "mlp", True, "torch, gate and up merged"))
+    return entries
+
+
+def _fuse_blocks(target: nn.Module, names: dict[int, str]) -> list[FuseEntry]:
+    entries = []
+    for path, module, kind in _named(target, names):
+        if kind in OTHER_BLOCKS:
+            reason = OTHER_BLOCKS[kind]
+            entries.append(FuseEntry(path, kind, "block", False, reason=reason))
+        if kind not in BLOCKS:
+            continue
+        shape = BLOCKS[kind]
+        norm = getattr(module, shape.second_norm)
+        others, defaults = arguments(module)
+        swap(
+            module,
+            FusedBlock,
+            BlockState(**dataclasses.asdict(shape), names=others, defaults=defaults),
+        )
+        backend = backends.norm_backend(norm.weight.numel(), norm.weight)
+        entries.append(FuseEntry(path, kind, "block", True, backend))
+    for stack in target.modules():
+        _join(stack)
+    return entries
+
+
+def text_decoders(target: nn.Module) -> list[nn.Module]:
+    """Find the models in a fused model that decode token by token, in fused blocks alone."""
+    found = []
+    for module in target.modules():
+        stacks = [each for each in module.children() if isinstance(each, nn.ModuleList)]
+        if isinstance(module, PreTrainedModel) and len(stacks) == 1:
+            blocks = list(stacks[0])
+            layers = [getattr(each, "self_attn", None) for each in blocks]
+            fused = all(isinstance(each, FusedBlock) for each in blocks)
+            if fused and all(
+                isinstance(each, FusedAttention) and hasattr(each, "layer_idx") for each in layers
+            ):
+                found.append(module)
+    return found
+
+
+def _record_steps(target: nn.Module, names: dict[int, str], graphs: bool | str) -> list[FuseEntry]:
+    decoders = text_decoders(target)
+    on_gpu = next(target.parameters()).is_cuda
+    if graphs and on_gpu:
+        recording.install(target, decoders, recording.CudaRecorder())
+    reason = "there are CUDA graphs on a GPU only" if graphs else "graphs=False"
+    return [
+        FuseEntry(
+            names[id(decoder)],
+            type(decoder).__name__,
+            "graphs",
+            bool(graphs and on_gpu),
+            "CUDA graphs, with a static cache" if graphs and on_gpu else "",
+            "" if graphs and on_gpu else reason,
+        )
+        for decoder in decoders
+    ]
+
+
+def _join(owner: nn.Module) -> None:
+    """Tell every block which norm reads its output: that of the next block, or the final one."""
+    for stack in owner.children():
+        if not isinstance(stack, nn.ModuleList):
+            continue
+        blocks = [each for each in stack if isinstance(each, FusedBlock)]
+        firsts = [getattr(each, each.interlace_state.first_norm) for each in blocks]
+        final = getattr(owner, "norm", None)
+        following = [*firsts[1:], final]
+        for block, norm in zip(blocks, following, strict=False):
+            if isinstance(norm, nn.Module):
+                block.interlace_state.next_norm = (norm,)

@@ -1,0 +1,311 @@
+"""Decoding by CUDA graphs: one step of a text decoder is recorded, and replayed for every token.
+
+Letters: B batch, K capacity of the cache.
+
+A step against a static cache launches the same kernels on the same memory every time; what differs
+are a few small inputs. They are copied into the memory that the recording reads. A recording
+belongs to one cache, so `generate` records once per call, on its first token after the prompt, and
+never again. Whatever is no such step runs as before, and the reason is said once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from interlace.nn.masks import Pattern, attach, pattern_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_log = logging.getLogger("interlace.nn")
+# of the kernels that choose or load something on their first calls
+_WARM_UPS = 2
+# what generate asks on a GPU before it compiles a model by itself
+_COMPILES = "_valid_auto_compile_criteria"
+_TENSORS = ("input_ids", "inputs_embeds", "position_ids")
+
+
+class Recorder(Protocol):
+    """Records a function once and replays it, on the memory it was recorded with."""
+
+    def warm_up(self, step: Callable[[], Tensor]) -> None:
+        """Run a function as it will be recorded."""
+
+    def record(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Record a function; return how to replay it, and the result that a replay fills."""
+
+
+class CudaRecorder:
+    """Records CUDA graphs."""
+
+    def warm_up(self, step: Callable[[], Tensor]) -> None:
+        """Run a function on a stream of its own, as capturing asks for."""
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def record(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Capture a graph; nothing runs yet."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = step()
+        return graph.replay, result
+
+
+class _Recording:
+    """One step of a decoder against one cache, and the memory that it reads."""
+
+    def __init__(self, decoder: Any, stock: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        self.cache = weakref.ref(kwargs["past_key_values"])
+        self.shapes = _shapes(kwargs)
+        self.memory = _addresses(decoder)
+        self._inputs: dict[str, Any] = {
+            name: value.clone() for name, value in kwargs.items() if isinstance(value, Tensor)
+        }
+        self._masks = {name: _copied(mask) for name, mask in _masks(kwargs).items()}
+        mask = kwargs["attention_mask"]
+        self._inputs["attention_mask"] = (
+            self._masks if isinstance(mask, dict) else self._masks.get("")
+        )
+        self._others = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in self._inputs and name != "past_key_values"
+        }
+        self._stock = stock
+        self._replay: Callable[[], None] | None = None
+        self._result: Tensor | None = None
+
+    def _step(self) -> Tensor:
+        out = self._stock(**self._inputs, **self._others, past_key_values=self.cache())
+        result: Tensor = out.last_hidden_state
+        return result
+
+    def record(self, recorder: Recorder) -> None:
+        """Warm up and record; the cache is as it was afterwards, but for the coming token."""
+        cache: Any = self.cache()
+        lengths = [layer.cumulative_length for layer in cache.layers]
+        before = [length.clone() for length in lengths]
+
+        def rewind() -> None:
+            for length, value in zip(lengths, before, strict=True):
+                length.copy_(value)
+
+        try:
+            for _ in range(_WARM_UPS):
+                # writes keys and values of the coming token, as the replay will
+                recorder.warm_up(self._step)
+                rewind()
+            self._replay, self._result = recorder.record(self._step)
+        finally:
+            rewind()
+
+    def run(self, kwargs: dict[str, Any]) -> Tensor:
+        """Replay the step on other inputs of the same shapes."""
+        assert self._replay is not None
+        assert self._result is not None
+        for name, value in kwargs.items():
+            if isinstance(value, Tensor) and name != "attention_mask":
+                self._inputs[name].copy_(value)
+        for name, mask in _masks(kwargs).items():
+            _copy_mask(mask, self._masks[name])
+        self._replay()
+        # the next replay fills the same memory
+        return self._result.clone()
+
+
+class GraphedForward:
+    """The forward of a text decoder that records and replays its steps.
+
+    Attributes:
+        reason: why steps are not recorded; empty as long as they are.
+        num_recordings: how often a step was recorded.
+        num_replays: how often one was replayed.
+    """
+
+    def __init__(self, decoder: nn.Module, recorder: Recorder) -> None:
+        self._decoder = decoder
+        self._recorder = recorder
+        self._recording: _Recording | None = None
+        self._hooks = -1
+        self._trusted = False
+        # transformers reads from it what a model takes
+        self.__signature__ = inspect.signature(type(decoder).forward.__get__(decoder))
+        self.reason = ""
+        self.num_recordings = self.num_replays = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
+        """Let a copy of the decoder record for itself."""
+        return GraphedForward(memo.get(id(self._decoder), self._decoder), self._recorder)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the decoder; arguments and result are those of its class."""
+        decoder = self._decoder
+        stock = type(decoder).forward
+        if torch.compiler.is_compiling():
+            return stock(decoder, *args, **kwargs)
+        if args or not self._is_step(kwargs):
+            # weights may be put elsewhere between two texts, but not between two tokens
+            self._trusted = False
+            return stock(decoder, *args, **kwargs)
+        recording = self._recording
+        if recording is None or not self._fits(recording, kwargs):
+            recording = self._record(kwargs)
+        if recording is None:
+            return stock(decoder, **kwargs)
+        self.num_replays += 1
+        hidden = recording.run(kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden, past_key_values=kwargs["past_key_values"]
+        )
+
+    def _is_step(self, kwargs: dict[str, Any]) -> bool:
+        """Tell whether a call is one token per row against a static cache, and nothing else."""
+        cache: Any = kwargs.get("past_key_values")
+        if self.reason or torch.is_grad_enabled() or type(cache) is not StaticCache:
+            return False
+        if getattr(cache, "offloading", False):
+            return False
+        first = kwargs.get("inputs_embeds")
+        first = kwargs.get("input_ids") if first is None else first
+        if first is None or first.shape[1] != 1:
+            return False
+        if not all(type(each) is StaticLayer and each.is_initialized for each in cache.layers):
+            return False
+        config = self._decoder.config
+        asked = ("output_hidden_states", "output_attentions")
+        if any(kwargs.get(each) or getattr(config, each, False) for each in asked):
+            return False
+        masks = _masks(kwargs)
+        if not masks or any(mask is None or pattern_of(mask) is None for mask in masks.values()):
+            return False
+        known = (*_TENSORS, "attention_mask", "past_key_values")
+        return all(
+            name in known or value is None or isinstance(value, bool | int | float | str)
+            for name, value in kwargs.items()
+        )
+
+    def _fits(self, recording: _Recording, kwargs: dict[str, Any]) -> bool:
+        if recording.cache() is not kwargs["past_key_values"]:
+            return False
+        if recording.shapes != _shapes(kwargs) or self._hooks != RemovableHandle.next_id:
+            return False
+        if not self._trusted:
+            self._trusted = recording.memory == _addresses(self._decoder)
+        return self._trusted
+
+    def _record(self, kwargs: dict[str, Any]) -> _Recording | None:
+        self._recording = None
+        for module in self._decoder.modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                # hooks do not run in a replay; they may be gone by the next text
+                return None
+        recording = _Recording(self._decoder, _bound(self._decoder), kwargs)
+        try:
+            recording.record(self._recorder)
+        except RuntimeError as error:
+            self.reason = f"recording a step failed: {error}"
+            _log.warning(
+                "%s decodes without CUDA graphs, because %s",
+                type(self._decoder).__name__,
+                self.reason,
+            )
+            return None
+        self.num_recordings += 1
+        self._recording, self._trusted = recording, True
+        self._hooks = RemovableHandle.next_id
+        return recording
+
+
+def install(
+    target: nn.Module, decoders: Sequence[nn.Module], recorder: Recorder
+) -> list[GraphedForward]:
+    """Let decoders record and replay their steps.
+
+    Args:
+        target: the model that generates; it no longer compiles its forward by itself.
+        decoders: text decoders in it.
+        recorder: of their device.
+    """
+    forwards = []
+    for decoder in decoders:
+        forwards.append(GraphedForward(decoder, recorder))
+        decoder.__dict__["forward"] = forwards[-1]
+    if hasattr(type(target), _COMPILES):
+        target.__dict__[_COMPILES] = functools.partial(_compiles, target)
+    return forwards
+
+
+def remove(target: nn.Module) -> None:
+    """Undo `install`."""
+    for module in target.modules():
+        if isinstance(module.__dict__.get("forward"), GraphedForward):
+            del module.__dict__["forward"]
+    target.__dict__.pop(_COMPILES, None)
+
+
+def _compiles(target: Any, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+    """Tell generate whether to compile the forward: only where it was asked to in so many words."""
+    if generation_config.compile_config is None:
+        return False
+    return bool(getattr(type(target), _COMPILES)(target, model_kwargs, generation_config))
+
+
+def _bound(decoder: Any) -> Callable[..., Any]:
+    def stock(**kwargs: Any) -> Any:
+        return type(decoder).forward(decoder, **kwargs)
+
+    return stock
+
+
+def _masks(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The masks of a step by the kind of layer they are for; "" where there is one for all."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, dict):
+        return mask
+    return {"": mask}
+
+
+def _copied(mask: Tensor) -> Tensor:
+    pattern = pattern_of(mask)
+    assert pattern is not None
+    copy = mask.clone()
+    starts, lengths = pattern.starts.clone(), pattern.lengths.clone()
+    attach(copy, Pattern(pattern.causal, pattern.window, starts, lengths))
+    return copy
+
+
+def _copy_mask(source: Tensor, target: Tensor) -> None:
+    new, old = pattern_of(source), pattern_of(target)
+    assert new is not None
+    assert old is not None
+    target.copy_(source)
+    old.starts.copy_(new.starts)
+    old.lengths.copy_(new.lengths)
+
+
+def _shapes(kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What has to be equal for a recording to serve: shapes of inputs, and everything plain."""
+    inputs = tuple(
+        (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, value)
+        for name, value in sorted(kwargs.items())
+        if name not in ("attention_mask", "past_key_values")
+    )
+    return inputs, tuple((name, tuple(mask.shape)) for name, mask in _masks(kwargs).items())
+
+
+def _addresses(decoder: nn.Module) -> tuple[int, ...]:
+    return tuple(parameter.data_ptr() for parameter in decoder.parameters())

@@ -1,0 +1,113 @@
+"""Projections of one input merged into one matrix, without a second copy of the weights.
+
+The rows of all weights lie one after the other, and the parameters of the single projections become
+views of their part. So they keep their names, optimizers keep their objects, and what is loaded
+into them or trained is what the merged matrix holds.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from interlace.nn.swap import hooked
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Merged:
+    """The projections of a module that share their input.
+
+    Attributes:
+        weight: [sum of outputs, inputs].
+        bias: [sum of outputs], or None.
+        sizes: outputs of every projection.
+    """
+
+    def __init__(self, projections: Sequence[nn.Linear]) -> None:
+        """Lay the weights out; `why_not` has no objection.
+
+        Args:
+            projections: in the order of the output.
+        """
+        self._projections = tuple(projections)
+        self.sizes = [each.out_features for each in projections]
+        self.lay_out()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Merged:
+        """Merge the projections of a copied module anew, since copied parameters are no views."""
+        return Merged(copy.deepcopy(self._projections, memo))
+
+    @staticmethod
+    def why_not(projections: Sequence[nn.Module]) -> str | None:
+        """Say why projections cannot be merged; None if they can."""
+        first = projections[0]
+        for each in projections:
+            if type(each) is not nn.Linear or type(first) is not nn.Linear:
+                return f"a projection is a {type(each).__name__}, not a plain nn.Linear"
+            weight = each.weight
+            if weight.is_meta or hasattr(each, "_hf_hook"):
+                return "the weights are offloaded"
+            if (weight.dtype, weight.device) != (first.weight.dtype, first.weight.device):
+                return "the weights differ in dtype or device"
+            if (each.bias is None) != (first.bias is None):
+                return "some projections have a bias and some have none"
+            if not weight.is_floating_point():
+                return f"the weights are {weight.dtype}"
+        return None
+
+    @torch.no_grad()
+    def lay_out(self) -> None:
+        """Move the weights side by side, where they do not lie so already."""
+        weights: list[Tensor] = [each.weight for each in self._projections]
+        self.weight = self._joined(weights)
+        biases: list[Tensor] = [each.bias for each in self._projections if each.bias is not None]
+        self.bias = self._joined(biases) if biases else None
+        self._addresses = [each.weight.data_ptr() for each in self._projections]
+
+    def _joined(self, parameters: Sequence[Tensor]) -> Tensor:
+        joined = torch.cat([each.detach() for each in parameters])
+        parts = torch.split(joined, self.sizes)
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.data = part
+        return joined
+
+    @torch.no_grad()
+    def separate(self) -> None:
+        """Give every projection memory of its own again."""
+        for each in self._projections:
+            for parameter in (each.weight, each.bias):
+                if parameter is not None:
+                    parameter.data = parameter.detach().clone()
+
+    def serves(self, projections: Sequence[nn.Module]) -> bool:
+        """Tell whether one product with the merged matrix may stand for the single ones.
+
+        Not where a weight is to get a gradient, which belongs to the single parameter; where a
+        projection was replaced or is listened to; or where its weights were put elsewhere.
+
+        Args:
+            projections: as the module holds them now.
+        """
+        if torch.is_grad_enabled() and any(
+            each.weight.requires_grad or (each.bias is not None and each.bias.requires_grad)
+            for each in self._projections
+        ):
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        return all(
+            now is own and now.weight.data_ptr() == address and not hooked(now)
+            for now, own, address in zip(
+                projections, self._projections, self._addresses, strict=True
+            )
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Project: [..., inputs] -> [..., sum of outputs]."""
+        return linear(x, self.weight, self.bias)

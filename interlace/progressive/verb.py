@@ -1,0 +1,244 @@
+"""progressive: the verb. It checks what it is given, runs the stages, and hands over the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interlace._files import check_place
+from interlace._stages import STATE, Stages
+from interlace.config import (
+    HealSettings,
+    PlanSettings,
+    ProgressiveSettings,
+    PruneSettings,
+    ScoreSettings,
+)
+from interlace.data.samples import Samples
+from interlace.errors import ConfigError, DataError
+from interlace.models.handle import check_vlm
+from interlace.plan.rules import find_rule
+from interlace.progressive.guard import check_guard, held_out_scenes
+from interlace.progressive.stages import Run, Setup, Stage
+from interlace.records import ProgressiveRecord, Provenance
+from interlace.surgery.bridges.names import RUN_TIME, check_bridges
+
+if TYPE_CHECKING:
+    import os
+
+    from interlace.models import VLM
+    from interlace.records import Record
+
+RECORD = "progressive.json"
+HELD_OUT = 256
+RECOMMENDED = "sleb"
+
+
+@dataclass(frozen=True)
+class ProgressiveResult:
+    """What a progressive run made.
+
+    Attributes:
+        student: of the last stage that was kept; the dense model itself where the first stage was
+            rolled back.
+        stages: the stages that were kept. Each holds a smaller cut of the same run, and
+            `stages[i].student()` gives its student.
+        rolled_back: the stage that lost too much; None where none did.
+        record: all of this as a record.
+        skipped: names of what was taken from an earlier run.
+    """
+
+    student: VLM
+    stages: tuple[Stage, ...]
+    rolled_back: Stage | None
+    record: ProgressiveRecord
+    skipped: tuple[str, ...]
+
+    @property
+    def stopped(self) -> str:
+        """Why the run ended before its last stage; empty where it did not."""
+        return self.record.stopped
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """What to export the student with."""
+        return (*self.stages[-1].records, self.record) if self.stages else (self.record,)
+
+
+def progressive(
+    vlm: VLM,
+    *,
+    calibration: Samples,
+    healing: Samples,
+    output: str | os.PathLike[str],
+    held_out: Samples | None = None,
+    drop_fraction: float | dict[str, float] | None = None,
+    rule: str | None = None,
+    stages: int | None = None,
+    min_retention: float | None = None,
+    settings: ProgressiveSettings | None = None,
+    score: ScoreSettings | None = None,
+    plan: PlanSettings | None = None,
+    prune: PruneSettings | None = None,
+    heal: HealSettings | None = None,
+    max_new_tokens: int = 64,
+) -> ProgressiveResult:
+    """Drop layers in several stages, and heal and score again in each.
+
+    A stage scores the student as it is, drops a few of the layers that are left, trains what the
+    plans of this and the earlier stages tune, and is measured on held-out samples. The layers that
+    are gone follow a cosine schedule; after the last stage they are as many as one cut of
+    `drop_fraction` would take. The teacher of every stage is the dense model. Layers count in the
+    first model throughout.
+
+    `heal` states the whole budget: the stages share the samples of one healing run of these
+    settings, in its order, each taking three times the steps of the one before, so that a
+    progressive run heals on exactly the tokens of a single cut. Each stage has a warm-up and a
+    schedule of its own.
+
+    The output folder keeps the student of every stage. A run that was killed goes on there: call
+    again with the same arguments. On a CPU with as many threads the result is the same, bit for
+    bit.
+
+    Args:
+        vlm: the dense model; left as it is.
+        calibration: samples to score with. The rule `sleb` also takes its loss from them.
+        healing: samples to heal with.
+        output: folder of the run.
+        held_out: samples to measure stages on; default: 256 of the built-in scenes. Measure the
+            result on others where a stage can be rolled back.
+        drop_fraction: share of the layers to drop in all, 0..1, or one per tower; instead of that
+            in `plan`.
+        rule: name of the rule, instead of that in `plan`; default without `plan`: "sleb", which
+            needs no callback here.
+        stages: number of stages, at least 1, instead of that in `settings`.
+        min_retention: see `ProgressiveSettings`; instead of that in `settings`.
+        settings: of the stages; default: `ProgressiveSettings()`.
+        score: how to score; default: `ScoreSettings()`. Its batch size is also that of the loss and
+            of measuring.
+        plan: what to drop in all and by what rule; default: a quarter by "sleb".
+        prune: how to cut; default: `PruneSettings()`. Bridges are fitted on `calibration`, each
+            stage's on the student it cuts; those at run time are refused.
+        heal: how to heal in all; default: `HealSettings()`. With gates, all stages but the last
+            learn them.
+        max_new_tokens: longest answer where the guard's task generates.
+
+    Returns:
+        The result. A stage that retains less than `min_retention` is rolled back and ends the run:
+        `stopped` and the log say so.
+
+    Raises:
+        ConfigError: arguments that do not fit together; a plan that also cuts or moves heads or
+            neurons; gates in a single stage, or in a tower that cannot be gated; fewer optimiser
+            steps than stages; an output that is a file.
+        PlanError: a stage has no plan. Finished stages stay in the folder.
+        InterlaceError: as the verbs of the stages raise it.
+
+    Source: cosine schedule: UPop (arXiv 2301.13741). Gates: see `interlace.heal.sparsity`.
+    """
+    check_vlm(vlm, "model")
+    for name, data in (("calibration", calibration), ("healing", healing)):
+        _check_samples(name, data)
+    chosen = _given(settings or ProgressiveSettings(), stages=stages, min_retention=min_retention)
+    planned = plan or PlanSettings(rule=RECOMMENDED)
+    if drop_fraction is not None:
+        planned = planned.replace(drop_fraction=drop_fraction, num_drop=None)
+    planned = _given(planned, rule=rule)
+    find_rule(planned.rule)
+    check_depth_only(planned)
+    _check_prune(prune or PruneSettings())
+    check_guard(chosen.guard, vlm)
+    healed = heal or HealSettings()
+    if held_out is None:
+        held_out = held_out_scenes(vlm, chosen.guard, count=HELD_OUT, seed=1, split="test")
+    _check_samples("held_out", held_out)
+    folder = Path(output)
+    if folder.is_file():
+        raise ConfigError(f"The output {folder} is a file; name a folder.")
+    check_place(folder / STATE)
+    state = Stages(folder)
+    dense = vlm.fingerprint
+    setup = Setup(
+        vlm=vlm,
+        calibration=calibration,
+        healing=healing,
+        held_out=held_out,
+        progressive=chosen,
+        score=score or ScoreSettings(),
+        plan=planned,
+        prune=prune or PruneSettings(),
+        heal=healed,
+        max_new_tokens=max_new_tokens,
+    )
+    done, stopped, student = Run(setup, state, dense).run()
+    record = ProgressiveRecord(
+        stages=tuple(stage.record for stage in done),
+        guard=chosen.guard,
+        min_retention=chosen.min_retention,
+        stopped=stopped,
+        model_name=vlm.name,
+        settings={
+            "progressive": chosen.to_dict(),
+            "score": setup.score.to_dict(),
+            "plan": planned.to_dict(),
+            "prune": setup.prune.to_dict(),
+            "heal": healed.to_dict(),
+        },
+        inputs={
+            "model": dense,
+            "calibration": calibration.fingerprint,
+            "healing": healing.fingerprint,
+            "held_out": held_out.fingerprint,
+        },
+        provenance=Provenance.collect(planned.seed),
+    )
+    record.save(folder / RECORD)
+    kept = tuple(stage for stage in done if stage.record.kept)
+    return ProgressiveResult(
+        student=student,
+        stages=kept,
+        rolled_back=done[-1] if stopped else None,
+        record=record,
+        skipped=tuple(state.skipped),
+    )
+
+
+def check_depth_only(settings: PlanSettings) -> None:
+    """Refuse a plan of more than layers.
+
+    Raises:
+        ConfigError: it cuts heads or neurons, or moves heads; says what to do.
+    """
+    for name in ("heads", "ffn", "graft"):
+        if getattr(settings, name) is not None:
+            raise ConfigError(
+                f"{name} is set in the plan, but the stages of a progressive run drop whole layers "
+                "only: their shares would be cut anew in every stage. Leave it out, and cut heads "
+                "and neurons of the student by a plan of its own."
+            )
+
+
+def _check_samples(name: str, data: Any) -> None:
+    if not isinstance(data, Samples):
+        raise DataError(
+            f"{name} is a {type(data).__name__}; give Samples, such as those of interlace.samples."
+        )
+    if not len(data):
+        raise DataError(f"{name} holds no samples. Give at least one.")
+
+
+def _check_prune(settings: PruneSettings) -> None:
+    bridges = settings.bridges
+    check_bridges(bridges)
+    for name in bridges.values() if isinstance(bridges, dict) else [bridges]:
+        if name in RUN_TIME:
+            raise ConfigError(
+                f"The bridge '{name}' is a module at run time, and a student that has one cannot "
+                "be cut again by the next stage. Take 'fold' or 'scale', which go into the weights."
+            )
+
+
+def _given(settings: Any, **values: Any) -> Any:
+    """Replace the settings that a value was given for."""
+    return settings.replace(**{name: v for name, v in values.items() if v is not None})

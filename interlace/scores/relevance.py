@@ -1,0 +1,99 @@
+"""Relevance: how much the loss rises when one layer, or one part of a layer, is skipped.
+
+    relevance(i) = mean over samples of loss(model without layer i) - loss(model)
+
+Negative where the model is better without. A skipped layer hands on the hidden states that it was
+given. Prefix states are reused (see replay.py): a sweep over the L layers of the last tower of a
+model costs about L/2 forward passes, and gives exactly what skipping each layer in a whole pass
+does.
+
+Source: the loss change of single blocks is what SLEB (arXiv 2402.09025, section 3) and Shortened
+LLaMA (arXiv 2402.02834, equation 3, as perplexity) choose by; parts of blocks as in BlockPruner
+(arXiv 2406.10594) and FinerCut (arXiv 2405.18218).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from interlace.scores.probes import Probe, suffix_forwards
+from interlace.scores.sublayers import Part, way_of, without
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from interlace.models.handle import VLM, Tower
+    from interlace.scores.probes import ProbeOptions, Trial
+    from interlace.scores.replay import Change
+
+
+class Relevance(Probe):
+    """Loss change without a layer. Cost: half of L forward passes for the last tower of a model."""
+
+    part: ClassVar[Part | None] = None
+
+    def __init__(self, vlm: VLM, towers: Mapping[str, Tower], options: ProbeOptions) -> None:
+        """See `Probe`."""
+        super().__init__(vlm, towers, options)
+        self._without: dict[str, list[Change | None]] = {}
+
+    def forwards(self) -> float:
+        """See `Probe`."""
+        return sum(suffix_forwards(self.vlm, name) for name in self.towers)
+
+    def measure(self, trial: Trial) -> dict[str, Tensor]:
+        """See `Probe`."""
+        baseline = trial.baseline.double()
+        found: dict[str, Tensor] = {}
+        for name, tower in self.towers.items():
+            if not trial.replay.ran(name):
+                continue
+            changes = None if name in self.notes else self._changes(trial, name)
+            if changes is None:
+                self.notes[name] = (
+                    f"no {self.part}_relevance: the attention and the feed-forward part of its "
+                    "layers could not be told apart so that a layer without both changes nothing"
+                )
+                found[name] = torch.zeros(tower.num_layers)
+                continue
+            rises = torch.zeros(tower.num_layers, dtype=torch.float64)
+            for layer, change in enumerate(changes):
+                skipped = trial.replay.changed(name, layer, change, trial.loss)
+                what = "layer" if self.part is None else f"the {self.part} of layer"
+                trial.check(skipped, f"without {what} {layer} of the tower '{name}'")
+                rises[layer] = (skipped.double() - baseline).mean()
+            found[name] = rises
+        return found
+
+    def _changes(self, trial: Trial, tower: str) -> list[Change | None] | None:
+        layers = self.towers[tower].layers
+        if self.part is None:
+            return [None] * len(layers)
+        if tower not in self._without:
+            changes: list[Change | None] = []
+            for index, layer in enumerate(layers):
+                way = way_of(layer, *trial.replay.given(tower, index))
+                if way is None:
+                    return None
+                changes.append(without(layer, self.part, way))
+            self._without[tower] = changes
+        return self._without[tower]
+
+
+class AttentionRelevance(Relevance):
+    """Loss change without the attention of a layer, cross-attention included.
+
+    Cost: about (L + 1) / 2 forward passes for the last tower of a model.
+    """
+
+    part: ClassVar[Part | None] = "attention"
+
+
+class MlpRelevance(Relevance):
+    """Loss change without the feed-forward part of a layer; its cost is that of the attention."""
+
+    part: ClassVar[Part | None] = "mlp"

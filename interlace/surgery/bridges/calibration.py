@@ -1,0 +1,205 @@
+"""Calibration data for bridges: batches on the CPU, and how much every token counts.
+
+Legend: N tokens of one run of a tower, padding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from interlace._torch_utils import FORWARD_REFUSALS, accepts, to_device
+from interlace.data import Collator
+from interlace.data.samples import Sample, samples
+from interlace.errors import ConfigError, DataError
+from interlace.models.states import layer_input
+from interlace.models.tokens import token_units
+from interlace.surgery.bridges.names import BRIDGE_SAMPLES
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from interlace.models.handle import VLM
+
+_SCENES_TASKS = {"chat": ("vqa", "caption"), "vqa": ("vqa",), "caption": ("caption",)}
+# Every so manieth sample is held out.
+HELD_OUT_EVERY = 4
+
+
+def default_data(vlm: VLM) -> tuple[Sequence[Sample], str]:
+    """Take the built-in scenes, and say so.
+
+    Raises:
+        ConfigError: the model has no processor to give them to.
+    """
+    if vlm.processor is None:
+        raise ConfigError(
+            f"Bridges are fitted on samples, and {vlm.name} was opened without a processor that "
+            "could read any. Give data= as batches of the model's inputs, or open the model with "
+            "its processor."
+        )
+    tasks = _SCENES_TASKS.get(vlm.family.objective, ("retrieval",))
+    made = samples("scenes", count=BRIDGE_SAMPLES, seed=0, tasks=tasks, processor=vlm.processor)
+    note = (
+        f"no data was given for the bridges, so they were fitted on {BRIDGE_SAMPLES} built-in "
+        "scenes (seed 0)"
+    )
+    return made, note
+
+
+class Calibration:
+    """The batches of the data, kept in memory: every cut runs over all of them.
+
+    Attributes:
+        batches: what the model's forward takes, on the CPU.
+        fingerprint: of the data, where it has one.
+    """
+
+    def __init__(self, vlm: VLM, data: Any, batch_size: int) -> None:
+        """Collate samples with their answers, or take batches as they are.
+
+        Raises:
+            ConfigError: a bad batch size, or samples for a model without a processor.
+            DataError: no data, or items that are neither samples nor batches.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size!r}; give a number of at least 1.")
+        if isinstance(data, str | Mapping) or not isinstance(data, Iterable):
+            raise DataError(
+                f"The data for bridges is a {type(data).__name__}; give samples (see "
+                "interlace.samples) or a list of batches of model inputs."
+            )
+        items = list(data)
+        kinds = {Sample if isinstance(item, Sample) else Mapping for item in items}
+        odd = next((item for item in items if not isinstance(item, Sample | Mapping)), None)
+        if not items or odd is not None or len(kinds) > 1:
+            found = "nothing" if not items else type(odd or items[0]).__name__
+            raise DataError(
+                f"The data for bridges holds {found}; give samples (see interlace.samples) or "
+                "batches of model inputs, not both."
+            )
+        self._vlm = vlm
+        self.fingerprint: str = getattr(data, "fingerprint", "")
+        if isinstance(items[0], Sample):
+            collate = Collator.for_model(vlm)
+            # samples of like length share a batch, so little is spent on padding
+            items.sort(key=lambda each: sum(len(turn.text) for turn in each.turns))
+            starts = range(0, len(items), batch_size)
+            items = [collate(items[first : first + batch_size]) for first in starts]
+        self.batches = [dict(item) for item in items]
+        self._extra: dict[str, Any] = {}
+        if accepts(vlm.model, "logits_to_keep"):
+            self._extra = {"logits_to_keep": 1}
+            for batch in self.batches:
+                batch.pop("labels", None)
+
+    def run(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        """Run either model on a batch."""
+        return model(**to_device(batch, self._vlm.device, self._vlm.dtype), **self._extra)
+
+    def _try(self, number: int, batch: Mapping[str, Any]) -> None:
+        """Run the teacher on a batch that nobody has run before."""
+        try:
+            self.run(self._vlm.model, batch)
+        except FORWARD_REFUSALS as error:
+            raise DataError(
+                f"{self._vlm.name} cannot be run on batch {number} of the data for bridges (with "
+                f"{', '.join(batch)}): {type(error).__name__}: {str(error).strip()[:200]}. Give "
+                "batches that its forward takes; if memory ran out, lower batch_size."
+            ) from error
+
+    def survey(self, towers: Iterable[str]) -> dict[str, TokenWeights]:
+        """Run the teacher once over all batches and look who reads what.
+
+        Args:
+            towers: the towers to look at.
+
+        Returns:
+            Tower -> its token weights, in the order in which the towers run.
+
+        Raises:
+            DataError: the model cannot be run on the data, or less than 4 samples (images, in
+                towers that read them) run through one of the towers.
+        """
+        counts: dict[str, torch.Tensor] = {}
+        num_units = dict.fromkeys(towers, 0)
+        batch: Mapping[str, Any] = {}
+
+        def note(name: str, args: Any, kwargs: Any) -> None:
+            hidden = layer_input(args, kwargs, f"Layer 0 of the tower '{name}'")
+            units, modality = token_units(self._vlm, name, batch, hidden)
+            found = torch.bincount(modality[modality >= 0].long().cpu(), minlength=2)
+            counts[name] = counts.get(name, torch.zeros_like(found)) + found
+            num_units[name] += _num_units(units)
+
+        hooks = [
+            self._vlm.towers[name]
+            .layers[0]
+            .register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: note(name, args, kwargs), with_kwargs=True
+            )
+            for name in num_units
+        ]
+        try:
+            for number, batch in enumerate(self.batches):
+                self._try(number, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, count in num_units.items():
+            if count < HELD_OUT_EVERY:
+                unit = "samples" if name.startswith("text") else "images"
+                raise DataError(
+                    f"{count} {unit} of the data for bridges run through the tower '{name}'; at "
+                    f"least {HELD_OUT_EVERY} are needed, since some are held out. Give more data, "
+                    "or no bridge to this tower."
+                )
+        return {name: TokenWeights(self._vlm, name, counts[name]) for name in counts}
+
+
+def _num_units(units: torch.Tensor) -> int:
+    return int(units.max()) + 1 if units.numel() else 0
+
+
+class TokenWeights:
+    """How much every token of a tower counts: text and image tokens have equal mass in all."""
+
+    def __init__(self, vlm: VLM, tower: str, counts: torch.Tensor) -> None:
+        """Fix the weights.
+
+        Args:
+            vlm: the teacher.
+            tower: the tower.
+            counts: tokens of each modality in all batches, [2].
+        """
+        self._vlm = vlm
+        self._tower = tower
+        present = int((counts > 0).sum())
+        mass = torch.where(counts > 0, 1.0 / (present * counts.clamp_min(1)).double(), 0.0)
+        # padding has the number -1, so it takes the last entry
+        self._mass = torch.cat([mass, mass.new_zeros(1)])
+        self._seen = 0
+
+    def restart(self) -> None:
+        """Begin a pass over the batches."""
+        self._seen = 0
+
+    def of(
+        self, batch: Mapping[str, Any], hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tell what the tokens of the next run of the tower count.
+
+        Args:
+            batch: the inputs the models were run on.
+            hidden: hidden states of the run.
+
+        Returns:
+            (weight [N] fp64, 0 for padding; held out [N] bool), on the device of `hidden`.
+        """
+        units, modality = token_units(self._vlm, self._tower, batch, hidden)
+        weight = self._mass.to(modality.device)[modality.long()]
+        held = (units + self._seen) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        self._seen += _num_units(units)
+        return weight, held

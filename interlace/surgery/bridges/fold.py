@@ -1,0 +1,202 @@
+"""`fold`: the effect of the removed layers, folded into the last projection before the cut.
+
+With x the input of that projection W, o = W x + b what it adds to the residual stream, s the
+student's state behind the cut and t the teacher's, least squares finds the change of W (and of b
+where there is one) that explains what is missing:
+
+    min over M of   sum over tokens of  weight |t - s - M x|^2  +  penalty |M|^2
+
+and W + M takes the place of W. In post-norm layers (BERT, BLIP's text towers) the sum passes
+LayerNorm, s = gamma (z - mean) / sigma + beta, so the missing part is brought in front of it to
+first order, sigma (t - s) / gamma, with weights 1 / sigma^2, and the fit is repeated from where the
+last one arrived.
+
+Derivation: docs/math/bridges.md.
+Source: ReplaceMe, arXiv 2505.02819, solves for a D x D map behind the projection; here the
+projection itself is fitted, which holds that map as the special case M = T W.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from interlace.errors import PlanError
+from interlace.records import Bridge
+from interlace.surgery.bridges.observe import observe
+from interlace.surgery.bridges.statistics import NormalEquations, choose
+from interlace.surgery.bridges.structure import (
+    Projection,
+    find_projection,
+    read_elsewhere,
+    record_calls,
+)
+from interlace.surgery.bridges.weights import Weights, changed, put_weights, weights_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+    from torch import nn
+
+    from interlace.surgery.bridges.calibration import Calibration, TokenWeights
+    from interlace.surgery.bridges.gaps import Gap
+
+# Linearised fits through a LayerNorm are repeated at most so often.
+_MAX_ROUNDS = 4
+# Channels whose norm weight is small against the others say little about what stands before it.
+_DAMPING = 0.1
+
+
+def fit_fold(
+    teacher: nn.Module,
+    student: nn.Module,
+    gaps: Sequence[Gap],
+    calibration: Calibration,
+    weights: TokenWeights,
+) -> list[Bridge]:
+    """Fold a bridge into the student at every gap of one tower, front to back.
+
+    Each one is fitted on what the student computes with those before it in place. So it corrects
+    what they left over, and its inputs are those that it will see.
+
+    Args:
+        teacher: the model before the cut; only read.
+        student: the model after it; the projections get weights of their own.
+        gaps: the gaps of the tower, front to back.
+        calibration: the batches.
+        weights: of the tokens of this tower.
+
+    Returns:
+        What was done at each gap.
+
+    Raises:
+        PlanError: the layer before a gap does not add its last projection to the residual stream.
+    """
+    return [_fold(teacher, student, gap, calibration, weights) for gap in gaps]
+
+
+def _fold(
+    teacher: nn.Module,
+    student: nn.Module,
+    gap: Gap,
+    calibration: Calibration,
+    weights: TokenWeights,
+) -> Bridge:
+    if gap.after is None:
+        return _unbridged(gap, "no kept layer stands before it that could take it over")
+    layers: Any = student.get_submodule(gap.path)
+    layer = layers[gap.position - 1]
+    batch, projection = _projection(student, layer, gap, calibration)
+    if not gap.ends and read_elsewhere(
+        student, layer, layers[gap.position], partial(calibration.run, student, batch)
+    ):
+        return _unbridged(
+            gap,
+            f"the output of layer {gap.after} is also read by another part of the model, which "
+            "expects it as it is",
+        )
+    linear = projection.linear
+    # held-out error before each round, and the weights it is the error of
+    rounds: list[tuple[float, Weights]] = []
+    ridge = math.inf
+    while True:
+        both = _equations(teacher, student, gap, calibration, weights, projection)
+        # through a norm the held-out samples decide how long it goes on, so they stay apart
+        solution = choose(*both, refit=projection.norm is None)
+        better = not rounds or solution.before < rounds[-1][0]
+        if better:
+            rounds.append((solution.before, weights_of(linear)))
+        if not better or solution.change is None or len(rounds) > _MAX_ROUNDS:
+            break
+        ridge = min(ridge, solution.ridge)
+        _change(projection, solution.change)
+        if projection.norm is None:
+            # the error of a linear fit is known without measuring it
+            rounds.append((solution.after, weights_of(linear)))
+            break
+    error, best = rounds[-1]
+    put_weights(linear, best)
+    if len(rounds) == 1:
+        return _unbridged(gap, "no change of the layer before it came closer on held-out samples")
+    return Bridge(
+        gap.tower,
+        "fold",
+        gap.dropped,
+        gap.after,
+        error_before=rounds[0][0],
+        error_after=error,
+        settings={"ridge": ridge, "rounds": len(rounds) - 1},
+    )
+
+
+def _projection(
+    student: nn.Module, layer: nn.Module, gap: Gap, calibration: Calibration
+) -> tuple[Mapping[str, Any], Projection]:
+    """Find the projection to fold into, and a batch that reaches its layer."""
+    for batch in calibration.batches:
+        calls = record_calls([layer], partial(calibration.run, student, batch))
+        if calls:
+            found = find_projection(calls[0])
+            if found is not None:
+                return batch, found
+            break
+    raise PlanError(
+        f"Layer {gap.after} of the {gap.tower} tower ({type(layer).__name__}) does not add its "
+        "last linear projection to the residual stream as it is, nor straight before a LayerNorm, "
+        f"so nothing can be folded into it for {gap}. Use bridges='none' for this tower."
+    )
+
+
+def _equations(
+    teacher: nn.Module,
+    student: nn.Module,
+    gap: Gap,
+    calibration: Calibration,
+    weights: TokenWeights,
+    projection: Projection,
+) -> tuple[NormalEquations, NormalEquations]:
+    """Stream the normal equations of the samples to fit on, and of the held-out ones."""
+    linear, norm = projection.linear, projection.norm
+    modules: dict[str, nn.Module] = {"features": linear}
+    if norm is not None:
+        modules["sum"] = norm
+    both = tuple(
+        NormalEquations(
+            linear.in_features,
+            linear.out_features,
+            intercept=linear.bias is not None,
+            device=linear.weight.device,
+        )
+        for _ in range(2)
+    )
+    for seen in observe(teacher, student, gap, calibration, weights, modules):
+        goal, weight = seen.goal.double(), seen.weight
+        missing = goal - seen.state.double()
+        if norm is not None:
+            sigma = (seen.inputs["sum"].double().var(1, correction=0) + norm.eps).sqrt()
+            weight = weight / sigma.square()
+            goal, missing = goal * sigma[:, None], missing * sigma[:, None]
+        for equations, rows in zip(both, (~seen.held, seen.held), strict=True):
+            features = seen.inputs["features"][rows]
+            equations.add(features, missing[rows], weight[rows], goal[rows])
+    return both[0], both[1]
+
+
+def _change(projection: Projection, change: torch.Tensor) -> None:
+    """Give the projection weights of its own: old ones plus the change M [F, D]."""
+    linear, norm = projection.linear, projection.norm
+    if norm is not None:
+        # the equations are those of gamma times the change
+        gamma = norm.weight.detach().double()
+        damped = gamma.square() + (_DAMPING**2) * gamma.square().mean()
+        change = change * (gamma / damped)
+    features = linear.in_features
+    weight = changed(linear.weight, lambda value: value + change[:features].T)
+    bias = changed(linear.bias, lambda value: value + change[features])
+    put_weights(linear, (weight, bias))
+
+
+def _unbridged(gap: Gap, why: str) -> Bridge:
+    return Bridge(gap.tower, "none", gap.dropped, gap.after, note=why)

@@ -1,0 +1,66 @@
+"""Gaps: the places of a tower where removed layers stood, one per run of adjacent ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from interlace.surgery.cuts import Cut
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One run of adjacent removed layers.
+
+    Attributes:
+        tower: tower name.
+        path: dotted path of the tower's layers, the same in both models.
+        dropped: original numbers of the removed layers.
+        after: original number of the kept layer before them; None where there is none.
+        position: student position of the layer behind the gap; the student's depth where it is the
+            end of the tower.
+        goal: teacher position of the layer whose input the student's state should equal; the
+            teacher's depth where it is the output of its last layer.
+        ends: nothing reads what the layers behind the gap make of it, or there are none.
+    """
+
+    tower: str
+    path: str
+    dropped: tuple[int, ...]
+    after: int | None
+    position: int
+    goal: int
+    ends: bool = False
+
+    def __str__(self) -> str:
+        """Name the place in messages and notes."""
+        numbers = ", ".join(map(str, self.dropped))
+        return f"{self.tower} layer{'s' if len(self.dropped) > 1 else ''} {numbers}"
+
+
+def find_gaps(cut: Cut) -> tuple[list[Gap], list[tuple[int, ...]]]:
+    """Find the gaps of a cut tower, front to back.
+
+    Removed layers whose output nothing reads (above LLaVA's `vision_feature_layer`) are left out at
+    the end of a run: what is read there is the state before them.
+
+    Returns:
+        The gaps, and the runs of unread layers that need no bridge (original numbers).
+    """
+    tower = cut.tower
+    gaps, unread = [], []
+    kept = (*cut.kept, tower.num_layers)
+    for position, behind in enumerate(kept):
+        first = kept[position - 1] + 1 if position else 0
+        read = behind
+        while read > first and tower.original[read - 1] in tower.unread:
+            read -= 1
+        if read < behind:
+            unread.append(tower.original[read:behind])
+        if read > first:
+            after = tower.original[first - 1] if first else None
+            dropped = tower.original[first:read]
+            ends = all(layer in tower.unread for layer in tower.original[read:])
+            gaps.append(Gap(tower.name, tower.path, dropped, after, position, read, ends))
+    return gaps, unread

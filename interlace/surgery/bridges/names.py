@@ -1,0 +1,81 @@
+"""The names of the bridges, and which one every pruned tower gets. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from interlace.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+NONE = "none"
+# Name -> what it is, in the words that records and cards use.
+FOLDED = {
+    "scale": "one factor per cut, folded into the weights behind it",
+    "fold": "the effect of the removed layers, folded into the layer before the cut",
+}
+RUN_TIME = {
+    "diagonal": "one factor per channel at every cut, at run time",
+    "lowrank": "a low-rank map beside the identity at every cut, at run time",
+}
+BRIDGES = (NONE, *FOLDED, *RUN_TIME)
+# How many samples bridges are fitted on where nobody says another number.
+BRIDGE_SAMPLES = 128
+
+
+def check_bridges(bridges: Any) -> None:
+    """Check a choice of bridges before anything is opened.
+
+    Args:
+        bridges: a name, or tower name -> name.
+
+    Raises:
+        ConfigError: an unknown name, or neither of the two.
+    """
+    names = bridges.values() if isinstance(bridges, Mapping) else [bridges]
+    for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"bridges is {bridges!r}; give one of {', '.join(BRIDGES)}, or one per tower such "
+                "as {'text': 'fold'}."
+            )
+        if name not in BRIDGES:
+            raise ConfigError(unknown_name("bridge", name, BRIDGES))
+
+
+def has_bridges(bridges: str | Mapping[str, str]) -> bool:
+    """Tell whether a choice of bridges asks for any."""
+    names = bridges.values() if isinstance(bridges, Mapping) else [bridges]
+    return any(name != NONE for name in names)
+
+
+def bridges_by_tower(
+    bridges: str | Mapping[str, str], pruned: Iterable[str], towers: Iterable[str]
+) -> dict[str, str]:
+    """Return the bridge of every pruned tower that gets one.
+
+    Args:
+        bridges: a name for all pruned towers, or tower name -> name; towers it leaves out get none.
+        pruned: towers that lose layers.
+        towers: all towers of the model.
+
+    Raises:
+        ConfigError: an unknown bridge or tower, or a bridge for a tower that loses no layer.
+    """
+    check_bridges(bridges)
+    pruned, towers = list(pruned), list(towers)
+    if isinstance(bridges, str):
+        return {} if bridges == NONE else dict.fromkeys(pruned, bridges)
+    for tower in bridges:
+        if tower not in towers:
+            raise ConfigError(unknown_name("tower", tower, towers))
+    wanted = {tower: name for tower, name in bridges.items() if name != NONE}
+    for tower, name in wanted.items():
+        if tower not in pruned:
+            raise ConfigError(
+                f"bridges asks for '{name}' in the {tower} tower, which loses no layer by this "
+                f"plan. Towers that lose layers: {', '.join(pruned) or 'none'}."
+            )
+    return wanted

@@ -1,0 +1,156 @@
+"""Teacher and student side by side at one gap, batch by batch.
+
+Legend: N tokens that count, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from interlace.errors import DataError, ShapeError
+from interlace.models.states import layer_input, layer_output
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from torch import nn
+
+    from interlace.surgery.bridges.calibration import Calibration, TokenWeights
+    from interlace.surgery.bridges.gaps import Gap
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one run of a tower shows at a gap.
+
+    Attributes:
+        goal: what the teacher has behind the removed layers, [N, D].
+        state: what the student has there, as the layer behind the gap is given it, [N, D].
+        inputs: inputs of the modules that were asked for, [N, ...] each.
+        weight: what the tokens count, [N] fp64, above 0.
+        held: tokens of held-out samples, [N] bool.
+    """
+
+    goal: torch.Tensor
+    state: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+    weight: torch.Tensor
+    held: torch.Tensor
+
+
+@contextlib.contextmanager
+def watching(
+    layers: nn.ModuleList, position: int, name: str, into: list[torch.Tensor]
+) -> Iterator[None]:
+    """Put h_position of every run of a tower into a list: a layer's input, or the last output."""
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        # a layer may go on to work in place
+        into.append(layer_input(args, kwargs, f"Layer {position} of the tower '{name}'").clone())
+
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        into.append(layer_output(output, name).clone())
+
+    if position < len(layers):
+        hook = layers[position].register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        hook = layers[-1].register_forward_hook(after)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def observe(
+    teacher: nn.Module,
+    student: nn.Module,
+    gap: Gap,
+    calibration: Calibration,
+    weights: TokenWeights,
+    modules: Mapping[str, nn.Module] | None = None,
+) -> Iterator[Seen]:
+    """Run both models over all batches.
+
+    Args:
+        teacher: the model before the cut.
+        student: the model after it, as repaired so far.
+        gap: where to look.
+        calibration: the batches.
+        weights: of the tokens of this tower.
+        modules: modules of the student whose inputs are wanted too, by any name.
+
+    Raises:
+        ShapeError: the two do not run the tower over the same tokens.
+        DataError: a state is not finite.
+    """
+    goals: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in modules or {}}
+    weights.restart()
+    with contextlib.ExitStack() as stack:
+        for model, position, into in (
+            (teacher, gap.goal, goals),
+            (student, gap.position, states),
+        ):
+            layers: Any = model.get_submodule(gap.path)
+            stack.enter_context(watching(layers, position, gap.tower, into))
+        for name, module in (modules or {}).items():
+            keep = inputs[name]
+            hook = module.register_forward_pre_hook(lambda _, args, keep=keep: keep.append(args[0]))
+            stack.callback(hook.remove)
+        for batch in calibration.batches:
+            for each in (goals, states, *inputs.values()):
+                each.clear()
+            calibration.run(teacher, batch)
+            calibration.run(student, batch)
+            if any(len(each) != len(goals) for each in (states, *inputs.values())):
+                raise ShapeError(
+                    f"The {gap.tower} tower runs {len(goals)} times per batch in the dense model, "
+                    f"but its layers in the student {len(states)} times, so the two cannot be "
+                    "compared. Bridge the other towers only."
+                )
+            for run, (goal, state) in enumerate(zip(goals, states, strict=True)):
+                caught = {name: each[run] for name, each in inputs.items()}
+                yield _select(gap, goal, state, caught, *weights.of(batch, goal))
+
+
+def _select(
+    gap: Gap,
+    goal: torch.Tensor,
+    state: torch.Tensor,
+    inputs: Mapping[str, torch.Tensor],
+    weight: torch.Tensor,
+    held: torch.Tensor,
+) -> Seen:
+    """Leave out the tokens that do not count."""
+    counts = weight > 0
+
+    def rows(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(len(counts), -1)[counts]
+
+    seen = Seen(
+        rows(goal),
+        rows(state),
+        {name: rows(each) for name, each in inputs.items()},
+        weight[counts],
+        held[counts],
+    )
+    check_finite((seen.goal, seen.state, *seen.inputs.values()), f"at the cut of {gap}")
+    return seen
+
+
+def check_finite(tensors: Iterable[torch.Tensor], where: str) -> None:
+    """Refuse activations that are not finite.
+
+    Raises:
+        DataError: one of the tensors holds NaN or infinity; `where` says where that is.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise DataError(
+            f"NaN or infinite activations {where}. Open the model in another dtype (float16 "
+            "overflows where bfloat16 and float32 do not), or check its weights and the data."
+        )

@@ -1,0 +1,274 @@
+"""How a layer writes into the residual stream, found out by trying and not by its names.
+
+A layer is called again with the arguments of a real call while outputs of its linear modules are
+changed, and what it gives is compared. So a wrong guess about a family cannot pass: what does not
+behave as a bridge needs it is refused.
+
+Legend: B batch, T tokens, D width, F features of the feed-forward part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from interlace.models.states import layer_input, layer_output
+from interlace.surgery.bridges.observe import check_finite
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+# Of the size of what is compared: rounding stays below, a wrong path does not.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_TOLERANCE_HALF = 5e-2
+
+
+def agree(found: torch.Tensor, expected: torch.Tensor, beside: torch.Tensor | None = None) -> bool:
+    """Tell whether two tensors are equal up to the rounding of their dtype.
+
+    Args:
+        found: a tensor.
+        expected: what it should be.
+        beside: what both were added to and taken from again, value by value, rounded each time:
+            single channels of a residual stream may be a thousand times as large as the others.
+    """
+    if found.shape != expected.shape:
+        return False
+    if not found.numel():
+        return True
+    allowed = _TOLERANCE.get(found.dtype, _TOLERANCE_HALF) * expected.double().abs().max()
+    if beside is not None:
+        allowed = allowed + 4 * torch.finfo(beside.dtype).eps * beside.double().abs()
+    # written so that NaN fails
+    return bool(((found.double() - expected.double()).abs() <= allowed).all())
+
+
+@dataclass(frozen=True)
+class Call:
+    """A layer with the arguments of one call of it."""
+
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The hidden states that it is given."""
+        return layer_input(self.args, self.kwargs, type(self.layer).__name__)
+
+    def repeat(self) -> torch.Tensor:
+        """Call the layer again and return the hidden states it gives."""
+        return layer_output(self.layer(*self.args, **self.kwargs), type(self.layer).__name__)
+
+
+def record_calls(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[Call]:
+    """Run a model and keep the first call of each of some layers.
+
+    Args:
+        layers: the layers.
+        run: runs the model on a batch that reaches them.
+
+    Raises:
+        DataError: what a layer is given is not finite.
+    """
+    calls: dict[int, Call] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if id(module) not in calls:
+            # a tensor may be worked on in place later; anything else is as good as constant
+            calls[id(module)] = Call(
+                module,
+                tuple(each.clone() if isinstance(each, torch.Tensor) else each for each in args),
+                {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()},
+            )
+
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = [calls[id(layer)] for layer in layers if id(layer) in calls]
+    for call in found:
+        check_finite([call.hidden], f"reach a {type(call.layer).__name__} beside a cut")
+    return found
+
+
+@contextlib.contextmanager
+def changing(changes: Mapping[nn.Module, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+    """Replace what some modules give by a function of it."""
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, change=change: change(output))
+        for module, change in changes.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass
+class _Trace:
+    """Outputs (or, for norms, inputs and outputs) of the modules that one call ran, in order."""
+
+    linears: dict[nn.Module, torch.Tensor]
+    norms: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]
+    output: torch.Tensor
+
+
+def _trace(call: Call) -> _Trace:
+    made = _Trace({}, {}, torch.empty(0))
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, nn.Linear):
+            made.linears.pop(module, None)
+            made.linears[module] = output
+        else:
+            made.norms[module] = (args[0], output)
+
+    kinds = (nn.Linear, nn.LayerNorm)
+    hooks = [m.register_forward_hook(hook) for m in call.layer.modules() if isinstance(m, kinds)]
+    try:
+        made.output = call.repeat()
+    finally:
+        for each in hooks:
+            each.remove()
+    return made
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The last linear module of a layer, whose output reaches the residual stream unchanged.
+
+    Attributes:
+        linear: the module, [F] -> [D].
+        norm: the LayerNorm that the sum with the residual passes, in post-norm layers; else None.
+    """
+
+    linear: nn.Linear
+    norm: nn.LayerNorm | None
+
+
+def find_projection(call: Call) -> Projection | None:
+    """Find the module that a change of the layer's output can be folded into.
+
+    That is the last linear module the layer runs, if whatever is added to its output is added to
+    the layer's output as well (pre-norm), or to the input of the LayerNorm that gives it
+    (post-norm). A scale or a gate behind it is neither.
+
+    Returns:
+        The module; None where the layer has none of that kind.
+    """
+    plain = _trace(call)
+    rows = plain.output.numel() // plain.output.shape[-1]
+    last = next(reversed(plain.linears), None)
+    if last is None or plain.linears[last].numel() != rows * plain.output.shape[-1]:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(rows, plain.output.shape[-1], generator=generator)
+    added = noise.to(plain.output) * plain.output.std()
+
+    def add(output: torch.Tensor) -> torch.Tensor:
+        return output + added.view_as(output)
+
+    with changing({last: add}):
+        moved = _trace(call)
+    linear: Any = last
+    if agree(moved.output - plain.output, added.view_as(plain.output), plain.output):
+        return Projection(linear, None)
+    for norm, (given, made) in plain.norms.items():
+        ends = made.shape == plain.output.shape and torch.equal(made, plain.output)
+        if ends and agree(moved.norms[norm][0] - given, added.view_as(given), given):
+            found: Any = norm
+            return Projection(linear, found)
+    return None
+
+
+def find_writers(call: Call) -> list[nn.Linear] | None:
+    """Find the linear modules of a layer that write into the residual stream.
+
+    Without their outputs the layer hands its input on unchanged, and it needs every one of them
+    back to be itself.
+
+    Returns:
+        The modules, in the order they run; None where the layer changes its input in another way
+        too (a norm on the stream itself, a learned scale of the residual).
+    """
+    linears = list(_trace(call).linears)
+    silent = dict.fromkeys(linears, torch.zeros_like)
+
+    def hands_on() -> bool:
+        with changing(silent):
+            return agree(call.repeat(), call.hidden)
+
+    if not hands_on():
+        return None
+    # in order, so that what feeds a writer is judged while the writer is still silent
+    for linear in linears:
+        del silent[linear]
+        if not hands_on():
+            silent[linear] = torch.zeros_like
+    found: Any = list(silent)
+    return list(found)
+
+
+def read_elsewhere(model: nn.Module, layer: nn.Module, behind: nn.Module, run: Any) -> bool:
+    """Tell whether anything but the next layer reads what a layer gives.
+
+    The layer's output is moved and the next layer's input moved back; the predictions stay if
+    nobody else looked.
+
+    Args:
+        model: the model.
+        layer: the layer whose output is in question.
+        behind: the layer that runs after it.
+        run: runs the model on a batch and gives its output.
+    """
+    kept: dict[str, torch.Tensor] = {}
+
+    def away(_: nn.Module, __: Any, output: Any) -> Any:
+        hidden = layer_output(output, type(layer).__name__)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(hidden.shape, generator=generator).to(hidden)
+        kept["plain"], kept["moved"] = hidden, hidden + noise * hidden.std()
+        return (kept["moved"], *output[1:]) if isinstance(output, tuple) else kept["moved"]
+
+    def back(hidden: torch.Tensor) -> torch.Tensor:
+        # to the last bit, unless something was added in between
+        added = hidden.double() - kept["moved"].double()
+        return (kept["plain"].double() + added).to(hidden.dtype)
+
+    expected = predictions(run())
+    # before the hooks by which transformers collects hidden states for others to read
+    hooks = [layer.register_forward_hook(away, prepend=True), shift_input(behind, back)]
+    try:
+        found = predictions(run())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return not all(map(agree, found, expected))
+
+
+def shift_input(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Set a hook that replaces the hidden states a layer is given; returns its handle."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = layer_input(args, kwargs, type(module).__name__)
+        changed = change(hidden)
+        return (
+            tuple(changed if each is hidden else each for each in args),
+            {key: changed if each is hidden else each for key, each in kwargs.items()},
+        )
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def predictions(output: Any) -> list[torch.Tensor]:
+    """Return the floating tensors at the top of a model's output: logits, embeddings, losses."""
+    values = output.values() if isinstance(output, dict) else output
+    return [each for each in values if isinstance(each, torch.Tensor) and each.is_floating_point()]

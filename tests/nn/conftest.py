@@ -1,0 +1,256 @@
+"""Fused models beside the same models unfused: dense, pruned and ragged, and how they compare.
+
+The truth is the unfused model in fp64. transformers' RMSNorm computes in fp32 whatever it is given,
+so the truth has an RMSNorm of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from tiny import TINY, generation_inputs, tiny_inputs
+
+from interlace import ops
+from interlace.models import VLM, family_of
+from interlace.ops._budget import Budget
+from interlace.records import Plan, TowerPlan
+from interlace.surgery import prune
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# products of two outputs that are compared themselves: a few small sums of large terms, whose error
+# has nothing to do with their own size
+_DERIVED = ("logits_per_image", "logits_per_text")
+_SETTINGS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 1}
+# query heads of every key-value head, in turn from layer to layer
+_GROUPS = ((3, 1), (1, 2), (2, 2, 1))
+# as routed on the CPU, and every op that can serve through its reference
+_ROUTES = {"auto": contextlib.nullcontext, "ops": lambda: ops.backend("torch")}
+
+
+def _exact_rms_norm(module: Any) -> Any:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return module.weight * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+    eps = module.variance_epsilon
+    return forward
+
+
+def in_fp64(model: torch.nn.Module) -> Any:
+    exact = copy.deepcopy(model).double()
+    for module in exact.modules():
+        if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
+            module.forward = _exact_rms_norm(module)
+    return exact
+
+
+def cast(inputs: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+def real(value: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Leave out what stands at padding."""
+    for name, mask in inputs.items():
+        if name.endswith("attention_mask") and value.shape[:2] == mask.shape:
+            value = value[mask.bool()]
+    return value
+
+
+def outputs(result: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every floating tensor of a result."""
+    found: dict[str, torch.Tensor] = {}
+
+    def visit(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            found[name] = real(value, inputs).detach()
+        elif isinstance(value, dict):
+            for key, each in value.items():
+                if key != "past_key_values" and key not in _DERIVED:
+                    visit(f"{name}.{key}", each)
+        elif isinstance(value, list | tuple):
+            for key, each in enumerate(value):
+                visit(f"{name}.{key}", each)
+
+    visit("", result)
+    return found
+
+
+def forward(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return outputs(model(**inputs), inputs)
+
+
+def gradients(
+    model: Any, inputs: Mapping[str, torch.Tensor], scales: Mapping[str, float] | None = None
+) -> tuple[dict[str, torch.Tensor], Mapping[str, float]]:
+    """Gradients of all parameters, of the outputs weighted by fixed random factors.
+
+    They are compared as one: of some hundred small tensors a few break a bound that is a multiple
+    of what their few numbers happen to be off by. Each counts as a part of the largest of its
+    module, so that a wrong one is wrong by much; the bias of a key, whose gradient is 0, has no
+    size of its own.
+
+    Returns:
+        All gradients in one, divided by `scales`, and these: the model's own if not given.
+    """
+    result = model(**inputs)
+    total = torch.zeros((), dtype=torch.float64)
+    for key in ("logits", "text_embeds", "image_embeds", "last_hidden_state"):
+        value = result.get(key)
+        if value is not None:
+            value = real(value, inputs)
+            factors = torch.randn(value.shape, generator=torch.Generator().manual_seed(5))
+            total = total + (value.double().cpu() * factors).sum()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+    if scales is None:
+        scales = _scales(gradients)
+    pooled = [gradients[name].flatten() / scales[name] for name in sorted(gradients)]
+    return {"gradients": torch.cat(pooled)}, scales
+
+
+def _scales(gradients: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The largest gradient of the module that every parameter belongs to."""
+    largest: dict[str, float] = {}
+    for name, gradient in gradients.items():
+        owner = name.rpartition(".")[0]
+        largest[owner] = max(largest.get(owner, 0.0), float(gradient.abs().max()))
+    return {name: largest[name.rpartition(".")[0]] or 1.0 for name in gradients}
+
+
+def excesses(actual: Any, reference: Any, truth: Any) -> list[str]:
+    """How results break the error budget, one sentence each."""
+    assert actual.keys() == reference.keys() == truth.keys()
+    assert actual
+    found = []
+    for name, value in actual.items():
+        excess = Budget().excess(value, reference[name], truth[name])
+        if excess is not None:
+            found.append(f"{name}: {excess}")
+    return found
+
+
+def generate(model: Any, name: str, **settings: Any) -> torch.Tensor:
+    inputs = generation_inputs(name, model)
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in inputs.items()}
+    with torch.no_grad():
+        return model.generate(**inputs, **_SETTINGS, **settings)
+
+
+def pruned(name: str) -> Any:
+    """A student without one or two layers of every tower."""
+    model = TINY[name]()
+    vlm = VLM(model, family_of(model), name=name)
+    drop = {}
+    for tower_name, tower in vlm.towers.items():
+        free = [layer for layer in range(tower.num_layers) if layer not in tower.pinned]
+        drop[tower_name] = (2, 3) if tower.cross_attention_layers is not None else (free[-2],)
+    towers = {
+        tower: TowerPlan(vlm.towers[tower].num_layers, drop=layers)
+        for tower, layers in drop.items()
+    }
+    model = prune(vlm, Plan(towers)).model
+    return model.requires_grad_(True)
+
+
+def ragged(name: str, *, maps: bool = True) -> Any:
+    """A model whose layers have query and key-value heads of their own, unevenly grouped.
+
+    Args:
+        name: the family.
+        maps: False gives the same function as a stock model: every query head has a copy of its
+            key-value head.
+    """
+    model = TINY[name]()
+    generator = torch.Generator().manual_seed(3)
+    count = 0
+    for module in model.modules():
+        if not all(hasattr(module, each) for each in ("q_proj", "k_proj", "v_proj")):
+            continue
+        groups = _GROUPS[count % len(_GROUPS)]
+        kv_map = [head for head, size in enumerate(groups) for _ in range(size)]
+        count += 1
+        out = "o_proj" if hasattr(module, "o_proj") else "out_proj"
+        sizes = {"q_proj": len(kv_map), "k_proj": len(groups), "v_proj": len(groups)}
+        for key, heads in sizes.items():
+            _resize(module, key, generator, out_features=heads * module.head_dim)
+        _resize(module, out, generator, in_features=len(kv_map) * module.head_dim)
+        if maps:
+            module.kv_map = tuple(kv_map)
+        else:
+            _copy_heads(module, kv_map)
+    assert count
+    return model.eval()
+
+
+def _resize(module: Any, key: str, generator: torch.Generator, **sizes: int) -> None:
+    old = getattr(module, key)
+    made = torch.nn.Linear(
+        **{"in_features": old.in_features, "out_features": old.out_features, **sizes},
+        bias=old.bias is not None,
+    )
+    with torch.no_grad():
+        for parameter in made.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * (0.14 if parameter.dim() > 1 else 0.1))
+    setattr(module, key, made)
+
+
+def _copy_heads(module: Any, kv_map: list[int]) -> None:
+    module.num_key_value_groups = 1
+    for key in ("k_proj", "v_proj"):
+        old = getattr(module, key)
+        made = torch.nn.Linear(old.in_features, len(kv_map) * module.head_dim, old.bias is not None)
+        with torch.no_grad():
+            for mine, theirs in zip(made.parameters(), old.parameters(), strict=True):
+                heads = theirs.unflatten(0, (-1, module.head_dim))
+                mine.copy_(heads[kv_map].flatten(0, 1))
+        setattr(module, key, made)
+
+
+def variant(name: str, kind: str) -> tuple[Any, Any]:
+    """A model to fuse, and a stock one that computes the same."""
+    if kind == "ragged":
+        return ragged(name), ragged(name, maps=False)
+    model = pruned(name) if kind == "pruned" else TINY[name]()
+    return model, model
+
+
+@pytest.fixture(params=sorted(TINY))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=sorted(_ROUTES))
+def route(request: pytest.FixtureRequest) -> Any:
+    return _ROUTES[request.param]
+
+
+@pytest.fixture
+def kit() -> SimpleNamespace:
+    return SimpleNamespace(
+        routes=_ROUTES,
+        build=lambda name, **options: TINY[name](**options),
+        inputs=tiny_inputs,
+        in_fp64=in_fp64,
+        cast=cast,
+        outputs=outputs,
+        forward=forward,
+        gradients=gradients,
+        excesses=excesses,
+        generate=generate,
+        variant=variant,
+        pruned=pruned,
+        ragged=ragged,
+    )

@@ -1,0 +1,301 @@
+"""fuse and unfuse: what is swapped comes back, and a fused model stays an ordinary model."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import interlace as il
+from interlace.errors import ConfigError, PlanError
+from interlace.models import VLM, family_of
+from interlace.nn.swap import Fused
+from interlace.records import Plan, TowerPlan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def _state(model: Any) -> dict[int, tuple[Any, ...]]:
+    """Everything that unfusing has to bring back."""
+    return {
+        id(module): (
+            type(module),
+            {key: value for key, value in vars(module).items() if not key.startswith("_")},
+            [id(parameter) for parameter in module.parameters(recurse=False)],
+        )
+        for module in model.modules()
+    }
+
+
+def _implementations(model: Any) -> list[Any]:
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    return [config._attn_implementation for config in configs]
+
+
+def _memory(model: Any) -> int:
+    """Bytes of all parameters, what they share counted once."""
+    storages = [parameter.untyped_storage() for parameter in model.parameters()]
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+def test_round_trips_are_bit_equal(family: str, kit: Any, tmp_path: Path) -> None:
+    model = kit.build(family)
+    inputs = kit.inputs(family, model)
+    before, state = kit.forward(model, inputs), _state(model)
+    configs = [
+        module.config._attn_implementation
+        for module in model.modules()
+        if hasattr(module, "config")
+    ]
+    names = list(model.state_dict())
+    memory = _memory(model)
+    model.save_pretrained(tmp_path / "stock")
+    report = il.fuse(model)
+    assert any(isinstance(module, Fused) for module in model.modules())
+    assert list(model.state_dict()) == names
+    # merged, not doubled
+    assert _memory(model) == memory
+    model.save_pretrained(tmp_path / "fused")
+    for file in sorted((tmp_path / "stock").iterdir()):
+        assert (tmp_path / "fused" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert len(report.fused) == sum(e.fused for e in report.entries)
+    il.unfuse(model)
+    assert _state(model) == state
+    after = [
+        module.config._attn_implementation
+        for module in model.modules()
+        if hasattr(module, "config")
+    ]
+    assert after == configs
+    found = kit.forward(model, inputs)
+    assert all(torch.equal(found[name], value) for name, value in before.items())
+
+
+def test_the_report_names_every_layer(family: str, kit: Any) -> None:
+    model = kit.build(family)
+    vlm = VLM(model, family_of(model), name=family)
+    report = il.fuse(vlm)
+    told = {entry.module for entry in report.entries}
+    for tower in vlm.towers.values():
+        for place in range(tower.num_layers):
+            assert f"{tower.path}.{place}" in told
+    modules = dict(model.named_modules())
+    for entry in report.entries:
+        swapped = isinstance(modules[entry.module], Fused)
+        assert swapped == entry.fused or entry.part == "graphs"
+        assert bool(entry.backend) == entry.fused
+        assert entry.fused or entry.reason
+    for module_name, module in modules.items():
+        assert not isinstance(module, Fused) or module_name in told
+    assert str(report).splitlines()[0].startswith(type(model).__name__)
+    assert len(str(report).splitlines()) < 20
+
+
+def test_fusing_twice_and_unfusing_twice_are_refused(kit: Any) -> None:
+    model = kit.build("clip")
+    il.fuse(model)
+    with pytest.raises(ConfigError, match=r"fused already.*unfuse"):
+        il.fuse(model)
+    il.unfuse(model)
+    with pytest.raises(ConfigError, match="is not fused"):
+        il.unfuse(model)
+    with pytest.raises(ConfigError, match="Linear"):
+        il.fuse(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="Nothing of CLIPModel"):
+        il.fuse(model, attention=False, norms=False, mlp=False)
+
+
+@pytest.mark.parametrize("part", ["attention", "norms", "mlp", "rope"])
+def test_parts_can_be_left_out(part: str, kit: Any) -> None:
+    model = kit.build("qwen3_vl")
+    inputs = kit.inputs("qwen3_vl", model)
+    plain = kit.forward(model, inputs)
+    exact = kit.in_fp64(model)
+    truth = kit.forward(exact, kit.cast(inputs, torch.float64))
+    report = il.fuse(model, **{part: False})
+    kinds = {"attention": {"attention"}, "norms": {"norm", "block"}, "mlp": {"mlp"}, "rope": set()}
+    assert not kinds[part] & {entry.part for entry in report.fused}
+    assert kit.excesses(kit.forward(model, inputs), plain, truth) == []
+
+
+def test_training_and_loading_reach_the_merged_weights(kit: Any) -> None:
+    model = kit.build("llava")
+    inputs = kit.inputs("llava", model)
+    twin = copy.deepcopy(model)
+    il.fuse(model)
+    for each in (model, twin):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.05)
+        each(**inputs).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(kit.forward(model, inputs), kit.forward(twin, inputs))
+    other = kit.build("llava", seed=1)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(kit.forward(model, inputs), kit.forward(other, inputs))
+    model.load_state_dict(twin.state_dict(), assign=True)
+    torch.testing.assert_close(kit.forward(model, inputs), kit.forward(twin, inputs))
+
+
+def test_moving_copying_and_replacing_keep_it_right(kit: Any) -> None:
+    model = kit.build("llava")
+    inputs = kit.inputs("llava", model)
+    il.fuse(model)
+    plain = kit.forward(model, inputs)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(kit.forward(twin, inputs), plain, rtol=0, atol=0)
+    layer = twin.model.language_model.layers[0]
+    merged = layer.mlp.interlace_state.merged
+    with torch.no_grad():
+        assert merged.serves((layer.mlp.gate_proj, layer.mlp.up_proj))
+    moved = twin.double().float()
+    with torch.no_grad():
+        assert merged.serves((layer.mlp.gate_proj, layer.mlp.up_proj))
+    torch.testing.assert_close(kit.forward(moved, inputs), plain, rtol=0, atol=0)
+    # a projection of another kind takes the place of one of the merged
+    layer.mlp.up_proj = torch.nn.Linear(32, 48, bias=False)
+    assert not torch.allclose(kit.forward(twin, inputs)[".logits"], plain[".logits"])
+
+
+def test_hooks_are_called(kit: Any) -> None:
+    model = kit.build("qwen3_vl")
+    inputs = kit.inputs("qwen3_vl", model)
+    il.fuse(model)
+    layer = model.model.language_model.layers[5]
+    heard = []
+    for module in (
+        layer.self_attn.k_proj,
+        layer.self_attn.q_norm,
+        layer.mlp.up_proj,
+        layer.input_layernorm,
+        layer.post_attention_layernorm,
+        layer.mlp,
+        layer,
+    ):
+        module.register_forward_hook(lambda module, *_: heard.append(module))
+    plain = kit.forward(model, inputs)
+    assert len(heard) == 7
+    assert plain
+
+
+def test_hidden_states_and_attention_weights_are_recorded(family: str, kit: Any) -> None:
+    model = kit.build(family)
+    inputs = kit.inputs(family, model)
+    model.set_attn_implementation("eager")
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        plain = kit.outputs(model(**inputs, **asked), {})
+        il.fuse(model)
+        found = kit.outputs(model(**inputs, **asked), {})
+    assert found.keys() == plain.keys()
+    assert any("attentions" in name for name in found)
+    real = {n: v.shape for n, v in plain.items()}
+    assert {n: v.shape for n, v in found.items()} == real
+
+
+def test_gradient_checkpointing_and_autocast(kit: Any) -> None:
+    model = kit.build("qwen3_vl").train()
+    inputs = kit.inputs("qwen3_vl", model)
+    truth, scales = kit.gradients(model, inputs)
+    il.fuse(model)
+    model.activation_checkpointing_enable()
+    found, _ = kit.gradients(model, inputs, scales)
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)
+    model.activation_checkpointing_disable()
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = kit.forward(model, inputs)
+        il.unfuse(model)
+        plain = kit.forward(model, inputs)
+    torch.testing.assert_close(fused, plain, rtol=0.05, atol=0.05)
+
+
+def test_inference_mode_and_long_inputs(kit: Any) -> None:
+    # long enough for the ops of the CPU to take over, with norms passed from block to block
+    model = kit.build("llava").model.language_model
+    model.config.max_position_embeddings = 8192
+    ids = torch.randint(3, 100, (1, 4200))
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).last_hidden_state
+        exact = kit.in_fp64(model)(ids, use_cache=False).last_hidden_state
+    report = il.fuse(model)
+    assert any("bridge_norm" in entry.backend for entry in report.fused)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = model(ids, use_cache=False).last_hidden_state
+        assert kit.excesses({"": found}, {"": plain}, {"": exact}) == []
+
+
+def test_a_change_between_two_blocks_is_seen(kit: Any) -> None:
+    model = kit.build("llava").model.language_model
+    il.fuse(model)
+    ids = torch.randint(3, 100, (1, 4200))
+    add = lambda module, args, out: out.add_(0.5)  # noqa: E731
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).last_hidden_state
+        handle = model.layers[3].register_forward_hook(add)
+        changed = model(ids, use_cache=False).last_hidden_state
+        il.unfuse(model)
+        truth = model(ids, use_cache=False).last_hidden_state
+        handle.remove()
+    torch.testing.assert_close(changed, truth, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(changed, plain, atol=1e-2)
+
+
+def test_a_fused_model_is_not_pruned(kit: Any) -> None:
+    model = kit.build("clip")
+    vlm = VLM(model, family_of(model))
+    il.fuse(vlm)
+    plan = Plan({"text": TowerPlan(6, drop=(2,))})
+    with pytest.raises(PlanError, match="unfuse"):
+        il.prune(vlm, plan)
+    il.unfuse(vlm)
+    assert il.prune(vlm, plan).towers["text"].num_layers == 5
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava", "clip"])
+def test_bfloat16_keeps_the_budget(name: str, kit: Any, route: Any) -> None:
+    model = kit.build(name).bfloat16()
+    inputs = kit.cast(kit.inputs(name, model.float()), torch.bfloat16)
+    model = model.bfloat16()
+    truth = kit.forward(kit.in_fp64(model), kit.cast(inputs, torch.float64))
+    plain = kit.forward(model, inputs)
+    il.fuse(model)
+    with route():
+        assert kit.excesses(kit.forward(model, inputs), plain, truth) == []
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava_onevision"])
+def test_text_decoders_compile_without_graph_breaks(name: str, kit: Any) -> None:
+    torch._dynamo.reset()
+    model = kit.build(name, text=2, **({"deepstack": ()} if name == "qwen3_vl" else {}))
+    text = model.model.language_model
+    ids = torch.randint(3, 100, (2, 9))
+    with torch.no_grad():
+        plain = text(ids, use_cache=False).last_hidden_state
+        il.fuse(model)
+        compiled = torch.compile(text, backend="aot_eager", fullgraph=True)
+        found = compiled(ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip"])
+def test_training_compiles_without_graph_breaks(name: str, kit: Any) -> None:
+    torch._dynamo.reset()
+    model = kit.build(name, vision=2).vision_model
+    pixels = kit.inputs(name, model)["pixel_values"]
+    plain = model(pixels).last_hidden_state
+    loss = plain.square().sum()
+    truth = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    il.fuse(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    out = compiled(pixels).last_hidden_state
+    torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-5)
+    found = torch.autograd.grad(out.square().sum(), list(model.parameters()), allow_unused=True)
+    for mine, theirs in zip(found, truth, strict=True):
+        if theirs is None:
+            # compiled code gives zeros for what has no part in the result
+            assert mine is None or not mine.any()
+        else:
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,137 @@
+"""Recorded decoding, with a recorder for the CPU that keeps to the rules of CUDA graphs.
+
+As a graph does, it reads nothing but the memory it was recorded with, and fills one result.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from transformers import StaticCache
+
+import interlace as il
+from interlace.errors import ConfigError
+from interlace.nn import graphs
+from interlace.nn.fusing import text_decoders
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+class Replayer:
+    """Records a function by keeping it."""
+
+    def warm_up(self, step: Callable[[], torch.Tensor]) -> None:
+        step()
+
+    def record(self, step: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor]:
+        result = torch.empty_like(step())
+        return lambda: result.copy_(step()), result
+
+
+class Failing(Replayer):
+    def record(self, step: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def _recorded(model: Any, recorder: Any = None) -> Any:
+    il.fuse(model)
+    decoders = text_decoders(model)
+    assert len(decoders) == 1
+    return graphs.install(model, decoders, recorder or Replayer())[0]
+
+
+@pytest.mark.parametrize("kind", ["dense", "ragged"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_recording_serves_a_whole_text(name: str, kind: str, kit: Any) -> None:
+    model, stock = kit.variant(name, kind)
+    plain = kit.generate(stock, name, cache_implementation="static")
+    forward = _recorded(model)
+    assert torch.equal(kit.generate(model, name, cache_implementation="static"), plain)
+    # the first of six tokens comes from the prompt
+    assert (forward.num_recordings, forward.num_replays) == (1, 5)
+    # a dynamic cache grows, so nothing is recorded
+    assert torch.equal(kit.generate(model, name), plain)
+    assert (forward.num_recordings, forward.num_replays) == (1, 5)
+    assert torch.equal(kit.generate(model, name, cache_implementation="static"), plain)
+    assert forward.reason == ""
+    il.unfuse(model)
+    assert "forward" not in vars(text_decoders(model) or model)
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert "_valid_auto_compile_criteria" not in vars(model)
+
+
+def test_a_cache_is_used_again_and_new_weights_are_seen(kit: Any) -> None:
+    model = kit.build("llava")
+    twin = copy.deepcopy(model)
+    forward = _recorded(model)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    # the static cache that generate makes is as long as the text
+    tokens = kit.generate(twin, "llava")
+    for expected in (1, 1):
+        cache.reset()
+        assert torch.equal(kit.generate(model, "llava", past_key_values=cache), tokens)
+        assert forward.num_recordings == expected
+    other = kit.build("llava", seed=1)
+    model.load_state_dict(other.state_dict(), assign=True)
+    cache.reset()
+    tokens = kit.generate(other, "llava")
+    assert torch.equal(kit.generate(model, "llava", past_key_values=cache), tokens)
+    assert forward.num_recordings == 2
+
+
+def test_what_is_not_recorded_runs_as_before(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = kit.build("llava")
+    plain = kit.generate(model, "llava", cache_implementation="static")
+    forward = _recorded(model, Failing())
+    for _ in range(2):
+        assert torch.equal(kit.generate(model, "llava", cache_implementation="static"), plain)
+    assert "not permitted" in forward.reason
+    assert len([r for r in caplog.records if "without CUDA graphs" in r.message]) == 1
+    il.unfuse(model)
+    forward = _recorded(model)
+    heard = []
+    model.model.language_model.layers[0].register_forward_hook(lambda *_: heard.append(1))
+    assert torch.equal(kit.generate(model, "llava", cache_implementation="static"), plain)
+    assert len(heard) == 6
+    assert forward.num_recordings == 0
+
+
+def test_copies_record_for_themselves(kit: Any) -> None:
+    model = kit.build("llava")
+    plain = kit.generate(model, "llava", cache_implementation="static")
+    forward = _recorded(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(kit.generate(twin, "llava", cache_implementation="static"), plain)
+    assert forward.num_replays == 0
+
+
+def test_graphs_are_of_a_gpu(kit: Any) -> None:
+    model = kit.build("llava")
+    with pytest.raises(ConfigError, match="needs a model on a GPU"):
+        il.fuse(model, graphs=True)
+    report = il.fuse(model)
+    [entry] = [entry for entry in report.entries if entry.part == "graphs"]
+    assert not entry.fused
+    assert "GPU only" in entry.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dense", "pruned", "ragged"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cuda_graphs_give_the_same_tokens(name: str, kind: str, kit: Any) -> None:
+    model, stock = kit.variant(name, kind)
+    plain = kit.generate(stock.cuda(), name)
+    model = model.cuda()
+    report = il.fuse(model)
+    assert any(entry.part == "graphs" and entry.fused for entry in report.entries)
+    assert torch.equal(kit.generate(model, name), plain)
+    assert torch.equal(kit.generate(model, name, cache_implementation="static"), plain)
+    [decoder] = text_decoders(model)
+    forward = vars(decoder)["forward"]
+    assert (forward.reason, forward.num_recordings, forward.num_replays) == ("", 1, 5)
