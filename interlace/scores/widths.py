@@ -221,7 +221,7 @@ class Gauges:
         """Replace the sums by `totals`, in the form that `totals` gives."""
         for watch, gauges in self._sums():
             lengths = [1, *(len(gauge.total) for gauge in gauges)]
-            count, *parts = totals[: sum(lengths)].split(lengths)
+            count, *parts = torch.split(totals[: sum(lengths)], lengths)
             totals = totals[sum(lengths) :]
             watch.samples = int(count)
             for gauge, part in zip(gauges, parts, strict=True):

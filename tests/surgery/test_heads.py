@@ -188,7 +188,7 @@ def test_an_uneven_checkpoint_is_verified_and_names_itself(kit: Any, tmp_path: P
 
 def test_run_time_bridges_stand_beside_uneven_widths(kit: Any, tmp_path: Path) -> None:
     dense = kit.opened("qwen3_vl")
-    data = [tiny_inputs("qwen3_vl", dense.vlm.model, batch=4)]
+    data = [tiny_inputs("qwen3_vl", dense.vlm.model, batch=4, seed=seed) for seed in range(2)]
     cut = {"self_attn": {2: (1,)}, "mlp": {5: (0, 3)}}
     plan = Plan({"text": TowerPlan(8, drop=(4,), tune=(5,), cut=cut)}, standard=False)
     student = prune(dense.vlm, plan, bridges="diagonal", data=data)
