@@ -181,7 +181,7 @@ def _rules(
     # no -march=native: the kernels choose their instruction set when they run.
     # no -ffast-math: NaN and infinity have to travel through
     cxx = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -pthread -Wno-psabi"
-    shared = "-bundle -undefined dynamic_lookup" if apple else "-shared -pthread"
+    shared = "-bundle -undefined dynamic_lookup" if apple else "-shared -pthread -ldl"
     env = {name: os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")}
     lines = [
         f"cxx = {os.environ.get('CXX') or 'c++'}",

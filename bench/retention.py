@@ -19,7 +19,7 @@ import logging
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -343,19 +343,24 @@ def main() -> None:
     parser.add_argument(
         "--no-speed", action="store_true", help="leave speed out, while the machine is busy"
     )
+    rules = (*PUBLISHED, *OTHERS)
+    parser.add_argument("--rules", nargs="+", choices=rules, help="default: those of the preset")
     parser.add_argument("--bridges", default="none", help="comma separated: none, scale, fold")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("interlace").setLevel(logging.WARNING)
     path = arguments.output or Path(f"bench/results/cpu/retention-{arguments.preset}.jsonl")
+    preset = PRESETS[arguments.preset]
+    if arguments.rules:
+        preset = replace(preset, rules=tuple(arguments.rules))
     if not arguments.table:
         bridges = [each.strip() for each in arguments.bridges.split(",")]
         for each in bridges:
             check_bridges(each)
         measure_all(
             arguments.models,
-            PRESETS[arguments.preset],
+            preset,
             path,
             bridges,
             speed=not arguments.no_speed,
