@@ -49,6 +49,8 @@ def _together(target: Callable[[Path], None], result: Path) -> None:
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "ACCELERATE_USE_CPU": "true",
+        # else accelerate warns on machines with one core
+        "OMP_NUM_THREADS": "1",
     }
     ranks = ("0", "1")
     children = [start_child(target, result, **group, RANK=r, LOCAL_RANK=r) for r in ranks]
