@@ -150,10 +150,11 @@ def test_compiled_kernel_keeps_the_budget_on_any_shape(
     args = draw.args(*size, scale=count, **options)
     truth, plain = contract.OP.reference(*in_fp64(args)), contract.OP.reference(*args)
     if kind == "layer" and rank:
-        # a row of few channels may hardly vary; then its norm magnifies how the product was rounded,
-        # and what the reference makes of that is luck
-        spread, largest = truth[1].std(-1, correction=0), truth[1].abs().amax(-1)
-        hypothesis.assume(bool((spread >= 0.2 * largest).all()))
+        # a row of few channels may hardly vary; then its norm magnifies how the product was
+        # rounded, and what the reference makes of that is luck
+        r = truth[1]
+        spread = (r - r.mean(-1, keepdim=True)).square().mean(-1).sqrt()
+        hypothesis.assume(bool((spread >= 0.2 * r.abs().amax(-1)).all()))
     for found, own, exact in zip(contract._cpp(*args), plain, truth, strict=True):
         assert_within_budget(found, own, exact)
 
