@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import logging
 import statistics
 import sys
@@ -25,18 +24,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from cells import Cells, read
 
 import interlace as il
 from interlace.config import HealSettings
 from interlace.data.collate import Collator
-from interlace.errors import PlanError
-from interlace.records import Provenance, TowerPlan
+from interlace.records import TowerPlan
 from interlace.surgery.bridges.names import check_bridges, has_bridges
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-log = logging.getLogger("retention")
 
 PUBLISHED = ("interlace", "interlace_oa", "interlace_tn", "random", "consecutive")
 OTHERS = ("triplet_optimal", "shortgpt", "uidl", "last", "uniform", "sleb")
@@ -207,47 +204,11 @@ def _speed(subject: Subject, vlm: Any, fraction: float) -> dict[str, Any]:
     return {"pruned": report.metrics["speed"], "dense": (report.baseline or {})["speed"]}
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def _provenance() -> dict[str, Any]:
-    found = Provenance.collect()
-    keys = ("package_version", "commit", "python", "torch", "transformers", "device")
-    return {
-        "versions": {key: getattr(found, key) for key in keys},
-        "threads": torch.get_num_threads(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def measure_all(
     subjects: list[str], preset: Preset, path: Path, bridges: list[str], *, speed: bool = True
 ) -> None:
     """Fill the results file cell by cell."""
-    done = {json.dumps(row["cell"]) for row in _read(path)}
-
-    def keep(cell: list[Any], make: Any) -> None:
-        if json.dumps(cell) in done:
-            return
-        started = time.monotonic()
-        try:
-            result = make()
-        except PlanError as error:
-            # a rule that has no plan at this fraction, or a bridge that a tower cannot take, is a
-            # result, not a failure of the run
-            result = {"no_plan": str(error)}
-        _append(path, {"cell": cell, **result, **_provenance()})
-        log.info("%s: %.0f s", cell, time.monotonic() - started)
-
+    keep = Cells(path).keep
     for name in subjects:
         subject = SUBJECTS[name]
         vlm = il.open_model(f"bundled:{name}", dtype="float32")
@@ -365,7 +326,7 @@ def main() -> None:
             bridges,
             speed=not arguments.no_speed,
         )
-    sys.stdout.write(table(_read(path)) + "\n")
+    sys.stdout.write(table(read(path)) + "\n")
 
 
 if __name__ == "__main__":

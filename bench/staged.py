@@ -11,7 +11,6 @@ line per cell is written as soon as it is known, and cells that are there alread
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
 import sys
@@ -20,13 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from retention import SUBJECTS, _append, _headline, _provenance, _read
+from cells import Cells, read
+from retention import SUBJECTS, _headline
 
 import interlace as il
 from interlace.config import HealSettings, PlanSettings, ScoreSettings
-from interlace.errors import PlanError
-
-log = logging.getLogger("staged")
 
 FRACTIONS = (0.25, 0.33, 0.5)
 # name -> rule, stages, gates
@@ -88,21 +85,8 @@ def _cell(
 
 def measure_all(names: list[str], sizes: argparse.Namespace, path: Path) -> None:
     """Fill the results file cell by cell."""
-    done = {json.dumps(row["cell"]) for row in _read(path)}
     keys = ("calibration", "healing", "heal_batch", "held_out")
-    stated = {key: getattr(sizes, key) for key in keys}
-
-    def keep(cell: list[Any], make: Any) -> None:
-        if json.dumps(cell) in done:
-            return
-        try:
-            result = make()
-        except PlanError as error:
-            # a rule that has no plan at this fraction is a result, not a failure of the run
-            result = {"no_plan": str(error)}
-        _append(path, {"cell": cell, **result, **stated, **_provenance()})
-        log.info("%s: %s", cell, result.get("healed", result))
-
+    keep = Cells(path, **{key: getattr(sizes, key) for key in keys}).keep
     for name in names:
         vlm = il.open_model(f"bundled:{name}", dtype="float32")
         subject = SUBJECTS[name]
@@ -179,7 +163,7 @@ def main() -> None:
     logging.getLogger("interlace").setLevel(logging.WARNING)
     if not arguments.table:
         measure_all(arguments.models, arguments, arguments.output)
-    sys.stdout.write(table(_read(arguments.output)) + "\n")
+    sys.stdout.write(table(read(arguments.output)) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from interlace._coerce import build, field_types
-from interlace._settings import Settings
-from interlace._settings import within as _within
+from interlace._settings import Settings, within
 from interlace.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -69,10 +68,10 @@ class DataSettings(Settings):
     root: str | None = None
     split: str = "train"
     tasks: tuple[Literal["chat", "vqa", "caption", "retrieval"], ...] | None = None
-    calibration_count: int = _within(256, 1)
-    heal_count: int | None = _within(None, 1)
-    seed: int = _within(0, 0)
-    max_bad_fraction: float = _within(0.01, 0.0, 1.0)
+    calibration_count: int = within(256, 1)
+    heal_count: int | None = within(None, 1)
+    seed: int = within(0, 0)
+    max_bad_fraction: float = within(0.01, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -92,10 +91,10 @@ class ScoreSettings(Settings):
     metrics: tuple[str, ...] = ("similarity",)
     packs: Literal["all"] | tuple[int, ...] = (1, 2, 3)
     towers: tuple[str, ...] | None = None
-    batch_size: int = _within(8, 1)
+    batch_size: int = within(8, 1)
     answers: bool = False
     packed: bool = False
-    num_directions: int = _within(8, 1)
+    num_directions: int = within(8, 1)
 
     def _check_together(self) -> None:
         if not self.metrics:
@@ -140,7 +139,7 @@ class PlanSettings(Settings):
         | tuple[int, ...]
         | dict[str, Literal["auto", "alignment"] | tuple[int, ...]]
     ) = "auto"
-    seed: int = _within(42, 0)
+    seed: int = within(42, 0)
     weights: dict[str, float] | None = None
     towers: tuple[str, ...] | None = None
     group: str = "all"
@@ -148,7 +147,7 @@ class PlanSettings(Settings):
     ffn: float | dict[str, float] | None = None
     spread: Literal["uniform", "global", "ragged"] = "uniform"
     width_metrics: dict[str, str] | None = None
-    graft: float | None = _within(None, 0.0, 1.0, above=True)
+    graft: float | None = within(None, 0.0, 1.0, above=True)
     standard: bool | None = None
 
     def _check_together(self) -> None:
@@ -182,7 +181,7 @@ class PruneSettings(Settings):
 
     allow_pinned: bool = False
     bridges: str | dict[str, str] = "none"
-    rank: int = _within(16, 1)
+    rank: int = within(16, 1)
 
 
 @dataclass(frozen=True)
@@ -216,28 +215,28 @@ class HealSettings(Settings):
         gate_learning_rate: peak learning rate of the gates.
     """
 
-    epochs: float = _within(1.0, 0.0)
-    max_steps: int | None = _within(None, 0)
-    learning_rate: float = _within(1e-5, 0.0, 1.0, above=True)
-    warmup_fraction: float = _within(0.03, 0.0, 1.0)
-    weight_decay: float = _within(0.0, 0.0, 1.0)
-    max_grad_norm: float = _within(1.0, 0.0, above=True)
-    batch_size: int = _within(16, 1)
-    accumulation: int = _within(1, 1)
-    ce_weight: float = _within(1.0, 0.0)
-    hidden_weight: float = _within(1.0, 0.0)
-    kl_weight: float = _within(1.0, 0.0)
-    temperature: float = _within(1.0, 0.0, above=True)
-    chunk_tokens: int = _within(2048, 1)
+    epochs: float = within(1.0, 0.0)
+    max_steps: int | None = within(None, 0)
+    learning_rate: float = within(1e-5, 0.0, 1.0, above=True)
+    warmup_fraction: float = within(0.03, 0.0, 1.0)
+    weight_decay: float = within(0.0, 0.0, 1.0)
+    max_grad_norm: float = within(1.0, 0.0, above=True)
+    batch_size: int = within(16, 1)
+    accumulation: int = within(1, 1)
+    ce_weight: float = within(1.0, 0.0)
+    hidden_weight: float = within(1.0, 0.0)
+    kl_weight: float = within(1.0, 0.0)
+    temperature: float = within(1.0, 0.0, above=True)
+    chunk_tokens: int = within(2048, 1)
     bf16: bool = False
     gradient_checkpointing: bool = False
-    save_steps: int | None = _within(None, 1)
-    seed: int = _within(42, 0)
-    num_workers: int = _within(0, 0)
+    save_steps: int | None = within(None, 1)
+    seed: int = within(42, 0)
+    num_workers: int = within(0, 0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     gates: Literal["none", "l1", "hard_concrete"] = "none"
-    gate_penalty: float = _within(0.3, 0.0, above=True)
-    gate_learning_rate: float = _within(2e-2, 0.0, 1.0, above=True)
+    gate_penalty: float = within(0.3, 0.0, above=True)
+    gate_learning_rate: float = within(2e-2, 0.0, 1.0, above=True)
 
     def _check_together(self) -> None:
         if self.ce_weight == self.hidden_weight == self.kl_weight == 0.0:
@@ -263,10 +262,10 @@ class ProgressiveSettings(Settings):
         export_stages: also export the student of every stage (`interlace run` only).
     """
 
-    stages: int = _within(3, 1)
+    stages: int = within(3, 1)
     guard: str = "loss"
-    min_retention: float | None = _within(None, 0.0, 1.0)
-    gate_importance: float | None = _within(None, 0.0)
+    min_retention: float | None = within(None, 0.0, 1.0)
+    gate_importance: float | None = within(None, 0.0)
     export_stages: bool = False
 
 
@@ -286,13 +285,13 @@ class EvalSettings(Settings):
     """
 
     tasks: tuple[str, ...] = ("fidelity",)
-    count: int = _within(256, 1)
+    count: int = within(256, 1)
     source: str | None = None
     root: str | None = None
     split: str = "test"
-    batch_size: int = _within(16, 1)
-    max_new_tokens: int = _within(64, 1)
-    seed: int = _within(0, 0)
+    batch_size: int = within(16, 1)
+    max_new_tokens: int = within(64, 1)
+    seed: int = within(0, 0)
 
     def _check_together(self) -> None:
         if not self.tasks:
