@@ -18,6 +18,7 @@ from interlace.nn.swap import Fused, autocasting
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from interlace.nn.block_graphs import BlockGraph
     from interlace.nn.projections import Merged
 
 
@@ -37,6 +38,7 @@ class BlockState:
         mlp: name of that part.
         names: arguments of the stock block after the first.
         defaults: those of them that may be left out, and their values.
+        graph: records and replays the block; None where it just runs.
         next_norm: the norm that reads the block's output; empty where it is not known. In a tuple,
             so that it does not become a part of the block.
     """
@@ -47,6 +49,7 @@ class BlockState:
     mlp: str
     names: tuple[str, ...]
     defaults: dict[str, Any]
+    graph: BlockGraph | None = None
     next_norm: tuple[nn.Module, ...] = ()
 
 
@@ -59,6 +62,12 @@ class FusedBlock(Fused, nn.Module):
         """Run the block on [..., hidden]; further arguments are the stock block's."""
         state = self.interlace_state
         others = {**state.defaults, **dict(zip(state.names, args, strict=False)), **kwargs}
+        if state.graph is not None:
+            return state.graph(self, self._run, hidden_states, others)
+        return self._run(hidden_states, **others)
+
+    def _run(self, hidden_states: Tensor, **others: Any) -> Tensor:
+        state = self.interlace_state
         normed = getattr(self, state.first_norm)(hidden_states)
         attended = getattr(self, state.attention)(hidden_states=normed, **others)
         if isinstance(attended, tuple):

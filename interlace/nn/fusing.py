@@ -13,6 +13,7 @@ from interlace.models import VLM
 from interlace.nn import backends
 from interlace.nn import graphs as recording
 from interlace.nn.attention import NAME, head_groups
+from interlace.nn.block_graphs import BlockGraph, Shelf
 from interlace.nn.blocks import BlockState, FusedBlock, FusedGatedMLP, GatedState, arguments
 from interlace.nn.layers import QKV, CallerState, FusedAttention, FusedCaller
 from interlace.nn.norms import FusedNorm, rms_why_not
@@ -312,11 +313,33 @@ def text_decoders(target: nn.Module) -> list[nn.Module]:
     return found
 
 
+def record_blocks(target: nn.Module, recorder: recording.Recorder) -> list[BlockGraph]:
+    """Let the fused blocks of a model record and replay passes of many tokens.
+
+    Args:
+        target: a fused model.
+        recorder: of its device.
+
+    Returns:
+        What records, one for every block.
+    """
+    shelf, found = Shelf(recorder), []
+    for stack in target.modules():
+        if isinstance(stack, nn.ModuleList):
+            blocks = [each for each in stack if isinstance(each, FusedBlock)]
+            for block in blocks:
+                graph = BlockGraph(shelf, is_last=block is blocks[-1])
+                block.interlace_state.graph = graph
+                found.append(graph)
+    return found
+
+
 def _record_steps(target: nn.Module, names: dict[int, str], graphs: bool | str) -> list[FuseEntry]:
     decoders = text_decoders(target)
     on_gpu = next(target.parameters()).is_cuda
     if graphs and on_gpu:
         recording.install(target, decoders, recording.CudaRecorder())
+        record_blocks(target, recording.CudaRecorder())
     reason = "there are CUDA graphs on a GPU only" if graphs else "graphs=False"
     return [
         FuseEntry(
@@ -324,7 +347,7 @@ def _record_steps(target: nn.Module, names: dict[int, str], graphs: bool | str) 
             type(decoder).__name__,
             "graphs",
             bool(graphs and on_gpu),
-            "CUDA graphs, with a static cache" if graphs and on_gpu else "",
+            "CUDA graphs of steps with a static cache, and of blocks" if graphs and on_gpu else "",
             "" if graphs and on_gpu else reason,
         )
         for decoder in decoders

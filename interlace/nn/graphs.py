@@ -4,8 +4,9 @@ Letters: B batch, K capacity of the cache.
 
 A step against a static cache launches the same kernels on the same memory every time; what differs
 are a few small inputs. They are copied into the memory that the recording reads. A recording
-belongs to one cache, so `generate` records once per call, on its first token after the prompt, and
-never again. Whatever is no such step runs as before, and the reason is said once.
+belongs to the memory of one cache, which is handed on to the next (`cache_memory`), so `generate`
+records once, on the first token after a prompt, and not again for prompts of as many rows and texts
+that are no longer. Whatever is no such step runs as before, and the reason is said once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from interlace.nn.cache_memory import CacheMemory, memory_of
 from interlace.nn.masks import Pattern, attach, pattern_of
+from interlace.nn.swap import autocasting, listened_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,7 +50,11 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs."""
+    """Records CUDA graphs, which share memory for what they do not keep."""
+
+    def __init__(self) -> None:
+        """Start without memory."""
+        self._pool: Any = None
 
     def warm_up(self, step: Callable[[], Tensor]) -> None:
         """Run a function on a stream of its own, as capturing asks for."""
@@ -59,8 +66,10 @@ class CudaRecorder:
 
     def record(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Capture a graph; nothing runs yet."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             result = step()
         return graph.replay, result
 
@@ -70,6 +79,7 @@ class _Recording:
 
     def __init__(self, decoder: Any, stock: Callable[..., Any], kwargs: dict[str, Any]) -> None:
         self.cache = weakref.ref(kwargs["past_key_values"])
+        self._kept = memory_of(kwargs["past_key_values"])
         self.shapes = _shapes(kwargs)
         self.memory = _addresses(decoder)
         self._inputs: dict[str, Any] = {
@@ -93,6 +103,19 @@ class _Recording:
         out = self._stock(**self._inputs, **self._others, past_key_values=self.cache())
         result: Tensor = out.last_hidden_state
         return result
+
+    def takes(self, cache: Any) -> bool:
+        """Tell whether a cache lies in the memory that was recorded, and follow it there."""
+        if self.cache() is cache:
+            return True
+        if any(
+            one is not other
+            for kept, found in zip(self._kept, memory_of(cache), strict=True)
+            for one, other in zip(kept, found, strict=True)
+        ):
+            return False
+        self.cache = weakref.ref(cache)
+        return True
 
     def record(self, recorder: Recorder) -> None:
         """Warm up and record; the cache is as it was afterwards, but for the coming token."""
@@ -140,6 +163,7 @@ class GraphedForward:
         self._decoder = decoder
         self._recorder = recorder
         self._recording: _Recording | None = None
+        self._memory = CacheMemory()
         self._hooks = -1
         self._trusted = False
         # transformers reads from it what a model takes
@@ -160,7 +184,7 @@ class GraphedForward:
         if args or not self._is_step(kwargs):
             # weights may be put elsewhere between two texts, but not between two tokens
             self._trusted = False
-            return stock(decoder, *args, **kwargs)
+            return self._other(*args, **kwargs)
         recording = self._recording
         if recording is None or not self._fits(recording, kwargs):
             recording = self._record(kwargs)
@@ -171,6 +195,20 @@ class GraphedForward:
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, past_key_values=kwargs["past_key_values"]
         )
+
+    def _other(self, *args: Any, **kwargs: Any) -> Any:
+        """Run what is no step; a static cache gets the memory of the last one."""
+        stock, cache = type(self._decoder).forward, kwargs.get("past_key_values")
+        first: Any = kwargs.get("inputs_embeds")
+        first = kwargs.get("input_ids") if first is None else first
+        like = next(self._decoder.parameters())
+        keeps = not (args or first is None or torch.is_grad_enabled() or autocasting(like))
+        if keeps:
+            self._memory.lend(cache, len(first), like)
+        out = stock(self._decoder, *args, **kwargs)
+        if keeps:
+            self._memory.keep(cache)
+        return out
 
     def _is_step(self, kwargs: dict[str, Any]) -> bool:
         """Tell whether a call is one token per row against a static cache, and nothing else."""
@@ -199,7 +237,7 @@ class GraphedForward:
         )
 
     def _fits(self, recording: _Recording, kwargs: dict[str, Any]) -> bool:
-        if recording.cache() is not kwargs["past_key_values"]:
+        if not recording.takes(kwargs["past_key_values"]):
             return False
         if recording.shapes != _shapes(kwargs) or self._hooks != RemovableHandle.next_id:
             return False
@@ -209,10 +247,9 @@ class GraphedForward:
 
     def _record(self, kwargs: dict[str, Any]) -> _Recording | None:
         self._recording = None
-        for module in self._decoder.modules():
-            if module._forward_hooks or module._forward_pre_hooks:
-                # hooks do not run in a replay; they may be gone by the next text
-                return None
+        if listened_to(each for each in self._decoder.modules() if each is not self._decoder):
+            # hooks do not run in a replay; they may be gone by the next text
+            return None
         recording = _Recording(self._decoder, _bound(self._decoder), kwargs)
         try:
             recording.record(self._recorder)
@@ -304,7 +341,13 @@ def _shapes(kwargs: dict[str, Any]) -> tuple[Any, ...]:
         for name, value in sorted(kwargs.items())
         if name not in ("attention_mask", "past_key_values")
     )
-    return inputs, tuple((name, tuple(mask.shape)) for name, mask in _masks(kwargs).items())
+    # tensors of inference mode are not written outside of it
+    inference = torch.is_inference_mode_enabled()
+    return (
+        inference,
+        inputs,
+        tuple((name, tuple(mask.shape)) for name, mask in _masks(kwargs).items()),
+    )
 
 
 def _addresses(decoder: nn.Module) -> tuple[int, ...]:

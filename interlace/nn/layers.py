@@ -173,20 +173,21 @@ class FusedVisionAttention(_Attention):
         return projected
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int | None
+        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, most: int | None
     ) -> Tensor:
         q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
         if self._dropout() == 0.0 and prefill_op_serves(q, k, v, None):
-            if longest is None:
-                longest = _longest(cu_seqlens, query.shape[0])
+            if most is None:
+                compiling = torch.compiler.is_compiling()
+                most = query.shape[0] if compiling else longest(cu_seqlens)
             out, _ = ops.ragged_attention(
                 query,
                 key,
                 value,
                 cu_seqlens_q=cu_seqlens,
                 cu_seqlens_kv=cu_seqlens,
-                max_seqlen_q=longest,
-                max_seqlen_kv=longest,
+                max_seqlen_q=most,
+                max_seqlen_kv=most,
                 q_start=range(self.num_heads + 1),
                 causal=False,
                 scale=self.scaling,
@@ -202,10 +203,8 @@ class FusedVisionAttention(_Attention):
         return torch.cat(attended, dim=1)
 
 
-def _longest(cu_seqlens: Tensor, num_tokens: int) -> int:
+def longest(cu_seqlens: Tensor) -> int:
     """Length of the longest image; waits for the device once per forward pass."""
-    if torch.compiler.is_compiling():
-        return num_tokens
     kept: int | None = getattr(cu_seqlens, "interlace_longest", None)
     if kept is None:
         kept = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())

@@ -89,8 +89,19 @@ def add_before(x: Tensor, residual: Tensor, norm: nn.Module | None) -> Tensor:
     ):
         return residual + x
     normed, total = _by_op(x, residual, norm)
-    setattr(total, _BORNE, (norm, normed, total._version))
+    bear(total, norm, normed)
     return total
+
+
+def bear(total: Tensor, norm: nn.Module, normed: Tensor) -> None:
+    """Let a sum bear its norm, as long as nothing changes the sum."""
+    setattr(total, _BORNE, (norm, normed, total._version))
+
+
+def borne_by(total: Tensor) -> tuple[nn.Module, Tensor] | None:
+    """Return the module and the norm that a sum bears; None if it bears none."""
+    borne = getattr(total, _BORNE, None)
+    return None if borne is None else borne[:2]
 
 
 def _by_op(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:

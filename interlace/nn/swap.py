@@ -10,10 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils import output_capturing
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor, nn
 
+_COLLECTS = output_capturing.__name__
 STATE = "interlace_state"
 
 
@@ -61,6 +65,28 @@ def hooked(*modules: nn.Module) -> bool:
         or "forward" in vars(module)
         for module in modules
     )
+
+
+def listened_to(modules: Iterable[nn.Module]) -> bool:
+    """Tell whether anything listens to modules that would not hear a replay.
+
+    What transformers leaves at a module to collect outputs hears nothing unless it is collecting.
+    """
+    return any(
+        "forward" in vars(module)
+        or any(
+            hook.__module__ != _COLLECTS
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+            for hook in hooks.values()
+        )
+        for module in modules
+    )
+
+
+def collected() -> set[str]:
+    """Name the outputs of layers that transformers is collecting in this pass."""
+    collector = output_capturing._active_collector.get()
+    return set(collector or ()) - {"_hidden_states_layers"}
 
 
 def autocasting(x: Tensor) -> bool:

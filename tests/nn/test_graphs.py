@@ -58,7 +58,9 @@ def test_one_recording_serves_a_whole_text(name: str, kind: str, kit: Any) -> No
     # a dynamic cache grows, so nothing is recorded
     assert torch.equal(kit.generate(model, name), plain)
     assert (forward.num_recordings, forward.num_replays) == (1, 5)
+    # another cache, in the memory of the first
     assert torch.equal(kit.generate(model, name, cache_implementation="static"), plain)
+    assert (forward.num_recordings, forward.num_replays) == (1, 10)
     assert forward.reason == ""
     il.unfuse(model)
     assert "forward" not in vars(text_decoders(model) or model)

@@ -88,10 +88,11 @@ SCENES = [
         "packed",
         6,
         6,
-        function=patterns.packed_sequence_compatibility_function(
+        function=patterns.and_masks(
             patterns.causal_mask_function,
-            torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 0, 1]]),
-            torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1]]),
+            patterns.packed_sequence_mask_function(
+                torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1]])
+            ),
         ),
         lengths=False,
         others=WHOLE,

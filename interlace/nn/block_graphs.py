@@ -1,0 +1,305 @@
+"""Blocks by CUDA graphs: passes of many tokens, as prompts and images are, of a shape seen before.
+
+With a few thousand tokens a modern GPU is done with a block sooner than Python has launched its
+kernels. A block that is called with inputs of the same shapes a second time is recorded, one graph
+per block, and replayed from then on; inputs of a new shape run as before. What happens between the
+blocks stays as transformers wrote it.
+
+What a recording reads lies in memory of its own: inputs are copied there, except the result of
+another recording (of the block before), which is read where it lies. What a recording gives lies in
+memory that its next replay fills again, so whatever may keep it gets a copy: hooks, and what
+follows the last block.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import logging
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+from interlace.nn.attention import NAME
+from interlace.nn.layers import longest
+from interlace.nn.masks import Pattern, attach, pattern_of
+from interlace.nn.norms import bear, borne_by
+from interlace.nn.swap import autocasting, collected, listened_to
+from interlace.ops import _selection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from interlace.nn.graphs import Recorder
+
+_log = logging.getLogger("interlace.nn")
+# with more tokens the GPU works longer on a block than Python takes to launch it
+MOST_ROWS = 8192
+# shapes that a block keeps recordings of; the one that was not used for longest goes first
+_MOST_SHAPES = 4
+# marks the result of a recording
+_STATIC = "interlace_static"
+
+
+class Shelf:
+    """What the blocks of a model share: memory of inputs that all of them read.
+
+    Attributes:
+        recorder: of the device.
+        reason: why blocks are not recorded; empty as long as they are.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        """Start empty."""
+        self.recorder = recorder
+        self.reason = ""
+        # the recordings that read a place keep it
+        self._places: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
+        self._copied: dict[Any, tuple[weakref.ref[Tensor], int]] = {}
+
+    def place(self, name: str, source: Tensor) -> Tensor:
+        """Copy an input to its place, unless it is what was copied there last."""
+        inference = torch.is_inference_mode_enabled()
+        key = (name, _form(source), inference)
+        place = self._places.get(key)
+        if place is None:
+            place = self._places[key] = source.clone()
+        else:
+            last, version = self._copied[key]
+            # tensors of inference mode do not count their changes
+            if last() is source and not inference and version == source._version:
+                return place
+            place.copy_(source)
+        self._copied[key] = weakref.ref(source), 0 if inference else source._version
+        return place
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shelf:
+        """Give the copy of a model memory of its own."""
+        memo[id(self)] = copied = Shelf(self.recorder)
+        return copied
+
+
+@dataclass
+class _Recording:
+    """A recorded block.
+
+    Attributes:
+        replay: runs it.
+        hidden: what it reads: memory of its own, or another recording's result.
+        places: further memory that it reads.
+        result: what it fills.
+        normed: the norm that the result bears: the module, and what it gives.
+        hooks: the number of the next hook, when it was last known that none listens.
+    """
+
+    replay: Callable[[], None]
+    hidden: Tensor
+    places: list[Tensor]
+    result: Tensor
+    normed: tuple[nn.Module, Tensor] | None
+    hooks: int
+
+
+class BlockGraph:
+    """The recordings of one block.
+
+    Attributes:
+        num_recordings: how often the block was recorded.
+        num_replays: how often a recording was replayed.
+    """
+
+    def __init__(self, shelf: Shelf, *, is_last: bool) -> None:
+        """Start without recordings.
+
+        Args:
+            shelf: of all blocks of the model.
+            is_last: what the block gives may be a result of the model.
+        """
+        self._shelf, self._is_last = shelf, is_last
+        self._recordings: collections.OrderedDict[Any, _Recording] = collections.OrderedDict()
+        self._seen: collections.deque[Any] = collections.deque(maxlen=2 * _MOST_SHAPES)
+        self.num_recordings = self.num_replays = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockGraph:
+        """Let a copy of the block record for itself."""
+        shelf = memo.get(id(self._shelf)) or self._shelf.__deepcopy__(memo)
+        return BlockGraph(shelf, is_last=self._is_last)
+
+    def __call__(
+        self, block: Any, run: Callable[..., Tensor], hidden: Tensor, others: dict[str, Any]
+    ) -> Tensor:
+        """Replay, record or run a block.
+
+        Args:
+            block: the block.
+            run: its forward.
+            hidden: [..., T, D], what it works on.
+            others: its further arguments by name.
+        """
+        if self._shelf.reason or not _may_record(block, hidden):
+            return run(hidden, **others)
+        inputs = _Inputs(block, others)
+        if inputs.unknown:
+            return run(hidden, **others)
+        # a result bears a norm that is read too, so a recording that reads one reads no other
+        static = id(hidden) if hasattr(hidden, _STATIC) else None
+        key = (_form(hidden), static, _state(block), inputs.key)
+        recording = self._recordings.get(key)
+        if recording is None and key not in self._seen:
+            self._seen.append(key)
+            return run(hidden, **others)
+        if recording is None or recording.hooks != RemovableHandle.next_id:
+            if listened_to(each for each in block.modules() if each is not block):
+                return run(hidden, **others)
+            if recording is None:
+                recording = self._record(run, hidden, inputs, static is not None)
+                if recording is None:
+                    return run(hidden, **others)
+                self._recordings[key] = recording
+            recording.hooks = RemovableHandle.next_id
+        self._recordings.move_to_end(key)
+        if len(self._recordings) > _MOST_SHAPES:
+            self._recordings.popitem(last=False)
+        return self._replayed(block, recording, hidden, inputs)
+
+    def _record(
+        self, run: Callable[..., Tensor], hidden: Tensor, inputs: _Inputs, is_static: bool
+    ) -> _Recording | None:
+        # kernels were chosen and loaded when the block ran with these shapes before
+        memory = hidden if is_static else hidden.clone()
+        others, places = inputs.placed(self._shelf)
+        try:
+            replay, result = self._shelf.recorder.record(lambda: run(memory, **others))
+        except RuntimeError as error:
+            self._shelf.reason = f"recording a block failed: {error}"
+            _log.warning("Blocks run without CUDA graphs, because %s", self._shelf.reason)
+            return None
+        self.num_recordings += 1
+        setattr(result, _STATIC, True)
+        normed = borne_by(result)
+        return _Recording(replay, memory, places, result, normed, RemovableHandle.next_id)
+
+    def _replayed(
+        self, block: Any, recording: _Recording, hidden: Tensor, inputs: _Inputs
+    ) -> Tensor:
+        if hidden is not recording.hidden:
+            recording.hidden.copy_(hidden)
+        inputs.placed(self._shelf)
+        recording.replay()
+        self.num_replays += 1
+        result = recording.result
+        if self._is_last or block._forward_hooks:
+            return result.clone()
+        if recording.normed is not None:
+            bear(result, *recording.normed)
+        return result
+
+
+class _Inputs:
+    """Arguments of a block beside what it works on: tensors, and what shapes the work on them.
+
+    Attributes:
+        key: what has to be equal for a recording to serve.
+        unknown: there is something that a recording cannot read.
+    """
+
+    def __init__(self, block: Any, others: dict[str, Any]) -> None:
+        self._others = others
+        self.unknown = False
+        self.key = tuple((name, self._part(block, name, value)) for name, value in others.items())
+
+    def _part(self, block: Any, name: str, value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, tuple | list) and all(isinstance(each, Tensor) for each in value):
+            return tuple(_form(each) for each in value)
+        if type(value) is StaticCache:
+            return self._memory(block, value)
+        if not isinstance(value, Tensor):
+            self.unknown = True
+            return None
+        if name == "cu_seqlens":
+            # the longest sequence decides how many programs are launched
+            return _form(value), longest(value)
+        pattern = pattern_of(value)
+        return _form(value), None if pattern is None else (pattern.causal, pattern.window)
+
+    def _memory(self, block: Any, cache: Any) -> Any:
+        place = getattr(getattr(block, "self_attn", None), "layer_idx", None)
+        layer: Any = None if place is None else cache.layers[place]
+        if type(layer) is not StaticLayer or not layer.is_initialized:
+            self.unknown = True
+            return None
+        return tuple(
+            each.data_ptr() for each in (layer.keys, layer.values, layer.cumulative_length)
+        )
+
+    def placed(self, shelf: Shelf) -> tuple[dict[str, Any], list[Tensor]]:
+        """Copy all tensors to their places; return the arguments that lie there, and the places."""
+        found: dict[str, Any] = {}
+        places: list[Tensor] = []
+
+        def place(name: str, source: Tensor) -> Tensor:
+            places.append(shelf.place(name, source))
+            return places[-1]
+
+        for name, value in self._others.items():
+            found[name] = value
+            if isinstance(value, tuple | list):
+                found[name] = tuple(place(f"{name}.{i}", each) for i, each in enumerate(value))
+            elif isinstance(value, StaticCache):
+                # the recording is of its memory, and must not keep the cache itself
+                found[name] = copy.copy(value)
+            elif isinstance(value, Tensor):
+                found[name] = place(name, value)
+                pattern = pattern_of(value)
+                if pattern is not None:
+                    attach(found[name], _placed_pattern(name, pattern, place))
+                if name == "cu_seqlens":
+                    found[name].interlace_longest = longest(value)
+        return found, places
+
+
+def _placed_pattern(name: str, pattern: Pattern, place: Callable[[str, Tensor], Tensor]) -> Pattern:
+    cuts = pattern.cuts
+    if cuts is not None:
+        cuts = (place(f"{name}.queries", cuts[0]), place(f"{name}.keys", cuts[1]))
+    starts, lengths = (
+        place(f"{name}.starts", pattern.starts),
+        place(f"{name}.ends", pattern.lengths),
+    )
+    return Pattern(pattern.causal, pattern.window, starts, lengths, cuts)
+
+
+def _may_record(block: Any, hidden: Tensor) -> bool:
+    """Tell whether a call is of the kind that recordings are made of."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or block.training:
+        return False
+    if hidden.dim() < 2 or hidden.shape[-2] == 1 or autocasting(hidden):
+        return False
+    if not 0 < hidden.numel() // hidden.shape[-1] <= MOST_ROWS:
+        return False
+    attention = getattr(block, block.interlace_state.attention)
+    # of what transformers collects, a replay gives hidden states alone
+    if collected() - {"hidden_states"}:
+        return False
+    config = getattr(attention, "config", None)
+    if getattr(config, "_attn_implementation", NAME) != NAME:
+        return False
+    return not (hidden.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _state(block: nn.Module) -> tuple[Any, ...]:
+    """What else a recording depends on: where the weights lie, and which backends serve."""
+    inference, backend = torch.is_inference_mode_enabled(), _selection.resolve("auto")
+    return inference, backend, tuple(each.data_ptr() for each in block.parameters())
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device

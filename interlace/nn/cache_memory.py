@@ -1,0 +1,74 @@
+"""Memory of static caches that outlives them: what was recorded against one serves the next.
+
+`generate` makes a new static cache for every call. A recording reads and writes the memory of one,
+so the memory is handed on: once a cache is gone, the next one of the same form gets its memory
+before the prompt fills it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+
+class CacheMemory:
+    """The memory of the last static cache of a decoder."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._layers: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._owner: weakref.ref[Any] | None = None
+
+    def lend(self, cache: Any, batch: int, like: Tensor) -> None:
+        """Give a cache that has no memory yet that of the last one, if that is gone and fits.
+
+        Args:
+            cache: what a decoder was called with as its cache.
+            batch: rows that it will hold.
+            like: on the device and in the dtype that it will have.
+        """
+        if self._owner is None or self._owner() is not None or not _is_static(cache):
+            return
+        layers, inference = cache.layers, torch.is_inference_mode_enabled()
+        if len(layers) != len(self._layers) or any(each.is_initialized for each in layers):
+            return
+        for layer, (keys, _, _) in zip(layers, self._layers, strict=True):
+            if (keys.shape[0], keys.shape[2]) != (batch, layer.max_cache_len):
+                return
+            if (keys.dtype, keys.device) != (like.dtype, like.device):
+                return
+            if keys.is_inference() != inference:
+                return
+        for layer, (keys, values, length) in zip(layers, self._layers, strict=True):
+            # what a masked key holds must still be a number
+            layer.keys, layer.values, layer.cumulative_length = keys.zero_(), values.zero_(), length
+            length.zero_()
+            layer.dtype, layer.device = keys.dtype, keys.device
+            layer.batch_size, layer.num_heads = keys.shape[:2]
+            layer.k_head_dim, layer.v_head_dim = keys.shape[-1], values.shape[-1]
+            layer.is_initialized = True
+        self._owner = weakref.ref(cache)
+
+    def keep(self, cache: Any) -> None:
+        """Remember the memory of a cache that is in use."""
+        if _is_static(cache) and all(each.is_initialized for each in cache.layers):
+            self._layers = memory_of(cache)
+            self._owner = weakref.ref(cache)
+
+
+def memory_of(cache: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Keys, values and length of every layer of a static cache."""
+    return [(each.keys, each.values, each.cumulative_length) for each in cache.layers]
+
+
+def _is_static(cache: Any) -> bool:
+    return (
+        type(cache) is StaticCache
+        and not getattr(cache, "offloading", False)
+        and all(type(each) is StaticLayer for each in cache.layers)
+    )
