@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 CPP := $(wildcard csrc/*.* csrc/*/*.*)
+GPU_TESTS = $(shell grep -rl 'mark\.gpu' tests)
 SANITIZED := build/sanitized
 
 .DEFAULT_GOAL := help
@@ -57,8 +58,8 @@ gpu:  ## on a GPU machine: install, run the GPU tests, time ops and models (RESU
 	step() { echo; echo "== $$*"; "$$@" || failed="$$failed\n  $$*"; }; \
 	step env INTERLACE_EXTENSION=require INTERLACE_BUILD_CUDA=1 \
 		$(GPU_PYTHON) -P -m pip install --disable-pip-version-check --no-deps --no-build-isolation .; \
-	step timeout 280 $(GPU_PYTHON) -P -m pytest -m gpu -n 4 --benchmark-disable \
-		--continue-on-collection-errors $(PYTEST_ARGS); \
+	step env OMP_NUM_THREADS=1 timeout 280 $(GPU_PYTHON) -P -m pytest -m gpu -n 8 --benchmark-disable \
+		--continue-on-collection-errors $(PYTEST_ARGS) $(GPU_TESTS); \
 	step timeout 180 $(GPU_PYTHON) bench/run.py --device cuda --all --budget 140 \
 		$(if $(RESULTS),--output $(RESULTS)) $(BENCH_ARGS); \
 	step timeout 130 $(GPU_PYTHON) bench/e2e.py --preset full --budget 90 \

@@ -24,6 +24,7 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from interlace.nn import preparing
 from interlace.nn.cache_memory import CacheMemory, memory_of
 from interlace.nn.masks import Pattern, attach, pattern_of
 from interlace.nn.swap import autocasting, listened_to
@@ -101,8 +102,14 @@ class _Recording:
 
     def _step(self) -> Tensor:
         out = self._stock(**self._inputs, **self._others, past_key_values=self.cache())
+        for mask in self._masks.values():
+            _move_on(mask)
         result: Tensor = out.last_hidden_state
         return result
+
+    def masks_ahead(self) -> dict[str, Any] | None:
+        """The masks of the coming step after a replay; None where they do not move on."""
+        return self._masks if all(_moves(mask) for mask in self._masks.values()) else None
 
     def takes(self, cache: Any) -> bool:
         """Tell whether a cache lies in the memory that was recorded, and follow it there."""
@@ -144,7 +151,8 @@ class _Recording:
             if isinstance(value, Tensor) and name != "attention_mask":
                 self._inputs[name].copy_(value)
         for name, mask in _masks(kwargs).items():
-            _copy_mask(mask, self._masks[name])
+            if mask is not self._masks[name]:
+                _copy_mask(mask, self._masks[name])
         self._replay()
         # the next replay fills the same memory
         return self._result.clone()
@@ -165,7 +173,7 @@ class GraphedForward:
         self._recording: _Recording | None = None
         self._memory = CacheMemory()
         self._hooks = -1
-        self._trusted = False
+        self._trusted = self._replayed = False
         # transformers reads from it what a model takes
         self.__signature__ = inspect.signature(type(decoder).forward.__get__(decoder))
         self.reason = ""
@@ -183,11 +191,12 @@ class GraphedForward:
             return stock(decoder, *args, **kwargs)
         if args or not self._is_step(kwargs):
             # weights may be put elsewhere between two texts, but not between two tokens
-            self._trusted = False
+            self._trusted = self._replayed = False
             return self._other(*args, **kwargs)
         recording = self._recording
         if recording is None or not self._fits(recording, kwargs):
             recording = self._record(kwargs)
+        self._replayed = recording is not None
         if recording is None:
             return stock(decoder, **kwargs)
         self.num_replays += 1
@@ -195,6 +204,13 @@ class GraphedForward:
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, past_key_values=kwargs["past_key_values"]
         )
+
+    def masks_ahead(self, cache: Any) -> dict[str, Any] | None:
+        """The masks of the step after one that was replayed against a cache; None without any."""
+        recording = self._recording if self._replayed else None
+        if recording is None or cache is None or recording.cache() is not cache:
+            return None
+        return recording.masks_ahead()
 
     def _other(self, *args: Any, **kwargs: Any) -> Any:
         """Run what is no step; a static cache gets the memory of the last one."""
@@ -283,6 +299,8 @@ def install(
         decoder.__dict__["forward"] = forwards[-1]
     if hasattr(type(target), _COMPILES):
         target.__dict__[_COMPILES] = functools.partial(_compiles, target)
+        if len(forwards) == 1:
+            preparing.install(target, forwards[0])
     return forwards
 
 
@@ -292,6 +310,7 @@ def remove(target: nn.Module) -> None:
         if isinstance(module.__dict__.get("forward"), GraphedForward):
             del module.__dict__["forward"]
     target.__dict__.pop(_COMPILES, None)
+    preparing.remove(target)
 
 
 def _compiles(target: Any, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
@@ -332,6 +351,23 @@ def _copy_mask(source: Tensor, target: Tensor) -> None:
     target.copy_(source)
     old.starts.copy_(new.starts)
     old.lengths.copy_(new.lengths)
+
+
+def _moves(mask: Tensor) -> bool:
+    """Tell whether the mask of a step becomes that of the next by one more visible key."""
+    pattern = pattern_of(mask)
+    return pattern is not None and pattern.window is None
+
+
+def _move_on(mask: Tensor) -> None:
+    """Let the coming token be seen too, of which a cache has no more than it can hold."""
+    pattern = pattern_of(mask)
+    if pattern is None or pattern.window is not None:
+        return
+    capacity = mask.shape[-1]
+    place = pattern.lengths.clamp(max=capacity - 1).long()
+    mask.scatter_(-1, place[:, None, None, None].expand(*mask.shape[:-1], 1), value=True)
+    pattern.lengths.add_(1).clamp_(max=capacity)
 
 
 def _shapes(kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -14,7 +14,8 @@ from transformers import StaticCache
 
 import interlace as il
 from interlace.errors import ConfigError
-from interlace.nn import graphs
+from interlace.nn import graphs, masks
+from interlace.nn.blocks import FusedBlock
 from interlace.nn.fusing import text_decoders
 
 if TYPE_CHECKING:
@@ -87,6 +88,36 @@ def test_a_cache_is_used_again_and_new_weights_are_seen(kit: Any) -> None:
     assert forward.num_recordings == 2
 
 
+def test_masks_of_a_text_are_made_once(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = kit.build("qwen3_vl")
+    plain = kit.generate(model, "qwen3_vl", cache_implementation="static")
+    forward = _recorded(model)
+    made, stock = [], masks.sdpa_mask
+    monkeypatch.setattr(masks, "sdpa_mask", lambda **args: made.append(args) or stock(**args))
+    for text in (1, 2):
+        assert torch.equal(kit.generate(model, "qwen3_vl", cache_implementation="static"), plain)
+        # of the prompt and of the first step; the others follow from that
+        assert len(made) == 2 * text
+        assert forward.num_replays == 5 * text
+
+
+def test_a_mask_of_the_callers_own_is_heeded(kit: Any) -> None:
+    model = kit.build("llava")
+    forward = _recorded(model)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    tokens = kit.generate(model, "llava", past_key_values=cache)
+    assert forward.num_replays == 5
+    ones = torch.ones_like(tokens)
+    holes = ones.clone()
+    holes[:, 3] = 0
+    for mask in (ones, holes):
+        inputs = model.prepare_inputs_for_generation(
+            tokens, next_sequence_length=1, past_key_values=cache, attention_mask=mask
+        )
+        visible = inputs["attention_mask"][:, 0, 0, : tokens.shape[1]]
+        assert torch.equal(visible, mask.bool())
+
+
 def test_what_is_not_recorded_runs_as_before(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
     model = kit.build("llava")
     plain = kit.generate(model, "llava", cache_implementation="static")
@@ -133,7 +164,12 @@ def test_cuda_graphs_give_the_same_tokens(name: str, kind: str, kit: Any) -> Non
     report = il.fuse(model)
     assert any(entry.part == "graphs" and entry.fused for entry in report.entries)
     assert torch.equal(kit.generate(model, name), plain)
-    assert torch.equal(kit.generate(model, name, cache_implementation="static"), plain)
+    for _ in range(4):
+        assert torch.equal(kit.generate(model, name, cache_implementation="static"), plain)
     [decoder] = text_decoders(model)
     forward = vars(decoder)["forward"]
-    assert (forward.reason, forward.num_recordings, forward.num_replays) == ("", 1, 5)
+    assert (forward.reason, forward.num_recordings, forward.num_replays) == ("", 1, 20)
+    blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
+    graphs_of = [block.interlace_state.graph for block in blocks]
+    assert {graph._shelf.reason for graph in graphs_of} == {""}
+    assert min(graph.num_replays for graph in graphs_of) >= 1
