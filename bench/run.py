@@ -97,7 +97,7 @@ class Run:
             return
         arguments, device = self.arguments, torch.device(self.arguments.device)
         path = self.folder / results.file_name(op.name, quick=arguments.quick)
-        red = contract_violations(op, device)
+        red = contract_violations(op, device, [DTYPES[name] for name in arguments.dtype])
         if red:
             results.write_lines(path, [results.refusal_record(op.name, red)])
             self.fail(op.name, f"is not timed, its contract test is red: {'; '.join(red)}")

@@ -77,5 +77,12 @@ def product(left, right, total, like, UPCAST: tl.constexpr):
 
 @triton.jit
 def inverse_root(square, eps):
-    # a traced program may hand over eps in fp64
-    return tl.rsqrt((square + eps).to(tl.float32))
+    # a traced program may hand over eps in fp64; the instructions for a root and a quotient that
+    # are not told to round are off by some units
+    return tl.div_rn(1.0, tl.sqrt_rn((square + eps).to(tl.float32)))
+
+
+@triton.jit
+def mean_of(total, width):
+    """A sum over a row of `width` numbers divided by it."""
+    return tl.div_rn(total, tl.zeros_like(total) + width)

@@ -19,6 +19,7 @@ from interlace.triton_kernels._bridge_norm_parts import (
     load_rows,
     load_scale,
     load_sum,
+    mean_of,
 )
 
 
@@ -52,11 +53,11 @@ def forward_rows(
     place = rows[:, None] * width + columns[None, :]
     tl.store(new_residual + place, r.to(new_residual.dtype.element_ty), mask=inside)
     if LAYER:
-        average = tl.sum(r, 1) / width
+        average = mean_of(tl.sum(r, 1), width)
         r = tl.where(inside, r - average[:, None], 0.0)
     else:
         average = tl.zeros((ROWS,), tl.float32)
-    inverse = inverse_root(tl.sum(r * r, 1) / width, eps)
+    inverse = inverse_root(mean_of(tl.sum(r * r, 1), width), eps)
     tl.store(rstd + rows, inverse, mask=rows < num_rows)
     tl.store(mean + rows, average, mask=rows < num_rows)
     out = r * inverse[:, None] * load_columns(weight, columns, width)
@@ -151,10 +152,10 @@ def backward_rows(
             residual_stride, rows, columns, inside, width, average, inverse, LAYER, "",
         )  # fmt: skip
         wg = g * w
-        along = (tl.sum(wg * n, 1) / width)[:, None]
+        along = mean_of(tl.sum(wg * n, 1), width)[:, None]
         level = 0.0
         if LAYER:
-            level = (tl.sum(wg, 1) / width)[:, None]
+            level = mean_of(tl.sum(wg, 1), width)[:, None]
         if RELOAD:
             # another eviction policy, or the compiler would see that it has these values
             w = load_columns(weight, columns, width, "evict_last")

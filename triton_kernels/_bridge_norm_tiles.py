@@ -26,6 +26,7 @@ from interlace.triton_kernels._bridge_norm_parts import (
     load_rows,
     load_scale,
     load_sum,
+    mean_of,
     product,
 )
 
@@ -119,8 +120,8 @@ def forward_tiles(
             squares += apart * apart * (before * here / (before + here))
             total += of_chunk
         squares += tl.sum(r * r, 1)
-    average = total / width
-    inverse = inverse_root(squares / width, eps)
+    average = mean_of(total, width)
+    inverse = inverse_root(mean_of(squares, width), eps)
     tl.store(rstd + rows, inverse, mask=is_row)
     tl.store(mean + rows, average, mask=is_row)
 

@@ -115,7 +115,9 @@ def _load_tables(
 def _scale(square, inside, eps, D: tl.constexpr):
     """One over the root mean square of every head, from its sum of squares."""
     # heads outside are zeros: whatever eps is, they must stay so
-    return tl.rsqrt(tl.where(inside, square * (1.0 / D) + eps, 1.0))[:, :, None]
+    mean = tl.where(inside, square * (1.0 / D) + eps, 1.0)
+    # rounded, since the approximate root is off by some units
+    return tl.div_rn(1.0, tl.sqrt_rn(mean.to(tl.float32)))[:, :, None]
 
 
 @triton.jit

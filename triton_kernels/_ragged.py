@@ -49,10 +49,9 @@ class Launch:
     Attributes:
         block_m: queries of a program or a step.
         block_n: keys of a step or a program.
-        num_warps: warps of a program; with `specialize`, of each of its three groups.
+        num_warps: warps of a program.
         num_stages: tiles in flight, in steps.
         tma: tiles come by TMA.
-        specialize: one group of warps loads for two that compute.
     """
 
     block_m: int
@@ -60,7 +59,6 @@ class Launch:
     num_warps: int
     num_stages: int
     tma: bool = False
-    specialize: bool = False
 
     def blocks(self) -> dict[str, int]:
         """Sizes of blocks, as kernels name them."""
@@ -162,7 +160,7 @@ def locate(
     """Sequence of a slot, and the number of its block, which may lie beyond the sequence.
 
     SEARCH is 0 where every sequence has its slots_per_sequence, else num_sequences or more, a power
-    of two. Without branches, since warp specialisation does not get along with them.
+    of two.
     """
     if SEARCH > 0:
         number = tl.arange(0, SEARCH)

@@ -69,6 +69,7 @@ def queries_kernel(
     ROWS: tl.constexpr,
     TMA: tl.constexpr,
     RELOAD: tl.constexpr,
+    PRECISE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Gradient of a block of queries, and its share of the gate's, grad_gate [Hq, num_slots]."""
@@ -158,7 +159,10 @@ def queries_kernel(
                 keys = load_tile(
                     head_k, stride_kt, key, kv_length, HEAD_DIM, BLOCK_N, 0, PART, True, UPCAST
                 )
-            scores = tl.broadcast_to(start[:, None], [BLOCK_M, BLOCK_N])
+            if PRECISE:
+                scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            else:
+                scores = tl.broadcast_to(start[:, None], [BLOCK_M, BLOCK_N])
             scores = tl.dot(query, keys.T, scores, input_precision="ieee")
             if REST > 0:
                 if TMA:
@@ -185,7 +189,10 @@ def queries_kernel(
                 if BEHIND:
                     seen = seen & (numbers <= (position + behind)[:, None])
                 scores = tl.where(seen, scores, float("-inf"))
-            weights = tl.exp2(scores * (scale * LOG2_E))
+            if PRECISE:
+                weights = tl.exp2((scores * scale + start[:, None]) * LOG2_E)
+            else:
+                weights = tl.exp2(scores * (scale * LOG2_E))
             if TMA:
                 values = v_source.load([key, 0])
             else:
@@ -223,7 +230,12 @@ def queries_kernel(
             if GATED:
                 shares += tl.sum(weights * grad_weights, 1)
                 weights = weights * factor
-            grad_scores = (weights * (grad_weights + less[:, None])).to(keys.dtype)
+            if PRECISE:
+                # not the sum first: the compiler would start the product from it
+                grad_scores = weights * grad_weights + weights * less[:, None]
+            else:
+                grad_scores = weights * (grad_weights + less[:, None])
+            grad_scores = grad_scores.to(keys.dtype)
             acc = tl.dot(grad_scores, keys, acc, input_precision="ieee")
             if REST > 0:
                 acc_rest = tl.dot(grad_scores, keys_rest, acc_rest, input_precision="ieee")

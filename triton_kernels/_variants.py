@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 # bytes of shared memory that one block may use, by compute capability
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+# for kernels that wait for memory: with every product rounded as torch rounds it, differences that
+# are exactly zero there are zero here
+UNFUSED = {"enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Variant:
             arguments on real shapes are; Triton finds that out by itself when it launches.
         num_warps: warps of a block.
         num_stages: depth of the software pipeline.
+        fp_fusion: whether products may be rounded together with a sum.
         capabilities: compute capabilities it is used on, 80, 90 or 100.
         expects: per capability, parts of instructions that its PTX must have, such as
             "wgmma.mma_async".
@@ -40,5 +44,6 @@ class Variant:
     aligned: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 2
+    fp_fusion: bool = True
     capabilities: tuple[int, ...] = (80, 90, 100)
     expects: Mapping[int, tuple[str, ...]] = field(default_factory=dict)

@@ -97,7 +97,11 @@ def compile_variant(op: str, variant: Variant, capability: int) -> Resources:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+        options={
+            "num_warps": variant.num_warps,
+            "num_stages": variant.num_stages,
+            "enable_fp_fusion": variant.fp_fusion,
+        },
     )
     registers, stack = _usage(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]

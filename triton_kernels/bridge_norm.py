@@ -17,7 +17,7 @@ from interlace.triton_kernels._bridge_norm_tiles import (
     backward_sums,
     forward_tiles,
 )
-from interlace.triton_kernels._variants import Variant
+from interlace.triton_kernels._variants import UNFUSED, Variant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,7 +104,7 @@ def forward(
             rows, warps = FORWARD_ROWS[padded]
             forward_rows[(triton.cdiv(num_rows, rows),)](
                 *(x, residual, weight, bias, scale, *outputs, *strides, num_rows, width, eps),
-                **options, ROWS=rows, WIDTH=padded, num_warps=warps,
+                **options, **UNFUSED, ROWS=rows, WIDTH=padded, num_warps=warps,
             )  # fmt: skip
         else:
             rank = 0 if down is None else len(down)
@@ -112,7 +112,7 @@ def forward(
             forward_tiles[(triton.cdiv(num_rows, options["ROWS"]),)](
                 *(x, residual, weight, bias, scale, down, up, *outputs, *strides),
                 *(num_rows, width, rank, eps),
-                **options,
+                **options, **UNFUSED,
             )  # fmt: skip
     return outputs
 
@@ -158,7 +158,7 @@ def backward(
             partials = fp32(slots, parts, width)
             backward_rows[(parts,)](
                 *(*given, dx, partials, *strides, num_rows, width),
-                **options, BIAS=bias is not None, ROWS=rows, WIDTH=padded,
+                **options, **UNFUSED, BIAS=bias is not None, ROWS=rows, WIDTH=padded,
                 RELOAD=stages == 1, STAGES=stages, num_warps=warps,
             )  # fmt: skip
         else:
@@ -168,7 +168,7 @@ def backward(
             if num_rows:
                 backward_sums[(triton.cdiv(num_rows, tile["ROWS"]),)](
                     *(*given, down, up, sums, z, dz, *strides, num_rows, width, rank),
-                    **options, **tile,
+                    **options, **UNFUSED, **tile,
                 )  # fmt: skip
             tile = tile_options(COLUMN_TILES, rank, dx)
             tiles = triton.cdiv(num_rows, tile["ROWS"])
@@ -178,7 +178,7 @@ def backward(
             backward_columns[(chunks, parts)](
                 *(*given, down, sums, z, dz, dx, partials, low, *strides),
                 *(num_rows, width, rank, triton.cdiv(tiles, parts) * tile["ROWS"]),
-                **options, **tile, BIAS=bias is not None,
+                **options, **UNFUSED, **tile, BIAS=bias is not None,
             )  # fmt: skip
             if down is not None:
                 low_sums = low.sum(1).to(down.dtype)
@@ -358,5 +358,6 @@ def _variant(
         constants,
         aligned=tuple(name for name in types if name not in unaligned),
         expects=dict.fromkeys((80, 90, 100), expects),
+        fp_fusion=False,
         **launch,
     )

@@ -16,7 +16,7 @@ from interlace.triton_kernels._qk_norm_rope import (
     backward_kernel,
     forward_kernel,
 )
-from interlace.triton_kernels._variants import Variant
+from interlace.triton_kernels._variants import UNFUSED, Variant
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,6 +83,7 @@ def forward(
             LAYOUT=_layout(sections, interleaved),
             ALIGN=_align(strides, table_strides),
             num_warps=_WARPS,
+            **UNFUSED,
         )
     return q_out, k_out
 
@@ -141,6 +142,7 @@ def backward(
                 LAYOUT=_layout(sections, interleaved),
                 ALIGN=_align(strides, table_strides),
                 num_warps=_WARPS,
+                **UNFUSED,
             )
         if q_weight is not None or k_weight is not None:
             add_partials_kernel[(2 * triton.cdiv(q.shape[-1], _REDUCED_COLUMNS),)](
@@ -345,6 +347,7 @@ def _variant(
         constants=constants,
         aligned=tuple(aligned),
         num_warps=_WARPS,
+        fp_fusion=False,
         capabilities=capabilities,
         expects=dict.fromkeys(capabilities, expects),
     )

@@ -90,7 +90,6 @@ def _forward(
     GATED: tl.constexpr,
     SEARCH: tl.constexpr,
     TMA: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     # heads of one key-value head side by side
@@ -101,7 +100,7 @@ def _forward(
     q_begin, q_length = span(cu_seqlens_q, sequence)
     kv_begin, kv_length = span(cu_seqlens_kv, sequence)
     num_blocks = tl.cdiv(q_length, BLOCK_M)
-    # nothing to read or to write beyond the sequence; no branch, see `locate`
+    # nothing to read or to write beyond the sequence
     kv_length = tl.where(block < num_blocks, kv_length, 0)
     if BEHIND:
         block = tl.where(block < num_blocks, num_blocks - 1 - block, block)
@@ -162,8 +161,7 @@ def _forward(
         highest = tl.minimum(position + behind, highest)
         high = tl.minimum(high, first + BLOCK_M + behind)
         full_high = tl.minimum(full_high, first + behind)
-    # one loop: warp specialisation takes no second one
-    for key in tl.range(low, high, BLOCK_N, warp_specialize=SPECIALIZE):
+    for key in range(low, high, BLOCK_N):
         if TMA:
             keys = key_source.load([key, 0])
         else:
@@ -177,7 +175,7 @@ def _forward(
                     k, stride_kt, key, kv_length, HEAD_DIM, BLOCK_N, PART, REST, True, UPCAST
                 )
             scores = tl.dot(query_rest, keys.T, scores, input_precision="ieee")
-        if SPECIALIZE or (key < full_low) | (key + BLOCK_N - 1 > full_high):
+        if (key < full_low) | (key + BLOCK_N - 1 > full_high):
             numbers = tl.arange(0, BLOCK_N)[None, :]
             seen = numbers <= (highest - key)[:, None]
             if BEFORE:
@@ -232,7 +230,7 @@ POINTERS = {
     (4, 256): Launch(32, 32, 8, 1),
 }
 HOPPER = {
-    (2, 128): Launch(128, 128, 4, 2, tma=True, specialize=True),
+    (2, 128): Launch(128, 128, 8, 2, tma=True),
     (2, 256): Launch(128, 64, 8, 2, tma=True),
 }
 
@@ -286,7 +284,6 @@ def forward(
             GATED=gate is not None,
             SEARCH=0 if per_sequence else triton.next_power_of_2(num_sequences),
             TMA=launch.tma,
-            SPECIALIZE=launch.specialize,
             UPCAST=interpreted(),
             **launch.options(),
         )
@@ -313,8 +310,6 @@ def _variant(
     loads = {80: ("cp.async",), 90: ("cp.async",), 100: ("cp.async",)}
     if launch.tma:
         loads = {90: ("cp.async.bulk.tensor",)}
-    if launch.specialize:
-        loads[90] += ("setmaxnreg",)
     expects = {c: tensor_cores[c] + loads[c] for c in capabilities} if dtype == "bf16" else {}
     return Variant(
         name=f"head {head_dim}, {dtype}, {name}",
@@ -326,7 +321,6 @@ def _variant(
             "PART": part,
             "REST": rest,
             "TMA": launch.tma,
-            "SPECIALIZE": launch.specialize,
             "UPCAST": False,
             **given,
         },

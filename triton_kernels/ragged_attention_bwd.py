@@ -70,12 +70,15 @@ def _prepare(
     WIDTH: tl.constexpr,
     GATED: tl.constexpr,
     SEARCH: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):
-    """What the products of queries and keys, and of grad_out and values, start from.
+    """What is taken off the products of queries and keys, and of grad_out and values.
 
-    -lse / scale and -<grad_out, out> / gate: added up in the products themselves, they take no
-    registers in the kernels below. Every sequence has whole blocks of ROWS; behind its queries they
-    hold -inf and 0, so that what is no query has no weights.
+    -lse / scale and -<grad_out, out> / gate: the products below start from them, so that they take
+    no registers. A sum that starts from a large number rounds every summand to it; PRECISE kernels
+    start from zero, and take -lse and the other off the finished product. Every sequence has whole
+    blocks of ROWS; behind its queries they hold -inf and 0, so that what is no query has no
+    weights.
     """
     program = tl.program_id(0)
     slot = program // num_heads
@@ -96,7 +99,10 @@ def _prepare(
     lse += head * num_tokens + q_begin
     found = tl.load(lse + rows, mask=rows < q_length, other=float("-inf"))
     # a query that sees nothing has no weights either
-    start = tl.where(found == float("-inf"), found, -found / scale)
+    if PRECISE:
+        start = tl.where(found == float("-inf"), found, -found)
+    else:
+        start = tl.where(found == float("-inf"), found, -found / scale)
     at = head * stride_sh + slot.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(score_start + at, start)
     tl.store(grad_start + at, -delta)
@@ -144,6 +150,7 @@ def _keys(
     SEARCH: tl.constexpr,
     ROWS: tl.constexpr,
     TMA: tl.constexpr,
+    PRECISE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Gradients of a block of keys and values; num_heads counts those of k and v."""
@@ -234,7 +241,10 @@ def _keys(
             else:
                 statistics = at_head * stride_sh + first_row + row
                 start = tl.load(score_start + statistics + columns)
-            scores = tl.broadcast_to(start[None, :], [BLOCK_N, BLOCK_M])
+            if PRECISE:
+                scores = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            else:
+                scores = tl.broadcast_to(start[None, :], [BLOCK_N, BLOCK_M])
             scores = tl.dot(keys, query.T, scores, input_precision="ieee")
             if REST > 0:
                 if TMA:
@@ -260,7 +270,10 @@ def _keys(
                     if BEFORE:
                         seen = seen & (columns[None, :] <= (last - row)[:, None])
                     scores = tl.where(seen, scores, float("-inf"))
-            weights = tl.exp2(scores * (scale * LOG2_E))
+            if PRECISE:
+                weights = tl.exp2((scores * scale + start[None, :]) * LOG2_E)
+            else:
+                weights = tl.exp2(scores * (scale * LOG2_E))
             if GATED:
                 weights = weights * tl.load(gate + head)
             if TMA:
@@ -275,7 +288,10 @@ def _keys(
                 start = grad_score_source.load([head, first_row + row]).reshape([BLOCK_M])
             else:
                 start = tl.load(grad_start + statistics + columns)
-            grad_scores = tl.broadcast_to(start[None, :], [BLOCK_N, BLOCK_M])
+            if PRECISE:
+                grad_scores = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            else:
+                grad_scores = tl.broadcast_to(start[None, :], [BLOCK_N, BLOCK_M])
             grad_scores = tl.dot(values, grad.T, grad_scores, input_precision="ieee")
             if REST > 0:
                 if TMA:
@@ -295,7 +311,11 @@ def _keys(
                     )
                 acc_v_rest = tl.dot(rounded, grad, acc_v_rest, input_precision="ieee")
                 grad_scores = tl.dot(values_rest, grad.T, grad_scores, input_precision="ieee")
-            grad_scores = (weights * grad_scores).to(query.dtype)
+            grad_scores = weights * grad_scores
+            if PRECISE:
+                # not the sum first: the compiler would start the product from it
+                grad_scores += weights * start[None, :]
+            grad_scores = grad_scores.to(query.dtype)
             acc_k = tl.dot(grad_scores, query, acc_k, input_precision="ieee")
             if REST > 0:
                 acc_k_rest = tl.dot(grad_scores, query_rest, acc_k_rest, input_precision="ieee")
@@ -411,6 +431,7 @@ def backward(
         "BEHIND": behind < UNBOUNDED,
         "GATED": gate is not None,
         "ROWS": ROWS,
+        "PRECISE": size == 4 or gate is not None,
         "UPCAST": interpreted(),
     }
 
@@ -424,6 +445,7 @@ def backward(
             WIDTH=triton.next_power_of_2(head_dim),
             GATED=gate is not None,
             SEARCH=search,
+            PRECISE=constants["PRECISE"],
         )
         _keys[(slots_kv * num_kv_heads,)](
             *(*inputs, on_device(tuple(q_start), device), by_group(q_start, device)),
@@ -477,6 +499,7 @@ def _variant(
         "SEARCH": 0,
         "ROWS": ROWS,
         "TMA": launch.tma,
+        "PRECISE": dtype == "fp32" or bool(constants.get("GATED")),
         "UPCAST": False,
         **constants,
     } | launch.blocks()

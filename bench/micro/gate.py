@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 from interlace.ops._check import violations
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
 
     from interlace.ops._registry import Op
 
 
-def contract_violations(op: Op, device: torch.device) -> list[str]:
-    """Run the contract test of an op and of its backward on a device.
+def contract_violations(op: Op, device: torch.device, dtypes: Collection[torch.dtype]) -> list[str]:
+    """Run the contract test of an op and of its backward on a device, in the dtypes to be timed.
 
     Returns:
         One sentence per violation, by dtype and sample; none if the op may be timed.
@@ -21,6 +23,8 @@ def contract_violations(op: Op, device: torch.device) -> list[str]:
     found = []
     for part in (op, op.backward.op) if op.backward else (op,):
         for dtype in part.dtypes:
+            if dtype not in dtypes:
+                continue
             for sample in part.samples(device, dtype):
                 where = f"{part.name}, {str(dtype).removeprefix('torch.')}, sample {sample.name}"
                 try:

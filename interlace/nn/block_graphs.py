@@ -147,12 +147,13 @@ class BlockGraph:
         inputs = _Inputs(block, others)
         if inputs.unknown:
             return run(hidden, **others)
+        kind = (_form(hidden), _state(block), inputs.key)
         # a result bears a norm that is read too, so a recording that reads one reads no other
         static = id(hidden) if hasattr(hidden, _STATIC) else None
-        key = (_form(hidden), static, _state(block), inputs.key)
+        key = (static, kind)
         recording = self._recordings.get(key)
-        if recording is None and key not in self._seen:
-            self._seen.append(key)
+        if recording is None and kind not in self._seen:
+            self._seen.append(kind)
             return run(hidden, **others)
         if recording is None or recording.hooks != RemovableHandle.next_id:
             if listened_to(each for each in block.modules() if each is not block):

@@ -131,6 +131,11 @@ def backward(
             grads[0] = draw.normal(1, 1).expand(x.shape)
         if sample.name.startswith("strided"):
             grads[1] = grads[1].mT.contiguous().mT
-        kept = keep(meaning.reference(*sample.args), sample.args)
+        results = meaning.reference(*sample.args)
+        scale = sample.args[6]
+        if scale is not None and scale.numel() == 1:
+            # along the output, so that the gradient of a factor is no sum of numbers that cancel
+            grads[1] = grads[1] + 4 * results[1]
+        kept = keep(results, sample.args)
         found.append(OpSample(sample.name, (*grads, *kept)))
     return found

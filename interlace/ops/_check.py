@@ -61,4 +61,6 @@ def in_fp64(value: Any) -> Any:
 
 def bits(tensor: Tensor) -> Tensor:
     """View a tensor as bytes, so that NaN equals NaN."""
-    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor[None].view(torch.uint8)
+    # a copy, since an axis of length 1 may have any stride and still count as contiguous
+    packed = tensor.clone(memory_format=torch.contiguous_format)
+    return packed.view(torch.uint8) if packed.dim() else packed[None].view(torch.uint8)

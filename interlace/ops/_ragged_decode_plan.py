@@ -17,7 +17,7 @@ MAX_SPLITS = 128
 # a window wider than any cache, small enough for 32-bit sums with positions
 NO_WINDOW = 1 << 30
 # a split below this many keys is not worth a program
-_MIN_KEYS = 64
+_MIN_KEYS = 32
 # more programs on one multiprocessor bring nothing
 _MOST_RESIDENT = 4
 # what starting a program and joining the splits cost, in units of one key's work

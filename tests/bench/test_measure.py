@@ -21,24 +21,27 @@ if TYPE_CHECKING:
     from micro.measure import Bench
 
 CPU = torch.device("cpu")
+DTYPES = (torch.float32,)
 
 
 def test_gate_opens_for_a_good_op_and_says_what_is_red(make_op: Callable[..., Op]) -> None:
-    assert contract_violations(make_op(), CPU) == []
-    (said,) = contract_violations(make_op(kernel=lambda x, factor: x * factor + 1e-3), CPU)
+    assert contract_violations(make_op(), CPU, DTYPES) == []
+    (said,) = contract_violations(make_op(kernel=lambda x, factor: x * factor + 1e-3), CPU, DTYPES)
     assert "float32, sample seven: cpp: output 0: largest error 1.000e-03 exceeds" in said
 
 
 def test_gate_looks_at_the_backward_too(make_op: Callable[..., Op]) -> None:
     op = make_op(backward_kernel=lambda gradient, x, factor: gradient)
-    assert [said.split(",")[0] for said in contract_violations(op, CPU)] == [f"{op.name}_bwd"]
+    assert [said.split(",")[0] for said in contract_violations(op, CPU, DTYPES)] == [
+        f"{op.name}_bwd"
+    ]
 
 
 def test_gate_is_red_where_a_backend_raises(make_op: Callable[..., Op]) -> None:
     def broken(x: torch.Tensor, factor: float) -> torch.Tensor:
         raise OverflowError("too large\nfor this kernel")
 
-    (said,) = contract_violations(make_op(kernel=broken), CPU)
+    (said,) = contract_violations(make_op(kernel=broken), CPU, DTYPES)
     assert said.endswith("raised OverflowError: too large")
 
 
