@@ -1,7 +1,7 @@
-"""How much of a model's ability every method keeps: python bench/retention.py [--preset small|full].
+"""How much of a model's ability every method keeps: python bench/retention.py --preset full.
 
-For each seed, bundled model, fraction and method (`bench/methods`): make the student, measure, heal,
-measure again. Methods that take bridges do so for each of `--bridges none,fold`. The preset
+For each seed, bundled model, fraction and method (`bench/methods`): make the student, measure,
+heal, measure again. Methods that take bridges do so for each of `--bridges none,fold`. The preset
 `bridges` compares bridges and does not heal. Every method is given the same calibration samples,
 the same healing samples, batches and steps, and trains what it says. The seed changes the
 calibration samples, the healing samples and what methods draw; the held-out samples stay the same.
@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from cells import Cells, read
 from methods import METHODS, Case, Shared, Sizes
 from methods.case import counts_of
@@ -32,14 +31,18 @@ from methods.rules import OTHERS, PUBLISHED
 from retention_report import plot, table
 from subjects import SUBJECTS, measure, open_subject, test_samples, train_samples
 
-import interlace as il
 from interlace.config import HealSettings
+from interlace.evaluate._common import Options
+from interlace.evaluate.speed import measure as time_models
 from interlace.surgery.bridges.names import check_bridges
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-SPEED_SAMPLES = 64
+    import torch
+
+# one batch, and how much every sample of it is to write
+SPEED_SAMPLES, SPEED_TOKENS = 16, 32
 
 
 @dataclass(frozen=True)
@@ -155,17 +158,15 @@ class Bench:
         vlm, chosen = self.model(name), METHODS[method]
         case = self.case(name, fraction, 0)
         student = chosen.make(case).student
-        data = train_samples(SUBJECTS[name], vlm, 0, 2, SPEED_SAMPLES)
         note = {}
         if chosen.fast is not None:
             fast = chosen.fast(student)
-            note = {"note": "timed as it is: no faster form on this device"} if not fast else {}
             student = fast or student
-        report = il.evaluate(
-            student, tasks=("speed",), data=data, baseline=vlm, batch_size=SPEED_SAMPLES
-        )
-        dense = (report.baseline or {})["speed"]
-        return {"speed": {"pruned": report.metrics["speed"], "dense": dense}, **note}
+            note = {} if fast else {"note": "timed as it is: no faster form on this device"}
+        data = train_samples(SUBJECTS[name], vlm, 0, 2, SPEED_SAMPLES)
+        options = Options(batch_size=SPEED_SAMPLES, max_new_tokens=SPEED_TOKENS)
+        pruned, dense = time_models((student, vlm), data, options)
+        return {"speed": {"pruned": pruned.metrics, "dense": dense.metrics}, **note}
 
 
 def nonzero(model: torch.nn.Module) -> int:
@@ -188,14 +189,15 @@ def jobs_of(
     for name in models:
         yield Job([name, "dense"], (name, "dense"), partial(bench.dense, name))
         if speed != "no" and preset.sizes.heal_samples:
-            for fraction in preset.fractions:
-                make = partial(bench.speed, name, fraction)
-                yield Job([name, "speed", fraction], (name, "speed"), make)
-            for method in preset.methods:
-                if METHODS[method].own_speed:
-                    for fraction in METHODS[method].fractions or preset.fractions:
-                        make = partial(bench.speed, name, fraction, method)
-                        yield Job([name, "speed", fraction, method], (name, "speed"), make)
+            for group, (method, fractions) in _timed(preset).items():
+                for fraction in fractions:
+                    # the first ones had no group in their name
+                    tail = [] if group == "layers" else [group]
+                    yield Job(
+                        [name, "speed", fraction, *tail],
+                        (name, "speed"),
+                        partial(bench.speed, name, fraction, method),
+                    )
     if speed == "only":
         return
     by_fraction: dict[float, list[str]] = {}
@@ -218,6 +220,15 @@ def jobs_of(
                                 for other in _equal(bench.model(name), name, preset, fraction)
                             ),
                         )
+
+
+def _timed(preset: Preset) -> dict[str, tuple[str, tuple[float, ...]]]:
+    """Return group of equally fast methods -> the one that is timed, and its fractions."""
+    groups = {"layers": ("uniform", preset.fractions)}
+    for method in preset.methods:
+        chosen = METHODS[method]
+        groups.setdefault(chosen.timed, (method, chosen.fractions or preset.fractions))
+    return groups
 
 
 def _equal(vlm: Any, name: str, preset: Preset, fraction: float) -> list[float]:

@@ -7,9 +7,15 @@ steps.
 
 from __future__ import annotations
 
-from methods import rules
+from methods import blocks, distil, rules, sparse, width
 from methods.case import Case, Made, Method, Shared, Sizes
 
 __all__ = ["METHODS", "Case", "Made", "Method", "Shared", "Sizes"]
 
-METHODS: dict[str, Method] = {**rules.METHODS}
+METHODS: dict[str, Method] = {
+    **rules.METHODS,
+    **distil.METHODS,
+    **blocks.METHODS,
+    **width.METHODS,
+    **sparse.METHODS,
+}

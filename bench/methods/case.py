@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from subjects import Subject, train_samples
 
 import interlace as il
-from interlace._torch_utils import to_device
-from interlace.config import HealSettings
+from interlace._torch_utils import inference, to_device
 from interlace.data.collate import Collator
-from interlace.records import TowerPlan
+from interlace.models.states import layer_input
+
+if TYPE_CHECKING:
+    import torch
+
+    from interlace.config import HealSettings
 
 Loss = Callable[[str, tuple[int, ...]], float]
 
@@ -94,16 +98,30 @@ class Shared:
         """
         key = (tower, frozenset(drop))
         if key not in self._losses:
-            planned = TowerPlan(num_layers=self.vlm.towers[tower].num_layers, drop=drop)
-            plan = il.Plan(towers={tower: planned}, shape=self.scores.shape)
-            model = il.prune(self.vlm, plan).model
             contrastive = self.subject.objective == "contrastive"
             options = {"return_loss": True} if contrastive else {}
-            with torch.no_grad():
+            model = self.vlm.model
+            with inference(model), skipping([self.vlm.towers[tower].layers[i] for i in drop]):
                 self._losses[key] = statistics.fmean(
                     float(model(**batch, **options).loss) for batch in self._loss_batches
                 )
         return self._losses[key]
+
+
+@contextlib.contextmanager
+def skipping(layers: list[Any]) -> Iterator[None]:
+    """Let layers hand on the hidden states that they are given, as if they were not there."""
+
+    def hand_on(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return layer_input(args, kwargs, "A skipped layer")
+
+    for layer in layers:
+        layer.forward = hand_on
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 @dataclass(frozen=True)
@@ -167,7 +185,8 @@ class Method:
         heal: heals it in place, on the case's samples and settings.
         fractions: the only shares it can take out; None for any.
         sparse: weights are zeroed, not taken out, so the non-zero ones are counted too.
-        own_speed: its student is not as fast as one that lost as many layers, so it is timed.
+        timed: methods of one group have equally fast students, so one of them is timed; "layers"
+            are those that only drop layers.
         fast: the form of the student that is timed, where it is another one; None where this
             device has none.
         bridges: it takes bridges.
@@ -177,6 +196,6 @@ class Method:
     heal: Callable[..., il.HealReport] = heal
     fractions: tuple[float, ...] | None = None
     sparse: bool = False
-    own_speed: bool = False
+    timed: str = "layers"
     fast: Callable[[Any], Any] | None = None
     bridges: bool = False
