@@ -28,7 +28,8 @@ from cells import Cells, read
 from methods import METHODS, Case, Shared, Sizes
 from methods.case import counts_of
 from methods.rules import OTHERS, PUBLISHED
-from retention_report import plot, table
+from retention_chart import plot
+from retention_report import table
 from subjects import SUBJECTS, measure, open_subject, test_samples, train_samples
 
 from interlace.config import HealSettings
@@ -289,6 +290,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="add to --output")
     parser.add_argument("--table", action="store_true", help="only show what the file holds")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what the file holds")
+    parser.add_argument("--highlight", choices=list(METHODS), default="interlace")
     return parser.parse_args(arguments)
 
 
@@ -314,7 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
         jobs = jobs_of(bench, given.models, preset, bridges, speed=given.speed)
         measure_all(jobs, cells, given.shard)
     if given.plot:
-        plot(read(path), given.plot)
+        plot(read(path), given.plot, given.highlight)
     sys.stdout.write(table(read(path)) + "\n")
 
 

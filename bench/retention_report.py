@@ -1,12 +1,9 @@
-"""The tables and the chart of a file of retention cells."""
+"""The tables of a file of retention cells."""
 
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from typing import Any
 
 Row = dict[str, Any]
 # (fraction, label of the method, model)
@@ -54,7 +51,7 @@ def table(rows: list[Row]) -> str:
         head = " | ".join(f"{name} {metric.split('/')[1]}" for name, metric in columns)
         full = " | ".join(f"{dense[name][metric]:.3f}" for name, metric in columns)
         lines += [
-            f"| {fraction:.0%} of the layers dropped | {head} |",
+            f"| {fraction:.0%} of the layers | {head} |",
             "| --- " * (len(columns) + 1) + "|",
             f"| dense | {full} |",
         ]
@@ -65,7 +62,3 @@ def table(rows: list[Row]) -> str:
             )
             lines.append(f"| {label} | {found} |")
     return "\n".join(lines)
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Placeholder."""

@@ -98,14 +98,17 @@ class Shared:
         """
         key = (tower, frozenset(drop))
         if key not in self._losses:
-            contrastive = self.subject.objective == "contrastive"
-            options = {"return_loss": True} if contrastive else {}
-            model = self.vlm.model
-            with inference(model), skipping([self.vlm.towers[tower].layers[i] for i in drop]):
-                self._losses[key] = statistics.fmean(
-                    float(model(**batch, **options).loss) for batch in self._loss_batches
-                )
+            with skipping([self.vlm.towers[tower].layers[i] for i in drop]):
+                self._losses[key] = self.loss_of(self.vlm.model)
         return self._losses[key]
+
+    def loss_of(self, model: Any) -> float:
+        """Return the own loss of a model on calibration samples."""
+        options = {"return_loss": True} if self.subject.objective == "contrastive" else {}
+        with inference(model):
+            return statistics.fmean(
+                float(model(**batch, **options).loss) for batch in self._loss_batches
+            )
 
 
 @contextlib.contextmanager

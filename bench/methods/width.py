@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import interlace as il
 from interlace.errors import PlanError
@@ -29,11 +29,11 @@ class Shares:
     gone: int
 
 
-def shares_of(shape: TowerShape, count: int) -> Shares:
-    """Find the widths at which a tower loses as many parameters as `count` of its layers hold.
+def options(shape: TowerShape, count: int) -> list[Shares]:
+    """List the widths at which a tower loses as many parameters as `count` of its layers hold.
 
-    Of all numbers of KV groups and bundles of neurons that come within one bundle of it, those
-    whose shares are most alike are taken; where none does, those that come nearest.
+    For every number of KV groups, the bundles of neurons with which the loss comes nearest to it;
+    what stays further away than one bundle is left out, unless nothing comes nearer.
 
     Raises:
         PlanError: no heads or neurons are known that could be cut.
@@ -48,48 +48,56 @@ def shares_of(shape: TowerShape, count: int) -> Shares:
     per_group = sum(site.parameters(layer) for site in heads for layer in layers) // groups
     per_bundle = sum(site.parameters(layer) for site in neurons for layer in layers) // bundles
     wanted = sum(shape.layer_parameters) * count // len(layers)
-
-    def cost(option: tuple[int, int]) -> tuple[float, float]:
-        off = abs(option[0] * per_group + option[1] * per_bundle - wanted)
-        apart = abs(option[0] / groups - option[1] / bundles)
-        return (0.0 if off <= per_bundle else off, apart)
-
-    options = [(h, f) for h in range(groups) for f in range(bundles) if h or f]
-    best = min(options, key=cost)
-    gone = best[0] * per_group + best[1] * per_bundle
-    return Shares(best[0] / groups, best[1] / bundles, gone)
+    found = []
+    for group in range(groups):
+        bundle = min(max(0, round((wanted - group * per_group) / per_bundle)), bundles - 1)
+        if group or bundle:
+            gone = group * per_group + bundle * per_bundle
+            found.append(Shares(group / groups, bundle / bundles, gone))
+    limit = max(per_bundle, min(abs(each.gone - wanted) for each in found))
+    return [each for each in found if abs(each.gone - wanted) <= limit]
 
 
 def width(case: Case) -> Made:
     """Cut heads, in whole KV groups, and neurons, the same number in every layer.
 
     Heads are judged by the norm of what they add to the stream, neurons by that of their
-    activations. All layers train.
+    activations. How many of either go is decided, tower by tower, by the loss on calibration
+    samples. All layers train.
 
-    Source: Minitron, arXiv 2407.14679, importance of heads and neurons by their activations.
+    Source: Minitron, arXiv 2407.14679: importance by activations, candidates compared by loss.
 
     Raises:
         PlanError: a tower's heads or neurons cannot be cut.
     """
-    scores, counts = case.shared.width_scores, case.counts()
-    if scores.shape is None:
+    shape = case.shared.width_scores.shape
+    if shape is None:
         raise PlanError("The scores do not know the sizes of the model.")
-    shares = {name: shares_of(scores.shape.towers[name], n) for name, n in counts.items()}
+    chosen: dict[str, Shares] = {}
+    for tower, count in case.counts().items():
+        found = options(shape.towers[tower], count)
+        losses = [case.shared.loss_of(_cut(case, {tower: each}).model) for each in found]
+        chosen[tower] = found[losses.index(min(losses))]
+    note = "; ".join(
+        f"{tower}: {each.heads:.0%} of the heads, {each.ffn:.0%} of the neurons, "
+        f"{each.gone} parameters"
+        for tower, each in chosen.items()
+    )
+    return Made(_cut(case, chosen), note)
+
+
+def _cut(case: Case, shares: dict[str, Shares]) -> Any:
     plan = il.make_plan(
-        scores,
+        case.shared.width_scores,
         # a hair more, so that rounding down gives the number that was chosen
         heads={name: each.heads + 1e-6 if each.heads else None for name, each in shares.items()},
         ffn={name: each.ffn + 1e-6 if each.ffn else None for name, each in shares.items()},
-        towers=list(counts),
+        towers=list(shares),
         seed=case.shared.seed,
-        protect="auto",
+        # widths that a family's config cannot state are no reason to refuse
+        standard=False,
     )
-    note = "; ".join(
-        f"{name}: {each.heads:.0%} of the heads, {each.ffn:.0%} of the neurons, "
-        f"{each.gone} parameters"
-        for name, each in shares.items()
-    )
-    return Made(il.prune(case.vlm, plan), note)
+    return il.prune(case.vlm, plan)
 
 
 METHODS = {"width": Method(width, timed="width")}
