@@ -97,7 +97,7 @@ def measure(subject: Subject, vlm: Any, test: dict[str, Any]) -> dict[str, float
             vlm,
             tasks=(task,),
             data=test[task],
-            batch_size=128,
+            batch_size=256,
             max_new_tokens=subject.longest.get(task, 1),
         )
         found |= {f"{task}/{name}": report.metrics[task][name] for name in names}
