@@ -48,18 +48,30 @@ SPEED_SAMPLES, SPEED_TOKENS = 16, 32
 
 @dataclass(frozen=True)
 class Preset:
-    """How much is measured."""
+    """How much is measured.
+
+    Attributes:
+        methods: names of them.
+        fractions: shares of the layers, 0..1.
+        seeds: of the samples and draws.
+        sizes: numbers of samples.
+        models: names of subjects.
+        rounds: timed runs per model.
+    """
 
     methods: tuple[str, ...]
     fractions: tuple[float, ...]
     seeds: tuple[int, ...]
     sizes: Sizes
+    models: tuple[str, ...] = tuple(SUBJECTS)
+    rounds: int = 7
 
 
 # 0.334, since a third of 12 layers is to be 4
 PRESETS = {
     "bridges": Preset(("interlace", "sleb"), (0.25, 0.334), (0,), Sizes(128, 0, 0, 128)),
-    "smoke": Preset(tuple(METHODS), (0.25,), (0,), Sizes(16, 32, 16, 16)),
+    # CLIP is the fastest: every method in about a minute
+    "smoke": Preset(tuple(METHODS), (0.25,), (0,), Sizes(8, 16, 8, 8), ("clip",), 2),
     "small": Preset((*PUBLISHED, *OTHERS), (0.25,), (0, 1, 2), Sizes(128, 2048, 32, 384)),
     "full": Preset(
         tuple(METHODS),
@@ -90,9 +102,9 @@ class Job:
 class Bench:
     """Opens models and measures cells; what several cells need is made once."""
 
-    def __init__(self, sizes: Sizes, device: str | None = None) -> None:
-        """Say how much is measured, and where."""
-        self.sizes, self.device = sizes, device
+    def __init__(self, sizes: Sizes, device: str | None = None, rounds: int = 7) -> None:
+        """Say how much is measured, and where; `rounds` is of the timing."""
+        self.sizes, self.rounds = sizes, rounds
         self.model = functools.cache(lambda name: open_subject(name, device))
         self._test = functools.cache(self._make_test)
         # of one seed at a time
@@ -166,7 +178,7 @@ class Bench:
             note = {} if fast else {"note": "timed as it is: no faster form on this device"}
         data = train_samples(SUBJECTS[name], vlm, 0, 2, SPEED_SAMPLES)
         options = Options(batch_size=SPEED_SAMPLES, max_new_tokens=SPEED_TOKENS)
-        pruned, dense = time_models((student, vlm), data, options)
+        pruned, dense = time_models((student, vlm), data, options, rounds=self.rounds)
         return {"speed": {"pruned": pruned.metrics, "dense": dense.metrics}, **note}
 
 
@@ -175,19 +187,16 @@ def nonzero(model: torch.nn.Module) -> int:
     return sum(int(each.count_nonzero()) for each in model.parameters())
 
 
-def jobs_of(
-    bench: Bench, models: list[str], preset: Preset, bridges: list[str], *, speed: str
-) -> Iterator[Job]:
+def jobs_of(bench: Bench, preset: Preset, bridges: list[str], *, speed: str) -> Iterator[Job]:
     """Return all cells in the order in which they are measured.
 
     Args:
         bench: measures them.
-        models: names of subjects.
-        preset: methods, fractions, seeds.
+        preset: models, methods, fractions, seeds.
         bridges: for the methods that take them.
         speed: "yes", "no", or "only".
     """
-    for name in models:
+    for name in preset.models:
         yield Job([name, "dense"], (name, "dense"), partial(bench.dense, name))
         if speed != "no" and preset.sizes.heal_samples:
             for group, (method, fractions) in _timed(preset).items():
@@ -206,7 +215,7 @@ def jobs_of(
         for fraction in METHODS[method].fractions or preset.fractions:
             by_fraction.setdefault(fraction, []).append(method)
     for seed in preset.seeds:
-        for name in models:
+        for name in preset.models:
             for fraction in sorted(by_fraction):
                 for method in by_fraction[fraction]:
                     for each in bridges if METHODS[method].bridges else ["none"]:
@@ -270,7 +279,9 @@ def _shard(text: str) -> tuple[int, int]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=sorted(SUBJECTS), default=list(SUBJECTS))
+    parser.add_argument(
+        "--models", nargs="+", choices=list(SUBJECTS), help="default: those of the preset"
+    )
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
     parser.add_argument(
         "--methods", nargs="+", choices=list(METHODS), help="default: those of the preset"
@@ -302,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     place = (given.device or "cpu").partition(":")[0]
     path = given.output or Path(f"bench/results/{place}/retention-{given.preset}.jsonl")
     preset = PRESETS[given.preset]
-    chosen = {key: getattr(given, key) for key in ("methods", "fractions", "seeds")}
+    chosen = {key: getattr(given, key) for key in ("models", "methods", "fractions", "seeds")}
     preset = replace(preset, **{key: tuple(value) for key, value in chosen.items() if value})
     sizes = {key: getattr(preset.sizes, key) for key in Sizes.__dataclass_fields__}
     cells = Cells(path, **sizes)
@@ -312,8 +323,8 @@ def main(arguments: list[str] | None = None) -> None:
         bridges = [each.strip() for each in given.bridges.split(",")]
         for each in bridges:
             check_bridges(each)
-        bench = Bench(preset.sizes, given.device)
-        jobs = jobs_of(bench, given.models, preset, bridges, speed=given.speed)
+        bench = Bench(preset.sizes, given.device, preset.rounds)
+        jobs = jobs_of(bench, preset, bridges, speed=given.speed)
         measure_all(jobs, cells, given.shard)
     if given.plot:
         plot(read(path), given.plot, given.highlight)
