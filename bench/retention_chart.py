@@ -39,6 +39,9 @@ _LINES = {
 }
 # Where nothing usable is left, the lines of the better methods would be pressed together.
 FLOOR = 50.0
+# inches: a panel, and an entry of the legend
+_WIDTH, _HEIGHT = 4.2, 3.9
+_ENTRY, _LINE = 1.9, 0.22
 # Metrics where less is faster; of all others more is.
 _SECONDS = "seconds"
 _NOT_SPEED = ("num_parameters", "peak_memory_bytes")
@@ -103,17 +106,18 @@ def plot(rows: list[Row], path: Path, ours: str = "interlace") -> None:
             "The results hold no method that was both measured and timed. Run the benchmark with "
             "--speed yes, or add speed with --speed only."
         )
-    figure, panels = plt.subplots(
-        1, len(models), figsize=(4.2 * len(models), 4.6), sharey=True, squeeze=False
-    )
+    width = _WIDTH * len(models)
+    figure, panels = plt.subplots(1, len(models), sharey=True, squeeze=False)
     entries: dict[str, Any] = {}
     for axes, model in zip(panels[0], models, strict=True):
         _panel(axes, model, found, ours, entries)
     panels[0][0].set_ylabel("ability kept after healing, % of dense")
     order = [label for label in entries if label != "other methods"]
     order += ["other methods"] * ("other methods" in entries)
-    columns = min(len(order), 2 + 2 * len(models))
-    lines = -(-len(order) // columns)
+    columns = min(len(order), int(width / _ENTRY))
+    legend = _LINE * -(-len(order) // columns) + 0.15
+    height = _HEIGHT + legend
+    figure.set_size_inches(width, height)
     figure.legend(
         [entries[label] for label in order],
         order,
@@ -122,7 +126,7 @@ def plot(rows: list[Row], path: Path, ours: str = "interlace") -> None:
         fontsize=9,
         frameon=False,
     )
-    figure.tight_layout(rect=(0, 0.04 + 0.045 * lines, 1, 1))
+    figure.tight_layout(rect=(0, legend / height, 1, 1))
     _save(figure, path)
 
 
