@@ -136,7 +136,7 @@ def _panel(axes: Any, model: str, found: Any, ours: str, entries: dict[str, Any]
         if name != model:
             continue
         method, _, bridges = label.replace("`", "").partition(" + ")
-        x, y = zip(*sorted(places), strict=True)
+        x, y = zip(*places, strict=True)
         hidden += sum(value < FLOOR for value in y)
         shown, colour, marker = _LINES.get(method, ("other methods", _OTHERS, "."))
         style: dict[str, Any] = {"color": colour, "marker": marker, "lw": 1.0, "ms": 5, "zorder": 2}
