@@ -73,8 +73,9 @@ def fuse(
         norms: RMSNorms in one pass, and residual add and norm by `bridge_norm`.
         mlp: gated feed-forward parts with gate and up in one product.
         rope: norm and rotary embedding of heads by `qk_norm_rope`; only with `attention`.
-        graphs: replay the steps of text decoders as CUDA graphs where `generate` decodes against a
-            static cache (`cache_implementation="static"`). "auto" does so on a GPU; True insists.
+        graphs: replay as CUDA graphs the steps of text decoders where `generate` decodes against a
+            static cache (`cache_implementation="static"`; its memory is kept for the next text),
+            and blocks on shapes that they have seen. "auto" does so on a GPU; True insists.
 
     Returns:
         What was replaced by what, and what was left alone and why; print it.
