@@ -28,7 +28,7 @@ from interlace.plan.rules import USE_LOSS, find_rule
 from interlace.plan.widths import check_width_metrics
 from interlace.progressive import progressive
 from interlace.progressive.guard import check_guard, held_out_scenes
-from interlace.progressive.loss import layer_loss
+from interlace.progressive.loss import recipe_loss
 from interlace.progressive.verb import check_depth_only
 from interlace.records import EvalReport, HealReport, Plan, ProgressiveRecord, Record, Scores
 from interlace.scores import score
@@ -252,21 +252,12 @@ def run(
         scores_key,
         lambda: score(vlm, calibration, **vars(settings.score)),
     )
-    greedy = settings.plan.rule in USE_LOSS
-    # what a loss is made of beside the calibration samples, which are in the scores
-    asked = [settings.prune.to_dict(), settings.score.batch_size] if greedy else []
-    plan_key = sha256_of([scores.fingerprint, settings.plan.to_dict(), *asked])
+    # a rule that asks for the loss asks for that of a student cut like this one
+    asked = settings.prune.to_dict() if settings.plan.rule in USE_LOSS else ""
+    plan_key = sha256_of([scores.fingerprint, settings.plan.to_dict(), asked])
 
     def choose() -> Plan:
-        loss = None
-        if greedy:
-            loss = layer_loss(
-                vlm,
-                calibration,
-                settings.plan.rule,
-                batch_size=settings.score.batch_size,
-                bridges=settings.prune.bridges,
-            )
+        loss = recipe_loss(settings, vlm, calibration)
         return make_plan(scores, loss=loss, **vars(settings.plan))
 
     plan = stages.record("plan", Plan, plan_key, choose)
@@ -399,8 +390,7 @@ def _run_progressive(
     for stage in made.stages[:-1]:
         if stage.record.number in smaller:
             folder, own = smaller[stage.record.number]
-            about = stage.plan.fingerprint
-            given = list(stage.records)
+            given, about = list(stage.records), stage.plan.fingerprint
             _export(stage.student(), folder, given, about, stages, own, verify=verify)
     records = [*made.records, result]
     _export(made.student, target, records, key, stages, replace, verify=verify)

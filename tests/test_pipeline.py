@@ -104,7 +104,6 @@ def test_unknown_recipe_key_is_refused_before_anything_is_made(tmp_path: Path) -
     ("old", "new", "says"),
     [
         ("drop_fraction = 0.25", "rule = 'interlac'", "Did you mean 'interlace'"),
-        ("drop_fraction = 0.25", "rule = 'sleb'", "only be called from Python"),
         ("drop_fraction = 0.25", "towers = ['vison']", "Did you mean 'vision'"),
         ("drop_fraction = 0.25", "drop_fraction = {vision = 0.5}", "scores only text"),
         ("drop_fraction = 0.25", "weights = {relevance = 1}", "weighs the metric 'relevance'"),

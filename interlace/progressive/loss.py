@@ -5,7 +5,7 @@ Legend: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from interlace.config import PlanSettings, PruneSettings, ScoreSettings
     from interlace.data.samples import Sample
     from interlace.models import VLM
     from interlace.plan.rules import Loss
@@ -34,6 +35,19 @@ if TYPE_CHECKING:
 
 # The rule that judges students with repaired cuts.
 COMPENSATED = "compensated"
+
+
+class _Sections(Protocol):
+    """A recipe, or what a progressive run is given."""
+
+    @property
+    def score(self) -> ScoreSettings: ...
+
+    @property
+    def plan(self) -> PlanSettings: ...
+
+    @property
+    def prune(self) -> PruneSettings: ...
 
 
 class _Measure:
@@ -216,3 +230,18 @@ def layer_loss(
     if rule == COMPENSATED:
         return CompensatedLoss(vlm, data, batch_size, bridges)
     return TaskLoss(vlm, data, batch_size)
+
+
+def recipe_loss(settings: _Sections, vlm: VLM, data: Sequence[Sample]) -> Loss | None:
+    """Make the loss that the rule of a recipe asks for; None where it asks for none.
+
+    Args:
+        settings: with the sections of the stages.
+        vlm: the model that the plan is for.
+        data: calibration samples.
+    """
+    rule = settings.plan.rule
+    if rule not in USE_LOSS:
+        return None
+    size, bridges = settings.score.batch_size, settings.prune.bridges
+    return layer_loss(vlm, data, rule, batch_size=size, bridges=bridges)

@@ -15,7 +15,7 @@ from interlace.heal.sparsity import find_branches, importance
 from interlace.plan.rules import USE_LOSS
 from interlace.progressive.checkpoint import healing_of, is_whole, open_student, save_student
 from interlace.progressive.guard import measure, retention_of
-from interlace.progressive.loss import layer_loss
+from interlace.progressive.loss import recipe_loss
 from interlace.progressive.plans import after, drop_counts, gate_weight, plan_stage, whole
 from interlace.progressive.schedule import gone_after, split_healing
 from interlace.records import EvalReport, Plan, Scores, StageRecord
@@ -211,15 +211,6 @@ class Run:
         )
 
         def make() -> Plan:
-            loss = None
-            if greedy:
-                loss = layer_loss(
-                    before.student,
-                    setup.calibration,
-                    setup.plan.rule,
-                    batch_size=setup.score.batch_size,
-                    bridges=setup.prune.bridges,
-                )
             return plan_stage(
                 scores,
                 before.student,
@@ -227,7 +218,7 @@ class Run:
                 setup.plan,
                 gates=gates,
                 weight=self.weight,
-                loss=loss,
+                loss=recipe_loss(setup, before.student, setup.calibration),
             )
 
         return self.state.record(f"stage-{number}/plan", Plan, key, make), key
