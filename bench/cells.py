@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cells")
 
+# what a line says about the cell and its making, beside the result
+ABOUT = ("cell", "seconds", "versions", "threads", "date")
+
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Read all cells of a results file; none where there is no file yet."""
@@ -38,7 +41,18 @@ class Cells:
         """
         self.path = path
         self.stated = stated
-        self._done = {json.dumps(row["cell"]) for row in read(path)}
+        self._done = {json.dumps(row["cell"]): row for row in read(path)}
+
+    def get(self, cell: list[Any]) -> dict[str, Any] | None:
+        """Return what was measured for a cell; None where it is not known yet."""
+        row = self._done.get(json.dumps(cell))
+        return None if row is None else {k: v for k, v in row.items() if k not in ABOUT}
+
+    def adopt(self, path: Path) -> None:
+        """Take over the cells of another file that this one lacks."""
+        for row in read(path):
+            if json.dumps(row["cell"]) not in self._done:
+                self._write(row)
 
     def keep(self, cell: list[Any], make: Callable[[], dict[str, Any]]) -> None:
         """Measure a cell and write it as soon as it is known, unless the file holds it."""
@@ -51,10 +65,16 @@ class Cells:
             # a rule that has no plan at this fraction, or a bridge that a tower cannot take, is a
             # result, not a failure of the run
             result = {"no_plan": str(error)}
+        seconds = round(time.monotonic() - started, 1)
+        row = {"cell": cell, **result, "seconds": seconds, **self.stated, **_provenance()}
+        self._write(row)
+        log.info("%s: %s, %.0f s", cell, result.get("healed", "done"), seconds)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._done[json.dumps(row["cell"])] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"cell": cell, **result, **self.stated, **_provenance()}) + "\n")
-        log.info("%s: %s, %.0f s", cell, result.get("healed", "done"), time.monotonic() - started)
+            file.write(json.dumps(row) + "\n")
 
 
 def _provenance() -> dict[str, Any]:

@@ -1,13 +1,16 @@
-"""How much of a model's ability every rule keeps: python bench/retention.py [--preset small|full].
+"""How much of a model's ability every method keeps: python bench/retention.py --preset full.
 
-For each bundled model, rule, fraction, seed and bridge (`--bridges none,fold`): score, plan, prune,
-measure, heal, measure again. The preset `bridges` compares bridges and does not heal. Every rule is
-given the same calibration samples (bridges too), the same healing samples and steps, and trains the
-same number of layers. The seed changes the calibration samples, the healing samples and what the
-rules draw; the held-out samples stay the same. One JSON line per cell is written as soon as it is
-known, and cells that are there already are skipped, so a run can be stopped and continued.
+For each seed, bundled model, fraction and method (`bench/methods`): make the student, measure,
+heal, measure again. Methods that take bridges do so for each of `--bridges none,fold`. The preset
+`bridges` compares bridges and does not heal. Every method is given the same calibration samples,
+the same healing samples, batches and steps, and trains what it says. The seed changes the
+calibration samples, the healing samples and what methods draw; the held-out samples stay the same.
 
-`--table` prints the Markdown table of a results file instead of running anything.
+One JSON line per cell [model, method, fraction, seed] is written as soon as it is known, and cells
+that are there already are skipped, so a run can be stopped and continued. Seeds are the outermost
+loop. `--shard 0/2` and `--shard 1/2` deal the cells out to two processes, each with an `--output`
+of its own; `--merge FILES` then puts them together. `--table` and `--plot` show a results file
+instead of running anything.
 """
 
 from __future__ import annotations
@@ -15,317 +18,305 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import statistics
 import sys
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from cells import Cells, read
+from methods import METHODS, Case, Shared, Sizes
+from methods.case import counts_of
+from methods.rules import OTHERS, PUBLISHED
+from retention_chart import plot
+from retention_report import table
+from subjects import SUBJECTS, measure, open_subject, test_samples, train_samples
 
-import interlace as il
 from interlace.config import HealSettings
-from interlace.data.collate import Collator
-from interlace.records import TowerPlan
-from interlace.surgery.bridges.names import check_bridges, has_bridges
+from interlace.evaluate._common import Options
+from interlace.evaluate.speed import measure as time_models
+from interlace.surgery.bridges.names import check_bridges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-PUBLISHED = ("interlace", "interlace_oa", "interlace_tn", "random", "consecutive")
-OTHERS = ("triplet_optimal", "shortgpt", "uidl", "last", "uniform", "sleb")
+    import torch
 
-
-@dataclass(frozen=True)
-class Subject:
-    """A bundled model, the towers that are pruned, and what it is measured on."""
-
-    name: str
-    towers: tuple[str, ...]
-    tasks: dict[str, tuple[str, ...]]
-    data_tasks: tuple[str, ...]
-    objective: str
-    learning_rate: float
-
-
-SUBJECTS = {
-    "qwen3-vl": Subject(
-        "qwen3-vl",
-        ("text",),
-        {"vqa": ("accuracy",), "caption": ("cider",)},
-        ("vqa", "caption"),
-        "chat",
-        5e-4,
-    ),
-    "clip": Subject(
-        "clip",
-        ("text", "vision"),
-        {"retrieval": ("image_to_text_r1", "text_to_image_r1")},
-        ("retrieval",),
-        "contrastive",
-        5e-4,
-    ),
-    "blip": Subject(
-        "blip", ("text",), {"caption": ("cider", "exact_match")}, ("caption",), "caption", 5e-4
-    ),
-}
+# one batch, and how much every sample of it is to write
+SPEED_SAMPLES, SPEED_TOKENS = 16, 32
 
 
 @dataclass(frozen=True)
 class Preset:
     """How much is measured."""
 
-    rules: tuple[str, ...]
+    methods: tuple[str, ...]
     fractions: tuple[float, ...]
     seeds: tuple[int, ...]
-    calibration: int
-    # none at all: measured before healing only
-    heal_samples: int
-    heal_batch: int
-    held_out: int
+    sizes: Sizes
 
 
+# 0.334, since a third of 12 layers is to be 4
 PRESETS = {
-    # 0.334, since a third of 12 layers is to be 4
-    "bridges": Preset(("interlace", "sleb"), (0.25, 0.334), (0,), 128, 0, 0, 128),
-    "smoke": Preset(("interlace", "random", "sleb"), (0.25,), (0,), 16, 64, 16, 32),
-    "small": Preset((*PUBLISHED, *OTHERS), (0.25,), (0, 1, 2), 128, 2048, 32, 384),
+    "bridges": Preset(("interlace", "sleb"), (0.25, 0.334), (0,), Sizes(128, 0, 0, 128)),
+    "smoke": Preset(tuple(METHODS), (0.25,), (0,), Sizes(16, 32, 16, 16)),
+    "small": Preset((*PUBLISHED, *OTHERS), (0.25,), (0, 1, 2), Sizes(128, 2048, 32, 384)),
     "full": Preset(
-        (*PUBLISHED, *OTHERS), (0.10, 0.15, 0.20, 0.25, 0.33), (0, 1, 2), 256, 4096, 32, 512
+        tuple(METHODS),
+        (0.10, 0.15, 0.20, 0.25, 0.334, 0.50),
+        (0, 1, 2),
+        Sizes(128, 1024, 32, 256),
     ),
 }
 
 
-def _headline(subject: Subject, metrics: dict[str, dict[str, float]]) -> dict[str, float]:
-    return {
-        f"{task}/{name}": metrics[task][name]
-        for task, names in subject.tasks.items()
-        for name in names
-    }
+@dataclass(frozen=True)
+class Job:
+    """One cell to measure.
+
+    Attributes:
+        cell: its key.
+        unit: what it belongs to; jobs of one unit are measured by one process.
+        make: measures it.
+        same_as: cells that would hold the same figures, since as many layers go.
+    """
+
+    cell: list[Any]
+    unit: tuple[Any, ...]
+    make: Callable[[], dict[str, Any]]
+    same_as: tuple[list[Any], ...] = ()
 
 
-def _loss_without(subject: Subject, vlm: Any, scores: Any, samples: list[Any]) -> Any:
-    """What `sleb` chooses by: the model's own loss on calibration samples, without some layers."""
-    collate = Collator(vlm.processor, subject.objective)
-    batches = [collate(samples[start : start + 32]) for start in range(0, len(samples), 32)]
-    options = {"return_loss": True} if subject.objective == "contrastive" else {}
+class Bench:
+    """Opens models and measures cells; what several cells need is made once."""
 
-    def loss(tower: str, drop: tuple[int, ...]) -> float:
-        planned = TowerPlan(num_layers=vlm.towers[tower].num_layers, drop=drop)
-        plan = il.Plan(towers={tower: planned}, shape=scores.shape, inputs=dict(scores.inputs))
-        model = il.prune(vlm, plan).model
-        with torch.no_grad():
-            return statistics.fmean(float(model(**batch, **options).loss) for batch in batches)
+    def __init__(self, sizes: Sizes, device: str | None = None) -> None:
+        """Say how much is measured, and where."""
+        self.sizes, self.device = sizes, device
+        self.model = functools.cache(lambda name: open_subject(name, device))
+        self._test = functools.cache(self._make_test)
+        # of one seed at a time
+        self._shared = functools.lru_cache(maxsize=len(SUBJECTS))(self._make_shared)
 
-    return loss
+    def _make_test(self, name: str) -> dict[str, Any]:
+        return test_samples(SUBJECTS[name], self.model(name), self.sizes.held_out)
 
+    def _make_shared(self, name: str, seed: int) -> Shared:
+        return Shared(SUBJECTS[name], self.model(name), seed, self.sizes)
 
-def _samples(subject: Subject, vlm: Any, seed: int, number: int, count: int) -> Any:
-    return il.samples(
-        "scenes",
-        count=count,
-        tasks=subject.data_tasks,
-        seed=1000 * (seed + 1) + number,
-        processor=vlm.processor,
-    )
+    def _measure(self, name: str, vlm: Any) -> dict[str, float]:
+        return measure(SUBJECTS[name], vlm, self._test(name))
 
-
-def _plan(
-    subject: Subject, vlm: Any, rule: str, fraction: float, seed: int, calibration: Any
-) -> Any:
-    scores = il.score(vlm, calibration, packs="all", towers=subject.towers, batch_size=32)
-    return il.make_plan(
-        scores,
-        drop_fraction=fraction,
-        rule=rule,
-        protect="auto",
-        seed=seed,
-        towers=subject.towers,
-        loss=_loss_without(subject, vlm, scores, calibration[:64]),
-    )
-
-
-def _cells(
-    subject: Subject, vlm: Any, rule: str, fraction: float, seed: int, preset: Preset, test: Any
-) -> Callable[[str], dict[str, Any]]:
-    """Give the function that measures one bridge; the first one called makes the plan for all."""
-    calibration = _samples(subject, vlm, seed, 0, preset.calibration)
-    plan = functools.cache(lambda: _plan(subject, vlm, rule, fraction, seed, calibration))
-
-    def measure(student: Any) -> dict[str, float]:
-        report = il.evaluate(
-            student, tasks=tuple(subject.tasks), data=test, batch_size=64, max_new_tokens=56
+    def case(self, name: str, fraction: float, seed: int, bridges: str = "none") -> Case:
+        """Return what a method is given."""
+        settings = HealSettings(
+            epochs=1.0,
+            batch_size=max(1, self.sizes.heal_batch),
+            learning_rate=SUBJECTS[name].learning_rate,
+            warmup_fraction=0.1,
+            seed=seed,
         )
-        return _headline(subject, report.metrics)
+        return Case(self._shared(name, seed), fraction, settings, bridges)
 
-    def cell(bridges: str) -> dict[str, Any]:
-        data = calibration if has_bridges(bridges) else None
-        student = il.prune(vlm, plan(), bridges=bridges, data=data, batch_size=32)
+    def dense(self, name: str) -> dict[str, Any]:
+        """Measure the dense model."""
+        vlm = self.model(name)
+        return {"raw": self._measure(name, vlm), "parameters": vlm.num_parameters()}
+
+    def retention(
+        self, name: str, method: str, fraction: float, seed: int, bridges: str = "none"
+    ) -> dict[str, Any]:
+        """Measure a student before and after healing."""
+        case = self.case(name, fraction, seed, bridges)
+        chosen = METHODS[method]
+        made = chosen.make(case)
+        student = made.student
         found = {
-            "dropped": {name: list(tower.drop) for name, tower in plan().towers.items()},
+            "dropped": {
+                tower: list(planned.drop) for tower, planned in student.plan.towers.items()
+            },
             "parameters": student.num_parameters(),
-            "raw": measure(student),
+            "raw": self._measure(name, student),
         }
-        if not preset.heal_samples:
-            return found
-        started = time.monotonic()
-        il.heal(
-            student,
-            teacher=vlm,
-            data=_samples(subject, vlm, seed, 1, preset.heal_samples),
-            settings=HealSettings(
-                epochs=1.0,
-                batch_size=preset.heal_batch,
-                learning_rate=subject.learning_rate,
-                warmup_fraction=0.1,
-                seed=seed,
-            ),
-        )
-        return {
-            **found,
-            "heal_seconds": round(time.monotonic() - started, 1),
-            "healed": measure(student),
-        }
-
-    return cell
-
-
-def _speed(subject: Subject, vlm: Any, fraction: float) -> dict[str, Any]:
-    """Dense against pruned in one run; which layers go does not matter for speed."""
-    calibration = il.samples("scenes", count=16, tasks=subject.data_tasks, processor=vlm.processor)
-    scores = il.score(vlm, calibration, towers=subject.towers)
-    plan = il.make_plan(
-        scores, drop_fraction=fraction, rule="uniform", protect="auto", towers=subject.towers
-    )
-    report = il.evaluate(il.prune(vlm, plan), tasks=("speed",), baseline=vlm, count=64)
-    return {"pruned": report.metrics["speed"], "dense": (report.baseline or {})["speed"]}
-
-
-def measure_all(
-    subjects: list[str], preset: Preset, path: Path, bridges: list[str], *, speed: bool = True
-) -> None:
-    """Fill the results file cell by cell."""
-    keep = Cells(path).keep
-    for name in subjects:
-        subject = SUBJECTS[name]
-        vlm = il.open_model(f"bundled:{name}", dtype="float32")
-        test = {
-            task: il.samples(
-                "scenes",
-                count=preset.held_out,
-                tasks=(task,),
-                split="test",
-                processor=vlm.processor,
-            )
-            for task in subject.tasks
-        }
-
-        def dense(subject: Subject = subject, vlm: Any = vlm, test: Any = test) -> dict[str, Any]:
-            report = il.evaluate(
-                vlm, tasks=tuple(subject.tasks), data=test, batch_size=64, max_new_tokens=56
-            )
-            return {
-                "raw": _headline(subject, report.metrics),
-                "parameters": vlm.num_parameters(),
-                "held_out": preset.held_out,
+        if made.note:
+            found["note"] = made.note
+        if self.sizes.heal_samples:
+            report = chosen.heal(case, student)
+            found["heal"] = {
+                "tokens": report.tokens,
+                "steps": report.steps,
+                "samples": report.num_samples,
+                "trained_parameters": report.trainable_parameters,
             }
+            found["heal_seconds"] = round(report.seconds, 1)
+            found["healed"] = self._measure(name, student)
+        if chosen.sparse:
+            found["nonzero_parameters"] = nonzero(student.model)
+        return found
 
-        keep([name, "dense"], dense)
-        for fraction in preset.fractions:
-            if speed and preset.heal_samples:
-                keep(
-                    [name, "speed", fraction],
-                    lambda s=subject, v=vlm, f=fraction: {"speed": _speed(s, v, f)},
-                )
-            for rule in preset.rules:
-                for seed in preset.seeds:
-                    cell = _cells(subject, vlm, rule, fraction, seed, preset, test)
-                    for each in bridges:
-                        key = [name, rule, fraction, seed]
+    def speed(self, name: str, fraction: float, method: str = "uniform") -> dict[str, Any]:
+        """Time a method's student against the dense model, in turns of one run."""
+        vlm, chosen = self.model(name), METHODS[method]
+        case = self.case(name, fraction, 0)
+        student = chosen.make(case).student
+        note = {}
+        if chosen.fast is not None:
+            fast = chosen.fast(student)
+            student = fast or student
+            note = {} if fast else {"note": "timed as it is: no faster form on this device"}
+        data = train_samples(SUBJECTS[name], vlm, 0, 2, SPEED_SAMPLES)
+        options = Options(batch_size=SPEED_SAMPLES, max_new_tokens=SPEED_TOKENS)
+        pruned, dense = time_models((student, vlm), data, options)
+        return {"speed": {"pruned": pruned.metrics, "dense": dense.metrics}, **note}
+
+
+def nonzero(model: torch.nn.Module) -> int:
+    """Count the parameters that are not zero."""
+    return sum(int(each.count_nonzero()) for each in model.parameters())
+
+
+def jobs_of(
+    bench: Bench, models: list[str], preset: Preset, bridges: list[str], *, speed: str
+) -> Iterator[Job]:
+    """Return all cells in the order in which they are measured.
+
+    Args:
+        bench: measures them.
+        models: names of subjects.
+        preset: methods, fractions, seeds.
+        bridges: for the methods that take them.
+        speed: "yes", "no", or "only".
+    """
+    for name in models:
+        yield Job([name, "dense"], (name, "dense"), partial(bench.dense, name))
+        if speed != "no" and preset.sizes.heal_samples:
+            for group, (method, fractions) in _timed(preset).items():
+                for fraction in fractions:
+                    # the first ones had no group in their name
+                    tail = [] if group == "layers" else [group]
+                    yield Job(
+                        [name, "speed", fraction, *tail],
+                        (name, "speed"),
+                        partial(bench.speed, name, fraction, method),
+                    )
+    if speed == "only":
+        return
+    by_fraction: dict[float, list[str]] = {}
+    for method in preset.methods:
+        for fraction in METHODS[method].fractions or preset.fractions:
+            by_fraction.setdefault(fraction, []).append(method)
+    for seed in preset.seeds:
+        for name in models:
+            for fraction in sorted(by_fraction):
+                for method in by_fraction[fraction]:
+                    for each in bridges if METHODS[method].bridges else ["none"]:
                         # cells without bridges keep the name that they had before there were any
-                        keep(key if each == "none" else [*key, each], partial(cell, each))
+                        tail = [seed] if each == "none" else [seed, each]
+                        yield Job(
+                            [name, method, fraction, *tail],
+                            (seed, name, method),
+                            partial(bench.retention, name, method, fraction, seed, each),
+                            tuple(
+                                [name, method, other, *tail]
+                                for other in _equal(bench.model(name), name, preset, fraction)
+                            ),
+                        )
 
 
-def _retention(rows: list[dict[str, Any]], metric: str, dense: float) -> str:
-    """Percent of the dense model: mean before -> mean after healing, half the range over seeds."""
-    done = [row for row in rows if "raw" in row]
-    if not rows:
-        return ""
-    if not done:
-        return "refused"
-    before = [100 * row["raw"][metric] / dense for row in done]
-    after = [100 * row["healed"][metric] / dense for row in done if "healed" in row]
-    if not after:
-        return f"{statistics.fmean(before):.1f}"
-    spread = (max(after) - min(after)) / 2
-    return f"{statistics.fmean(before):.1f} → {statistics.fmean(after):.1f} ± {spread:.1f}"
+def _timed(preset: Preset) -> dict[str, tuple[str, tuple[float, ...]]]:
+    """Return group of equally fast methods -> the one that is timed, and its fractions."""
+    groups = {"layers": ("uniform", preset.fractions)}
+    for method in preset.methods:
+        chosen = METHODS[method]
+        groups.setdefault(chosen.timed, (method, chosen.fractions or preset.fractions))
+    return groups
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, one table per fraction: a line per rule, a column per metric of each model."""
-    dense = {row["cell"][0]: row for row in rows if row["cell"][1] == "dense"}
-    columns = [(name, metric) for name, row in dense.items() for metric in row["raw"]]
-    cells: dict[tuple[float, str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        if len(row["cell"]) >= 4:
-            name, rule, fraction, _, *bridges = row["cell"]
-            label = " + ".join([f"`{rule}`", *bridges])
-            cells.setdefault((fraction, label, name), []).append(row)
-    rules = list(dict.fromkeys(rule for _, rule, _ in cells))
-    lines = []
-    for fraction in sorted({fraction for fraction, _, _ in cells}):
-        head = " | ".join(f"{name} {metric.split('/')[1]}" for name, metric in columns)
-        full = " | ".join(f"{dense[name]['raw'][metric]:.3f}" for name, metric in columns)
-        lines += [
-            f"| {fraction:.0%} of the layers dropped | {head} |",
-            "| --- " * (len(columns) + 1) + "|",
-            f"| dense | {full} |",
-        ]
-        for rule in rules:
-            found = " | ".join(
-                _retention(
-                    cells.get((fraction, rule, name), []), metric, dense[name]["raw"][metric]
-                )
-                for name, metric in columns
-            )
-            lines.append(f"| {rule} | {found} |")
-    return "\n".join(lines)
+def _equal(vlm: Any, name: str, preset: Preset, fraction: float) -> list[float]:
+    """Return the smaller fractions that come to the same numbers of layers."""
+    counts = functools.partial(counts_of, SUBJECTS[name], vlm)
+    return [f for f in preset.fractions if f < fraction and counts(f) == counts(fraction)]
 
 
-def main() -> None:
-    """Command line of the benchmark."""
+def measure_all(jobs: Iterator[Job], cells: Cells, shard: tuple[int, int] = (0, 1)) -> None:
+    """Fill the results file cell by cell.
+
+    Args:
+        jobs: all cells, in order.
+        cells: the results file.
+        shard: (number of this process, number of processes); units are dealt out in turn.
+    """
+    units: dict[tuple[Any, ...], int] = {}
+    for job in jobs:
+        if units.setdefault(job.unit, len(units)) % shard[1] == shard[0]:
+            cells.keep(job.cell, partial(_known_or_made, job, cells))
+
+
+def _known_or_made(job: Job, cells: Cells) -> dict[str, Any]:
+    for other in job.same_as:
+        known = cells.get(other)
+        if known is not None:
+            return {**known, "same_as": other[2]}
+    return job.make()
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 0/2, the first of two")
+    return int(number), int(count)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=sorted(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
-    parser.add_argument("--output", type=Path)
     parser.add_argument(
-        "--no-speed", action="store_true", help="leave speed out, while the machine is busy"
+        "--methods", nargs="+", choices=list(METHODS), help="default: those of the preset"
     )
-    rules = (*PUBLISHED, *OTHERS)
-    parser.add_argument("--rules", nargs="+", choices=rules, help="default: those of the preset")
+    parser.add_argument("--fractions", nargs="+", type=float, help="such as 0.25 0.5")
+    parser.add_argument("--seeds", nargs="+", type=int, help="such as 0 1 2")
     parser.add_argument("--bridges", default="none", help="comma separated: none, scale, fold")
-    parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
+    parser.add_argument("--device", help="such as cuda; default: cpu")
+    parser.add_argument(
+        "--speed",
+        choices=("yes", "no", "only"),
+        default="yes",
+        help="measure speed too; 'no' while the machine is busy, 'only' to add it later",
+    )
+    parser.add_argument("--shard", type=_shard, default=(0, 1), help="I/N: this process, of N")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="add to --output")
+    parser.add_argument("--table", action="store_true", help="only show what the file holds")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what the file holds")
+    parser.add_argument("--highlight", choices=list(METHODS), default="interlace")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of the benchmark."""
+    given = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("interlace").setLevel(logging.WARNING)
-    path = arguments.output or Path(f"bench/results/cpu/retention-{arguments.preset}.jsonl")
-    preset = PRESETS[arguments.preset]
-    if arguments.rules:
-        preset = replace(preset, rules=tuple(arguments.rules))
-    if not arguments.table:
-        bridges = [each.strip() for each in arguments.bridges.split(",")]
+    place = (given.device or "cpu").partition(":")[0]
+    path = given.output or Path(f"bench/results/{place}/retention-{given.preset}.jsonl")
+    preset = PRESETS[given.preset]
+    chosen = {key: getattr(given, key) for key in ("methods", "fractions", "seeds")}
+    preset = replace(preset, **{key: tuple(value) for key, value in chosen.items() if value})
+    sizes = {key: getattr(preset.sizes, key) for key in Sizes.__dataclass_fields__}
+    cells = Cells(path, **sizes)
+    for each in given.merge or ():
+        cells.adopt(each)
+    if not (given.table or given.plot or given.merge):
+        bridges = [each.strip() for each in given.bridges.split(",")]
         for each in bridges:
             check_bridges(each)
-        measure_all(
-            arguments.models,
-            preset,
-            path,
-            bridges,
-            speed=not arguments.no_speed,
-        )
+        bench = Bench(preset.sizes, given.device)
+        jobs = jobs_of(bench, given.models, preset, bridges, speed=given.speed)
+        measure_all(jobs, cells, given.shard)
+    if given.plot:
+        plot(read(path), given.plot, given.highlight)
     sys.stdout.write(table(read(path)) + "\n")
 
 

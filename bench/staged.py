@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cells, read
-from retention import SUBJECTS, _headline
+from subjects import SUBJECTS, measure, test_samples
 
 import interlace as il
 from interlace.config import HealSettings, PlanSettings, ScoreSettings
@@ -70,15 +70,13 @@ def _cell(
             ),
         )
         seconds = time.monotonic() - started
-        report = il.evaluate(
-            made.student, tasks=tuple(subject.tasks), data=test, batch_size=64, max_new_tokens=56
-        )
+        healed = measure(subject, made.student, test)
     return {
         "gone": {tower: sorted(layers) for tower, layers in made.stages[-1].layers.items()},
         "steps": sum(stage.record.steps for stage in made.stages),
         "tokens": sum(stage.record.tokens for stage in made.stages),
         "likelihood": [round(stage.retention, 4) for stage in made.stages],
-        "healed": _headline(subject, report.metrics),
+        "healed": healed,
         "seconds": round(seconds, 1),
     }
 
@@ -90,18 +88,10 @@ def measure_all(names: list[str], sizes: argparse.Namespace, path: Path) -> None
     for name in names:
         vlm = il.open_model(f"bundled:{name}", dtype="float32")
         subject = SUBJECTS[name]
-        test = {
-            task: il.samples(
-                "scenes", count=sizes.held_out, tasks=(task,), split="test", processor=vlm.processor
-            )
-            for task in subject.tasks
-        }
+        test = test_samples(subject, vlm, sizes.held_out)
 
         def dense(subject: Any = subject, vlm: Any = vlm, test: Any = test) -> dict[str, Any]:
-            report = il.evaluate(
-                vlm, tasks=tuple(subject.tasks), data=test, batch_size=64, max_new_tokens=56
-            )
-            return {"healed": _headline(subject, report.metrics)}
+            return {"healed": measure(subject, vlm, test)}
 
         keep([name, "dense"], dense)
         for fraction in sizes.fractions:

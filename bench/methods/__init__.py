@@ -1,0 +1,21 @@
+"""The methods that the retention benchmark compares: name -> how to make a student, how to heal it.
+
+A new method is a function from a `Case` to a `Made`, in a file of its family, and its line in that
+file's `METHODS`. All are given the same calibration samples, the same healing samples, batches and
+steps.
+"""
+
+from __future__ import annotations
+
+from methods import blocks, distil, rules, sparse, width
+from methods.case import Case, Made, Method, Shared, Sizes
+
+__all__ = ["METHODS", "Case", "Made", "Method", "Shared", "Sizes"]
+
+METHODS: dict[str, Method] = {
+    **rules.METHODS,
+    **distil.METHODS,
+    **blocks.METHODS,
+    **width.METHODS,
+    **sparse.METHODS,
+}

@@ -1,0 +1,204 @@
+"""What a method is given and what it gives: the types that all methods of the benchmark share."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from subjects import Subject, train_samples
+
+import interlace as il
+from interlace._torch_utils import inference, to_device
+from interlace.data.collate import Collator
+from interlace.models.states import layer_input
+
+if TYPE_CHECKING:
+    import torch
+
+    from interlace.config import HealSettings
+
+Loss = Callable[[str, tuple[int, ...]], float]
+
+BATCH_SIZE = 32
+# What a loss-greedy rule judges by; a pass over them is paid for every layer in every round.
+LOSS_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many samples are used for what; 0 to heal with means measured before healing only."""
+
+    calibration: int
+    heal_samples: int
+    heal_batch: int
+    held_out: int
+
+
+class Shared:
+    """What depends on the model and the seed alone, made when first asked for and kept."""
+
+    def __init__(self, subject: Subject, vlm: Any, seed: int, sizes: Sizes) -> None:
+        """Say which model and seed.
+
+        Args:
+            subject: the model's entry.
+            vlm: the dense model.
+            seed: of the samples and of what methods draw.
+            sizes: numbers of samples.
+        """
+        self.subject, self.vlm, self.seed, self.sizes = subject, vlm, seed, sizes
+        self._losses: dict[tuple[str, frozenset[int]], float] = {}
+
+    @cached_property
+    def calibration(self) -> Any:
+        """Samples to score and to fit with."""
+        return train_samples(self.subject, self.vlm, self.seed, 0, self.sizes.calibration)
+
+    @cached_property
+    def healing(self) -> Any:
+        """Samples to heal with."""
+        return train_samples(self.subject, self.vlm, self.seed, 1, self.sizes.heal_samples)
+
+    @cached_property
+    def scores(self) -> il.Scores:
+        """Similarity of all pairs of hidden states."""
+        return self._score("similarity")
+
+    @cached_property
+    def width_scores(self) -> il.Scores:
+        """Importance of heads and neurons."""
+        return self._score("similarity", "head_norm", "ffn_norm")
+
+    def _score(self, *metrics: str) -> il.Scores:
+        return il.score(
+            self.vlm,
+            self.calibration,
+            metrics=metrics,
+            packs="all",
+            towers=self.subject.towers,
+            batch_size=BATCH_SIZE,
+        )
+
+    @cached_property
+    def _loss_batches(self) -> list[dict[str, Any]]:
+        collate = Collator(self.vlm.processor, self.subject.objective)
+        samples = self.calibration[:LOSS_SAMPLES]
+        starts = range(0, len(samples), BATCH_SIZE)
+        batches = [collate(samples[start : start + BATCH_SIZE]) for start in starts]
+        return [to_device(batch, self.vlm.device, self.vlm.dtype) for batch in batches]
+
+    def loss(self, tower: str, drop: tuple[int, ...]) -> float:
+        """Return the model's own loss on calibration samples without some layers of a tower.
+
+        What is known is kept: a greedy rule asks at every fraction what it asked at smaller ones.
+        """
+        key = (tower, frozenset(drop))
+        if key not in self._losses:
+            with skipping([self.vlm.towers[tower].layers[i] for i in drop]):
+                self._losses[key] = self.loss_of(self.vlm.model)
+        return self._losses[key]
+
+    def loss_of(self, model: Any) -> float:
+        """Return the own loss of a model on calibration samples."""
+        options = {"return_loss": True} if self.subject.objective == "contrastive" else {}
+        with inference(model):
+            return statistics.fmean(
+                float(model(**batch, **options).loss) for batch in self._loss_batches
+            )
+
+
+@contextlib.contextmanager
+def skipping(layers: list[Any]) -> Iterator[None]:
+    """Let layers hand on the hidden states that they are given, as if they were not there."""
+
+    def hand_on(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return layer_input(args, kwargs, "A skipped layer")
+
+    for layer in layers:
+        layer.forward = hand_on
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a method is given.
+
+    Attributes:
+        shared: the dense model, its scores, the samples to calibrate and to heal with.
+        fraction: share of the layers of every tower that is to go, 0..1; methods that drop none
+            take out as many of the layers' parameters.
+        settings: of healing, the same for all methods.
+        bridges: at the cuts, for methods that take them.
+    """
+
+    shared: Shared
+    fraction: float
+    settings: HealSettings
+    bridges: str = "none"
+
+    @property
+    def vlm(self) -> Any:
+        """The dense model."""
+        return self.shared.vlm
+
+    def counts(self) -> dict[str, int]:
+        """Return tower -> layers that go, int(L * fraction) as published."""
+        return counts_of(self.shared.subject, self.vlm, self.fraction)
+
+
+def counts_of(subject: Subject, vlm: Any, fraction: float) -> dict[str, int]:
+    """Return tower -> number of layers that a fraction comes to."""
+    return {name: int(vlm.towers[name].num_layers * fraction) for name in subject.towers}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a method gives: the student, and what a reader of the result should know."""
+
+    student: Any
+    note: str = ""
+
+
+def heal(case: Case, student: Any, **overrides: Any) -> il.HealReport:
+    """Heal in the common way: the plan's `tune` layers, cross-entropy, divergence, hidden states.
+
+    Args:
+        case: with the samples and the settings.
+        student: what the method made; changed in place.
+        overrides: loss weights of a method that has its own. Samples, batch and epochs stay.
+    """
+    settings = case.settings.replace(**overrides)
+    return il.heal(student, teacher=case.vlm, data=case.shared.healing, settings=settings)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make a model smaller.
+
+    Attributes:
+        make: makes the student; raises PlanError, in words, where it cannot.
+        heal: heals it in place, on the case's samples and settings.
+        fractions: the only shares it can take out; None for any.
+        sparse: weights are zeroed, not taken out, so the non-zero ones are counted too.
+        timed: methods of one group have equally fast students, so one of them is timed; "layers"
+            are those that only drop layers.
+        fast: the form of the student that is timed, where it is another one; None where this
+            device has none.
+        bridges: it takes bridges.
+    """
+
+    make: Callable[[Case], Made]
+    heal: Callable[..., il.HealReport] = heal
+    fractions: tuple[float, ...] | None = None
+    sparse: bool = False
+    timed: str = "layers"
+    fast: Callable[[Any], Any] | None = None
+    bridges: bool = False

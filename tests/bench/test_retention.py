@@ -1,0 +1,202 @@
+"""The retention benchmark around its methods: cells, their order, shards, tables and the chart."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import retention
+from cells import Cells, read
+from methods import METHODS
+from PIL import Image
+from retention import PRESETS, Bench, Job, jobs_of, measure_all
+from retention_chart import plot, points, speed_up
+from retention_report import table
+from subjects import SUBJECTS
+
+from interlace.errors import DataError, PlanError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+EARLIER = Path(__file__).parents[2] / "bench/results/cpu/retention-small.jsonl"
+
+
+class NoBench(Bench):
+    """Knows the depths of the models, and measures nothing."""
+
+    def __init__(self) -> None:
+        depths = {"qwen3-vl": 16, "clip": 12, "blip": 12}
+        self.model = lambda name: SimpleNamespace(
+            towers={
+                tower: SimpleNamespace(num_layers=depths[name]) for tower in SUBJECTS[name].towers
+            }
+        )
+
+    def dense(self, name: str) -> dict[str, Any]:
+        return {}
+
+    def retention(self, *_: Any) -> dict[str, Any]:
+        return {}
+
+    def speed(self, *_: Any) -> dict[str, Any]:
+        return {}
+
+
+@pytest.fixture
+def all_jobs() -> Callable[..., list[Job]]:
+    def make(preset: str, bridges: tuple[str, ...] = ("none",), speed: str = "yes") -> list[Job]:
+        return list(jobs_of(NoBench(), list(SUBJECTS), PRESETS[preset], list(bridges), speed=speed))
+
+    return make
+
+
+def test_earlier_results_are_read_and_continued(all_jobs: Any) -> None:
+    rows = read(EARLIER)
+    assert len(rows) == 123
+    shown = table(rows)
+    assert "| 25% of the layers | clip image_to_text_r1 |" in shown
+    assert "`sleb` + fold" in shown
+    assert "refused" in shown
+    known = {json.dumps(row["cell"]) for row in rows}
+    wanted = {json.dumps(job.cell) for job in all_jobs("small", ("none", "fold"))}
+    assert known <= wanted
+
+
+def test_cells_of_a_seed_come_before_those_of_the_next(all_jobs: Any) -> None:
+    cells = [job.cell for job in all_jobs("full", speed="no") if job.cell[1] != "dense"]
+    seeds = [cell[3] for cell in cells]
+    assert seeds == sorted(seeds)
+    assert set(seeds) == {0, 1, 2}
+    first = {tuple(cell[:3]) for cell in cells if cell[3] == 0}
+    assert {method for _, method, _ in first} == set(METHODS)
+    assert len(first) == len(cells) / 3
+
+
+def test_two_shards_share_all_cells_and_keep_units_together(all_jobs: Any, tmp_path: Any) -> None:
+    jobs = all_jobs("full")
+    shares = []
+    for number in (0, 1):
+        cells = Cells(tmp_path / f"{number}.jsonl")
+        measure_all(iter(jobs), cells, (number, 2))
+        shares.append([row["cell"] for row in read(cells.path)])
+    assert sorted(map(json.dumps, shares[0] + shares[1])) == sorted(
+        json.dumps(job.cell) for job in jobs
+    )
+    assert min(map(len, shares)) > 0.4 * len(jobs)
+    units = {json.dumps(job.cell): job.unit for job in jobs}
+    both = [{units[json.dumps(cell)] for cell in share} for share in shares]
+    assert not both[0] & both[1]
+
+
+def test_merge_takes_what_is_missing(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    Cells(paths[0]).keep(["m", "dense"], lambda: {"raw": {"t/x": 0.5}})
+    Cells(paths[1]).keep(["m", "dense"], lambda: {"raw": {"t/x": 0.7}})
+    Cells(paths[1]).keep(["m", "last", 0.25, 0], lambda: {"raw": {"t/x": 0.25}})
+    retention.main(["--output", str(paths[0]), "--merge", str(paths[1])])
+    assert [row["raw"] for row in read(paths[0])] == [{"t/x": 0.5}, {"t/x": 0.25}]
+
+
+def test_fractions_of_equal_counts_are_measured_once(all_jobs: Any, tmp_path: Path) -> None:
+    jobs = {json.dumps(job.cell): job for job in all_jobs("full")}
+    # 10 % and 15 % of 12 layers are one layer, of 16 they are one and two
+    assert jobs['["clip", "last", 0.15, 1]'].same_as == (["clip", "last", 0.1, 1],)
+    assert jobs['["qwen3-vl", "last", 0.15, 1]'].same_as == ()
+    asked: list[float] = []
+
+    def job(fraction: float) -> Job:
+        job = jobs[f'["clip", "last", {fraction}, 1]']
+        return replace(job, make=lambda: asked.append(fraction) or {"raw": {"t/x": fraction}})
+
+    cells = Cells(tmp_path / "cells.jsonl")
+    measure_all(iter([job(0.1), job(0.15), job(0.25)]), cells)
+    assert asked == [0.1, 0.25]
+    assert [row["raw"]["t/x"] for row in read(cells.path)] == [0.1, 0.1, 0.25]
+    assert read(cells.path)[1]["same_as"] == 0.1
+
+
+def test_a_refusal_is_a_result_and_is_not_asked_for_again(tmp_path: Path) -> None:
+    def refuse() -> dict[str, Any]:
+        raise PlanError("no such plan")
+
+    Cells(tmp_path / "cells.jsonl").keep(["m", "last", 0.5, 0], refuse)
+    (row,) = read(tmp_path / "cells.jsonl")
+    assert row["no_plan"] == "no such plan"
+    Cells(tmp_path / "cells.jsonl").keep(["m", "last", 0.5, 0], lambda: pytest.fail("asked again"))
+
+
+def test_every_method_has_a_speed_cell(all_jobs: Any) -> None:
+    timed = {tuple(job.cell[2:]) for job in all_jobs("full") if job.cell[:2] == ["clip", "speed"]}
+    for method in METHODS.values():
+        for fraction in method.fractions or PRESETS["full"].fractions:
+            assert ((fraction,) if method.timed == "layers" else (fraction, method.timed)) in timed
+
+
+def test_speed_only_asks_for_nothing_else(all_jobs: Any) -> None:
+    assert {job.cell[1] for job in all_jobs("full", speed="only")} == {"dense", "speed"}
+    assert "speed" not in {job.cell[1] for job in all_jobs("full", speed="no")}
+
+
+def speed(factor: float) -> dict[str, dict[str, float]]:
+    dense = {"prefill_seconds": 2.0, "decode_tokens_per_second": 10.0, "num_parameters": 100.0}
+    pruned = {
+        "prefill_seconds": 2.0 / factor**2,
+        "decode_tokens_per_second": 10.0,
+        "num_parameters": 7.0,
+    }
+    return {"pruned": pruned, "dense": dense}
+
+
+def rows() -> list[dict[str, Any]]:
+    return [
+        {"cell": ["m", "dense"], "raw": {"t/x": 0.5, "t/y": 2.0}},
+        {"cell": ["m", "speed", 0.25], "speed": speed(1.3)},
+        {"cell": ["m", "speed", 0.25, "width"], "speed": speed(1.1)},
+        {
+            "cell": ["m", "last", 0.25, 0],
+            "raw": {"t/x": 0.1, "t/y": 0.1},
+            "healed": {"t/x": 0.5, "t/y": 1.0},
+        },
+        {
+            "cell": ["m", "last", 0.25, 1],
+            "raw": {"t/x": 0.1, "t/y": 0.1},
+            "healed": {"t/x": 0.4, "t/y": 1.4},
+        },
+        {"cell": ["m", "width", 0.25, 0], "raw": {"t/x": 0.5, "t/y": 1.0}},
+        {"cell": ["m", "uidl", 0.25, 0], "no_plan": "none"},
+        {"cell": ["m", "sleb", 0.5, 0], "raw": {"t/x": 0.5, "t/y": 2.0}},
+    ]
+
+
+def test_speed_up_is_the_geometric_mean_of_what_was_timed() -> None:
+    assert speed_up(speed(1.3)) == pytest.approx(1.3)
+
+
+def test_points_are_means_after_healing_beside_the_speed_of_their_kind() -> None:
+    found = points(rows())
+    assert set(found) == {("m", "`last`"), ("m", "`width`")}
+    # (100 + 50 + 80 + 70) / 4
+    assert found["m", "`last`"] == [pytest.approx((1.3, 75.0))]
+    # before healing, where it was not healed
+    assert found["m", "`width`"] == [pytest.approx((1.1, 75.0))]
+
+
+def test_chart_is_a_small_png(tmp_path: Path) -> None:
+    plot(rows(), tmp_path / "chart.png", "last")
+    image = Image.open(tmp_path / "chart.png")
+    assert image.format == "PNG"
+    assert (tmp_path / "chart.png").stat().st_size < 30_000
+    # the highlight's vermilion is there
+    colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20) or ()}
+    assert any(abs(r - 213) + abs(g - 94) + b < 30 for r, g, b in colours)
+
+
+def test_chart_refuses_results_without_speed(tmp_path: Path) -> None:
+    untimed = [row for row in rows() if row["cell"][1] != "speed"]
+    with pytest.raises(DataError, match="--speed only"):
+        plot(untimed, tmp_path / "chart.png")
