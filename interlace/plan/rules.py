@@ -39,7 +39,7 @@ RULES: dict[str, str] = {
 
 # The rules that judge layers, triplets or pairs by a score, so that another can take its place. The
 # others draw (random), count (last, uniform), measure a whole block of n layers by its own angle
-# (uidl) or ask for the loss themselves (sleb).
+# (uidl) or ask for the loss alone (sleb).
 USE_WEIGHTS = frozenset(
     {
         "interlace",

@@ -68,8 +68,14 @@ def test_the_similarity_alone_gives_the_published_choice(rule: str, random_score
     for seed in range(8):
         scores = random_scores(16, seed)
         for count in (1, 2, 3):
+            given = {
+                "num_drop": count,
+                "rule": rule,
+                "protect": (0,),
+                "loss": lambda _, gone: sum(gone),
+            }
             plain, weighted = (
-                make_plan(scores, num_drop=count, rule=rule, protect=(0,), weights=weights)["text"]
+                make_plan(scores, **given, weights=weights)["text"]
                 for weights in (None, {"similarity": 0.7})
             )
             assert (plain.drop, plain.tune, plain.freeze) == (
