@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from interlace.errors import ConfigError, PlanError
+from interlace.errors import PlanError
 from interlace.plan import make_plan, rule_names
 from interlace.records import Scores
 
