@@ -88,8 +88,8 @@ def count_items(batch: Mapping[str, Any], *, has_decoder: bool, shift: bool) -> 
     Returns:
         "samples" (texts); "rows" (images, or patches where a family packs them); "tokens" (text,
         padding left out); "labels" (tokens to predict), "answers" (samples with some) and
-        "square_labels" (sum over samples of the square root of their number); "tower:..." (tokens of a tower that has
-        padding).
+        "square_labels" (sum over samples of the square root of their number); "tower:..." (tokens
+        of a tower that has padding).
 
     Raises:
         DataError: the batch holds no text.

@@ -151,8 +151,8 @@ def head_terms(
         chunk_tokens: C, tokens whose logits exist at once.
 
     Returns:
-        Three scalar (weighted) SUMS over tokens, fp32 (fp64 for fp64 input): the weighted total, which alone
-        carries a gradient, the cross-entropy and the divergence.
+        Three scalar SUMS over tokens, by `token_weights`, fp32 (fp64 for fp64 input): the weighted
+        total, which alone carries a gradient, the cross-entropy and the divergence.
     """
     if not kl_weight:
         teacher_head = None

@@ -190,8 +190,8 @@ def check_rule_without_model(name: str) -> None:
         others = ", ".join(each for each in RULES if each not in USE_LOSS)
         raise ConfigError(
             f"The rule '{name}' asks the model for its loss without some layers, which scores "
-            "alone cannot answer. Use it in `interlace run` or `interlace progressive`, which have the "
-            f"model at hand, or from Python: make_plan(..., rule='{name}', "
+            "alone cannot answer. Use it in `interlace run` or `interlace progressive`, which have "
+            f"the model at hand, or from Python: make_plan(..., rule='{name}', "
             f"loss=interlace.layer_loss(vlm, calibration, '{name}')). Here choose from {others}."
         )
 

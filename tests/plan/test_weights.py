@@ -144,7 +144,12 @@ def test_every_rule_either_takes_weights_or_refuses_them(random_scores) -> None:
     for rule in rule_names():
         if rule in USE_WEIGHTS:
             assert make_plan(
-                scores, num_drop=1, rule=rule, weights={"similarity": 1.0}, protect=(11,)
+                scores,
+                num_drop=1,
+                rule=rule,
+                weights={"similarity": 1.0},
+                protect=(11,),
+                loss=lambda _, gone: sum(gone),
             )
         else:
             with pytest.raises(PlanError, match="Leave weights out"):
