@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from interlace.pipeline import run
     from interlace.plan import make_plan
     from interlace.progressive import ProgressiveResult, progressive
+    from interlace.progressive.loss import layer_loss
     from interlace.records import (
         EvalReport,
         HealReport,
@@ -62,6 +63,7 @@ __all__ = [
     "export",
     "fuse",
     "heal",
+    "layer_loss",
     "make_plan",
     "open_model",
     "ops",
@@ -79,6 +81,7 @@ _HOMES = {
     "open_model": "interlace.models",
     "samples": "interlace.data.samples",
     "score": "interlace.scores",
+    "layer_loss": "interlace.progressive.loss",
     "Scores": "interlace.records",
     "make_plan": "interlace.plan",
     "Plan": "interlace.records",

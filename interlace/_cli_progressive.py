@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from interlace._cli import (
+    Bridges,
     Count,
     Data,
     Device,
@@ -19,6 +20,7 @@ from interlace._cli import (
     Seed,
     Split,
     output_option,
+    read_bridges,
     say,
     split_names,
 )
@@ -34,7 +36,8 @@ def progressive(
     stages: Annotated[int, typer.Option(min=1, help="Number of stages.")] = 3,
     rule: Annotated[
         str, typer.Option(help=f"How layers are chosen: {', '.join(rule_names())}.")
-    ] = "sleb",
+    ] = "compensated",
+    bridges: Bridges = "fold",
     min_retention: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Roll back a stage that keeps less than this, 0..1."),
@@ -94,6 +97,7 @@ def progressive(
             "seed": seed,
         },
         "plan": {"drop_fraction": drop_fraction, "rule": rule, "towers": split_names(tower)},
+        "prune": {"bridges": read_bridges(bridges)},
         "heal": {
             "learning_rate": learning_rate,
             "batch_size": batch_size,

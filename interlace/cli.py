@@ -45,7 +45,7 @@ from interlace._cli import (
 from interlace._cli_progressive import progressive
 from interlace._cli_students import export, heal, prune
 from interlace.errors import InterlaceError
-from interlace.plan.rules import USE_LOSS, check_rule_without_code, rule_names
+from interlace.plan.rules import USE_LOSS, check_rule_without_model, rule_names
 
 app = typer.Typer(
     name="interlace",
@@ -141,7 +141,7 @@ def plan(
     from interlace.records import Scores
 
     check_outputs(output, picture, overwrite)
-    check_rule_without_code(rule)
+    check_rule_without_model(rule)
     settings = PlanSettings(
         drop_fraction=drop_fraction,
         num_drop=num_drop,

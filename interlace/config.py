@@ -200,6 +200,9 @@ class HealSettings(Settings):
         ce_weight: weight of the task's own loss (cross-entropy, or contrastive).
         hidden_weight: weight of the hidden-state distillation.
         kl_weight: weight of the logit distillation.
+        loss_reduction: how cross-entropy and divergence are averaged: over all answer "token"s,
+            over those of a "sample" first, so that short answers count as much as long ones, or
+            "square" between the two (a token of an answer of n counts 1 / sqrt n).
         temperature: of the logit distillation.
         chunk_tokens: tokens whose teacher and student logits exist at once.
         bf16: compute in bfloat16 (autocast).
@@ -226,6 +229,7 @@ class HealSettings(Settings):
     ce_weight: float = within(1.0, 0.0)
     hidden_weight: float = within(1.0, 0.0)
     kl_weight: float = within(1.0, 0.0)
+    loss_reduction: Literal["token", "sample", "square"] = "token"
     temperature: float = within(1.0, 0.0, above=True)
     chunk_tokens: int = within(2048, 1)
     bf16: bool = False

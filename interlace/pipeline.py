@@ -24,10 +24,11 @@ from interlace.export import export
 from interlace.heal import heal
 from interlace.models import VLM, open_model
 from interlace.plan import make_plan
-from interlace.plan.rules import check_rule_without_code, find_rule
+from interlace.plan.rules import USE_LOSS, find_rule
 from interlace.plan.widths import check_width_metrics
 from interlace.progressive import progressive
 from interlace.progressive.guard import check_guard, held_out_scenes
+from interlace.progressive.loss import recipe_loss
 from interlace.progressive.verb import check_depth_only
 from interlace.records import EvalReport, HealReport, Plan, ProgressiveRecord, Record, Scores
 from interlace.scores import score
@@ -146,12 +147,10 @@ def _warn_of_overlap(held_out: Mapping[str, Samples] | None, *seen: Samples) -> 
 def _check_names(settings: Recipe) -> None:
     """Refuse names that a later stage would refuse, before any work is spent."""
     metric_classes(settings.score.metrics)
+    find_rule(settings.plan.rule)
     if settings.progressive is None:
-        check_rule_without_code(settings.plan.rule)
         check_width_metrics(settings.plan, settings.score.metrics)
     else:
-        # a progressive run makes the callback itself
-        find_rule(settings.plan.rule)
         check_depth_only(settings.plan)
     _check_metrics(settings)
     check_bridges(settings.prune.bridges)
@@ -253,8 +252,15 @@ def run(
         scores_key,
         lambda: score(vlm, calibration, **vars(settings.score)),
     )
-    plan_key = sha256_of([scores.fingerprint, settings.plan.to_dict()])
-    plan = stages.record("plan", Plan, plan_key, lambda: make_plan(scores, **vars(settings.plan)))
+    # a rule that asks for the loss asks for that of a student cut like this one
+    asked = settings.prune.to_dict() if settings.plan.rule in USE_LOSS else ""
+    plan_key = sha256_of([scores.fingerprint, settings.plan.to_dict(), asked])
+
+    def choose() -> Plan:
+        loss = recipe_loss(settings, vlm, calibration)
+        return make_plan(scores, loss=loss, **vars(settings.plan))
+
+    plan = stages.record("plan", Plan, plan_key, choose)
     student = prune(
         vlm,
         plan,
@@ -384,8 +390,7 @@ def _run_progressive(
     for stage in made.stages[:-1]:
         if stage.record.number in smaller:
             folder, own = smaller[stage.record.number]
-            about = stage.plan.fingerprint
-            given = list(stage.records)
+            given, about = list(stage.records), stage.plan.fingerprint
             _export(stage.student(), folder, given, about, stages, own, verify=verify)
     records = [*made.records, result]
     _export(made.student, target, records, key, stages, replace, verify=verify)

@@ -79,6 +79,21 @@ def test_bridges_are_fitted_on_the_calibration_samples(tmp_path: Path) -> None:
     assert other.skipped == ("scores", "plan")
 
 
+@pytest.mark.parametrize("rule", ["sleb", "compensated"])
+def test_rules_that_ask_for_the_loss_need_no_code(rule: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    text = "[export]\nverify = false\n" + RECIPE.replace('["fidelity", "vqa"]', '["fidelity"]')
+    text = text.replace("max_steps = 2", "max_steps = 0")
+    text = text.replace("drop_fraction = 0.25", f"num_drop = 1\nrule = '{rule}'")
+    made = il.run(_recipe(tmp_path, text + '[prune]\nbridges = "fold"\n'), out)
+    (layer,) = made.plan["text"].drop
+    assert made.plan.rule == rule
+    assert "lowest loss" in made.plan["text"].reasons[layer]
+    # a student that is cut otherwise is another one to judge
+    other = il.run(_recipe(tmp_path, text), out)
+    assert other.skipped == ("scores",)
+
+
 def test_missing_model_folder_is_exported_again(tmp_path: Path) -> None:
     import shutil
 
@@ -104,7 +119,6 @@ def test_unknown_recipe_key_is_refused_before_anything_is_made(tmp_path: Path) -
     ("old", "new", "says"),
     [
         ("drop_fraction = 0.25", "rule = 'interlac'", "Did you mean 'interlace'"),
-        ("drop_fraction = 0.25", "rule = 'sleb'", "only be called from Python"),
         ("drop_fraction = 0.25", "towers = ['vison']", "Did you mean 'vision'"),
         ("drop_fraction = 0.25", "drop_fraction = {vision = 0.5}", "scores only text"),
         ("drop_fraction = 0.25", "weights = {relevance = 1}", "weighs the metric 'relevance'"),

@@ -7,13 +7,14 @@ steps.
 
 from __future__ import annotations
 
-from methods import blocks, distil, rules, sparse, width
+from methods import blocks, distil, ours, rules, sparse, width
 from methods.case import Case, Made, Method, Shared, Sizes
 
 __all__ = ["METHODS", "Case", "Made", "Method", "Shared", "Sizes"]
 
 METHODS: dict[str, Method] = {
     **rules.METHODS,
+    **ours.METHODS,
     **distil.METHODS,
     **blocks.METHODS,
     **width.METHODS,

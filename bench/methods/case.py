@@ -84,6 +84,11 @@ class Shared:
         )
 
     @cached_property
+    def repaired_loss(self) -> Loss:
+        """How far a student with folded cuts is from the dense model; what is known is kept."""
+        return il.layer_loss(self.vlm, self.calibration, "compensated", batch_size=BATCH_SIZE)
+
+    @cached_property
     def _loss_batches(self) -> list[dict[str, Any]]:
         collate = Collator(self.vlm.processor, self.subject.objective)
         samples = self.calibration[:LOSS_SAMPLES]

@@ -23,12 +23,38 @@ COUNTED = (
     "rows",
     "tokens",
     "labels",
+    "answers",
+    "square_labels",
     "tower:text",
     "tower:text_encoder",
     "tower:vision",
 )
 
+# What the predictive loss is divided by, by `HealSettings.loss_reduction`.
+REDUCED_BY = {"token": "labels", "sample": "answers", "square": "square_labels"}
+# A token of an answer of n tokens counts n to this power.
+_POWERS = {"sample": -1.0, "square": -0.5}
+
 Batch = dict[str, Any]
+
+
+def label_weights(counted: Tensor, reduction: str) -> Tensor | None:
+    """Return what every token to predict counts in the loss.
+
+    Args:
+        counted: [B, T] bool, the tokens to predict.
+        reduction: "token" (all alike), "sample" (1 / n for an answer of n tokens) or "square"
+            (1 / sqrt n).
+
+    Returns:
+        [N] fp32, in the order of `counted`'s true entries; None where all count alike.
+
+    Source: the three ways and their names: InternVL 2.5 (arXiv 2412.05271), section 3.3.
+    """
+    if reduction == "token":
+        return None
+    lengths = counted.sum(1, keepdim=True).float().clamp_min(1.0)
+    return lengths.pow(_POWERS[reduction]).expand(counted.shape)[counted]
 
 
 def token_masks(batch: Mapping[str, Any], *, has_decoder: bool) -> dict[str, Tensor]:
@@ -61,8 +87,9 @@ def count_items(batch: Mapping[str, Any], *, has_decoder: bool, shift: bool) -> 
 
     Returns:
         "samples" (texts); "rows" (images, or patches where a family packs them); "tokens" (text,
-        padding left out); "labels" (tokens to predict); "tower:..." (tokens of a tower that has
-        padding).
+        padding left out); "labels" (tokens to predict), "answers" (samples with some) and
+        "square_labels" (sum over samples of the square root of their number); "tower:..." (tokens
+        of a tower that has padding).
 
     Raises:
         DataError: the batch holds no text.
@@ -80,7 +107,10 @@ def count_items(batch: Mapping[str, Any], *, has_decoder: bool, shift: bool) -> 
         "tokens": float(ids.numel() if attended is None else attended.sum()),
     }
     if "labels" in batch:
-        counts["labels"] = float((targets_of(batch["labels"], shift=shift) != IGNORED).sum())
+        lengths = (targets_of(batch["labels"], shift=shift) != IGNORED).sum(1)
+        counts["labels"] = float(lengths.sum())
+        counts["answers"] = float((lengths > 0).sum())
+        counts["square_labels"] = float(lengths.double().sqrt().sum())
     for tower, mask in token_masks(batch, has_decoder=has_decoder).items():
         counts[f"tower:{tower}"] = float(mask.sum())
     return counts

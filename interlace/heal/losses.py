@@ -36,7 +36,12 @@ def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
         yield slice(start, start + chunk_tokens)
 
 
-def divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Sum over rows of KL(teacher || student) of the softened distributions, times temperature^2.
 
     The factor keeps the size of the gradient independent of the temperature.
@@ -47,14 +52,27 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
         student_logits: [N, V], any float dtype.
         teacher_logits: [N, V], any float dtype.
         temperature: above 0; 1 compares the distributions as they are.
+        weights: [N] of the rows; None counts all alike.
 
     Returns:
         A scalar, fp32 (fp64 for fp64 input).
     """
     student = functional.log_softmax(widened(student_logits) / temperature, dim=-1)
     teacher = functional.log_softmax(widened(teacher_logits) / temperature, dim=-1)
-    total = functional.kl_div(student, teacher, reduction="sum", log_target=True)
+    if weights is None:
+        total = functional.kl_div(student, teacher, reduction="sum", log_target=True)
+    else:
+        rows = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+        total = rows @ weights.to(rows.dtype)
     return total * temperature**2
+
+
+def _entropy(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum of the cross-entropies of [N, V] logits, each times its weight where there are any."""
+    if weights is None:
+        return functional.cross_entropy(widened(logits), targets, reduction="sum")
+    rows = functional.cross_entropy(widened(logits), targets, reduction="none")
+    return rows @ weights.to(rows.dtype)
 
 
 class _HeadTerms(torch.autograd.Function):
@@ -66,6 +84,7 @@ class _HeadTerms(torch.autograd.Function):
         hidden: Tensor,
         targets: Tensor,
         teacher_hidden: Tensor | None,
+        token_weights: Tensor | None,
         heads: tuple[Head, Head | None],
         weights: tuple[float, float],
         temperature: float,
@@ -77,15 +96,16 @@ class _HeadTerms(torch.autograd.Function):
         sums = [torch.zeros((), dtype=wide, device=hidden.device) for _ in range(2)]
         gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         for part in _chunks(len(hidden), chunk_tokens):
+            each = None if token_weights is None else token_weights[part]
             piece = hidden[part].detach().requires_grad_(gradient is not None)
             with torch.set_grad_enabled(gradient is not None):
                 logits = head(piece)
-                entropy = functional.cross_entropy(widened(logits), targets[part], reduction="sum")
+                entropy = _entropy(logits, targets[part], each)
                 objective = ce_weight * entropy
                 if teacher_head is not None and teacher_hidden is not None:
                     with torch.no_grad():
                         teacher_logits = teacher_head(teacher_hidden[part])
-                    apart = divergence(logits, teacher_logits, temperature)
+                    apart = divergence(logits, teacher_logits, temperature, each)
                     objective = objective + kl_weight * apart
                     sums[1] += apart.detach()
             sums[0] += entropy.detach()
@@ -100,7 +120,7 @@ class _HeadTerms(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         scaled = None if gradient is None else gradient * upstream[0].to(gradient.dtype)
-        return scaled, None, None, None, None, None, None
+        return scaled, None, None, None, None, None, None, None
 
 
 def head_terms(
@@ -110,6 +130,7 @@ def head_terms(
     *,
     teacher_hidden: Tensor | None = None,
     teacher_head: Head | None = None,
+    token_weights: Tensor | None = None,
     ce_weight: float = 1.0,
     kl_weight: float = 1.0,
     temperature: float = 1.0,
@@ -123,14 +144,15 @@ def head_terms(
         head: the student's head, [C, D] -> [C, V]. It gets no gradient.
         teacher_hidden: [N, D'] the same of the teacher; without it there is no divergence.
         teacher_head: the teacher's head, [C, D'] -> [C, V].
+        token_weights: [N] what each token counts; None counts all alike.
         ce_weight: weight of the cross-entropy, at least 0.
         kl_weight: weight of the divergence, at least 0.
         temperature: of the divergence, above 0.
         chunk_tokens: C, tokens whose logits exist at once.
 
     Returns:
-        Three scalar SUMS over tokens, fp32 (fp64 for fp64 input): the weighted total, which alone
-        carries a gradient, the cross-entropy and the divergence.
+        Three scalar SUMS over tokens, by `token_weights`, fp32 (fp64 for fp64 input): the weighted
+        total, which alone carries a gradient, the cross-entropy and the divergence.
     """
     if not kl_weight:
         teacher_head = None
@@ -138,6 +160,7 @@ def head_terms(
         hidden,
         targets,
         teacher_hidden,
+        token_weights,
         (head, teacher_head),
         (ce_weight, kl_weight),
         temperature,

@@ -14,7 +14,13 @@ import torch
 from torch import nn
 
 from interlace.errors import ConfigError
-from interlace.heal.batches import count_items, num_rows, token_masks
+from interlace.heal.batches import (
+    REDUCED_BY,
+    count_items,
+    label_weights,
+    num_rows,
+    token_masks,
+)
 from interlace.heal.losses import head_terms, normalised_error, similarity_divergence
 from interlace.heal.reading import Reader
 from interlace.heal.sparsity import Gates
@@ -183,12 +189,13 @@ class HealModel(nn.Module):
             self._reader.head,
             teacher_hidden=teacher_hidden,
             teacher_head=teacher.head if teacher is not None else None,
+            token_weights=label_weights(counted, settings.loss_reduction),
             ce_weight=settings.ce_weight,
             kl_weight=settings.kl_weight,
             temperature=settings.temperature,
             chunk_tokens=settings.chunk_tokens,
         )
-        share = 1.0 / max(counts["labels"], 1.0)
+        share = 1.0 / max(counts[REDUCED_BY[settings.loss_reduction]], 1.0)
         terms = {"ce": entropy * share}
         if teacher is not None and settings.kl_weight:
             terms["kl"] = apart * share

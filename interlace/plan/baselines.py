@@ -9,27 +9,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from interlace._progress import track
-from interlace.errors import ConfigError, PlanError
 from interlace.plan.published import FEWER
-from interlace.plan.rules import Choice, by_score, nearest_kept
+from interlace.plan.rules import Choice, by_score, finish
 
 if TYPE_CHECKING:
     from interlace.plan.rules import Problem
-
-
-def _finish(
-    problem: Problem,
-    drop: list[int],
-    reasons: dict[int, str],
-    layer_scores: tuple[float | None, ...] | None = None,
-) -> Choice:
-    tune = nearest_kept(problem, drop)
-    reasons = reasons | {
-        layer: f"nearest kept neighbour of layer {gone}"
-        for gone, layer in zip(drop, tune, strict=False)
-    }
-    return Choice(tuple(drop), tune, reasons=reasons, layer_scores=layer_scores)
 
 
 def shortgpt(problem: Problem) -> Choice:
@@ -52,7 +36,7 @@ def shortgpt(problem: Problem) -> Choice:
         reasons = {layer: f"score {scores[layer]:.4f}" for layer in drop}
     else:
         reasons = {layer: f"block influence {1 - scores[layer]:.4f}" for layer in drop}
-    return _finish(problem, drop, reasons, table)
+    return finish(problem, drop, reasons, table)
 
 
 def uidl(problem: Problem) -> Choice:
@@ -86,7 +70,7 @@ def uidl(problem: Problem) -> Choice:
     drop = list(range(start, start + count))
     why = f"block {start}..{start + count - 1} at angular distance {angles[start]:.4f}"
     table = tuple(blocks.get(layer) for layer in range(problem.num_layers))
-    return _finish(problem, drop, dict.fromkeys(drop, why), table)
+    return finish(problem, drop, dict.fromkeys(drop, why), table)
 
 
 def last(problem: Problem) -> Choice:
@@ -110,49 +94,4 @@ def uniform(problem: Problem) -> Choice:
     """
     free, count = problem.candidates, problem.num_drop
     drop = [free[(2 * k + 1) * len(free) // (2 * count)] for k in range(count)]
-    return _finish(problem, drop, dict.fromkeys(drop, "at even distances"))
-
-
-def sleb(problem: Problem) -> Choice:
-    """Drop one layer after the other, each time the one without which the loss is lowest.
-
-    The first and the last layer are never dropped, as in the original (its barriers of one layer
-    at either end). Ties go to the lower index; a loss that is not a number counts as infinite.
-    n rounds take about n (L - 2) calls of `loss`. The scores shown are the losses without the
-    single layer.
-
-    Source: SLEB (arXiv 2402.09025), algorithm 1.
-
-    Raises:
-        ConfigError: no loss was given.
-        PlanError: too few layers, or no choice leaves a finite loss.
-    """
-    if problem.loss is None:
-        raise ConfigError(
-            "The rule 'sleb' chooses by the loss of the model without the layers. Give "
-            "make_plan(..., loss=callback), where callback(tower, dropped_layers) returns it."
-        )
-    inner = [layer for layer in problem.candidates if 0 < layer < problem.num_layers - 1]
-    if len(inner) < problem.num_drop:
-        raise problem.shortage(len(inner), "layers between the first and the last", FEWER)
-    drop: list[int] = []
-    reasons: dict[int, str] = {}
-    alone: tuple[float | None, ...] | None = None
-    rounds = track(range(problem.num_drop), description=f"sleb, {problem.tower}")
-    for number in rounds:
-        losses: dict[int, float] = {}
-        for layer in inner:
-            loss = float(problem.loss(problem.tower, (*drop, layer)))
-            losses[layer] = math.inf if math.isnan(loss) else loss
-        best = min(inner, key=lambda each, losses=losses: (losses[each], each))  # type: ignore[misc]
-        if math.isinf(losses[best]):
-            raise PlanError(
-                f"Tower '{problem.tower}': no layer can be dropped after {drop} without the loss "
-                "becoming infinite or not a number. Check the loss callback and its data."
-            )
-        if alone is None:
-            alone = tuple(losses.get(layer) for layer in range(problem.num_layers))
-        drop.append(best)
-        inner.remove(best)
-        reasons[best] = f"round {number + 1}: lowest loss {losses[best]:.4f}"
-    return _finish(problem, drop, reasons, alone)
+    return finish(problem, drop, dict.fromkeys(drop, "at even distances"))

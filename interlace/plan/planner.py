@@ -172,11 +172,11 @@ def make_plan(
             sign of "similarity" (s_1) is turned. A triplet or pair is worth its z-scored s_3 or
             s_2 less the importance, by the other metrics, of the layer that it drops. Rules that
             choose by such scores take them: interlace, interlace_oa, interlace_tn, consecutive,
-            triplet_optimal, shortgpt.
+            triplet_optimal, shortgpt, and compensated for which layers it tries.
         towers: towers to plan. Default: those of the dict given, else the text tower where there
             is one, else all that were scored.
         loss: callback (tower, dropped layers in selection order) -> loss of the model without
-            them; for the rule `sleb`.
+            them; for the rules `sleb` and `compensated`. `interlace.layer_loss` makes one.
         group: token group of the similarity: "all" (published), "text", "vision", or "balanced",
             where image and text tokens have equal mass.
         heads: share of the query heads of every kept layer to cut, 0..1, or a dict per tower. They

@@ -33,12 +33,13 @@ RULES: dict[str, str] = {
     "uidl": "interlace.plan.baselines:uidl",
     "last": "interlace.plan.baselines:last",
     "uniform": "interlace.plan.baselines:uniform",
-    "sleb": "interlace.plan.baselines:sleb",
+    "sleb": "interlace.plan.greedy:sleb",
+    "compensated": "interlace.plan.greedy:compensated",
 }
 
 # The rules that judge layers, triplets or pairs by a score, so that another can take its place. The
 # others draw (random), count (last, uniform), measure a whole block of n layers by its own angle
-# (uidl) or ask for the loss themselves (sleb).
+# (uidl) or ask for the loss alone (sleb).
 USE_WEIGHTS = frozenset(
     {
         "interlace",
@@ -47,11 +48,12 @@ USE_WEIGHTS = frozenset(
         "consecutive",
         "triplet_optimal",
         "shortgpt",
+        "compensated",
     }
 )
 
-# The rules that call back for the loss of a model, which only Python code can give.
-USE_LOSS = frozenset({"sleb"})
+# The rules that call back for the loss of a model without some layers.
+USE_LOSS = frozenset({"sleb", "compensated"})
 
 
 @dataclass(frozen=True)
@@ -177,19 +179,20 @@ def rule_names() -> tuple[str, ...]:
     return tuple(RULES)
 
 
-def check_rule_without_code(name: str) -> None:
-    """Refuse a rule that a recipe or the command line cannot carry out.
+def check_rule_without_model(name: str) -> None:
+    """Refuse a rule that cannot choose by scores alone.
 
     Raises:
-        ConfigError: there is no such rule, or it needs a callback.
+        ConfigError: there is no such rule, or it needs a model to ask.
     """
     find_rule(name)
     if name in USE_LOSS:
         others = ", ".join(each for each in RULES if each not in USE_LOSS)
         raise ConfigError(
-            f"The rule '{name}' needs the loss of the model without some layers, so it can only be "
-            f"called from Python: make_plan(..., rule='{name}', loss=callback). Here choose from "
-            f"{others}."
+            f"The rule '{name}' asks the model for its loss without some layers, which scores "
+            "alone cannot answer. Use it in `interlace run` or `interlace progressive`, which have "
+            f"the model at hand, or from Python: make_plan(..., rule='{name}', "
+            f"loss=interlace.layer_loss(vlm, calibration, '{name}')). Here choose from {others}."
         )
 
 
@@ -228,3 +231,18 @@ def nearest_kept(problem: Problem, drop: Iterable[int]) -> tuple[int, ...]:
         tune.append(near)
         free.remove(near)
     return tuple(tune)
+
+
+def finish(
+    problem: Problem,
+    drop: list[int],
+    reasons: dict[int, str],
+    layer_scores: tuple[float | None, ...] | None = None,
+) -> Choice:
+    """Let the nearest kept layers be tuned, for rules that do not say which to train."""
+    tune = nearest_kept(problem, drop)
+    reasons = reasons | {
+        layer: f"nearest kept neighbour of layer {gone}"
+        for gone, layer in zip(drop, tune, strict=False)
+    }
+    return Choice(tuple(drop), tune, reasons=reasons, layer_scores=layer_scores)

@@ -1,27 +1,89 @@
-"""The model's own loss without some of its layers: what loss-greedy rules choose by.
+"""What loss-greedy rules choose by: how well a model does without some of its layers.
 
 Legend: B batch, T tokens, D hidden size.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from interlace._torch_utils import to_device
 from interlace.config import HealSettings
 from interlace.data.collate import Collator
+from interlace.errors import ConfigError, DataError
 from interlace.heal.model import HealModel
 from interlace.heal.shell import make_shell
+from interlace.models.handle import check_vlm
+from interlace.plan.rules import USE_LOSS
+from interlace.records import Plan, TowerPlan
+from interlace.surgery import prune
+from interlace.surgery.bridges.names import check_bridges, has_bridges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import nn
 
+    from interlace.config import PlanSettings, PruneSettings, ScoreSettings
     from interlace.data.samples import Sample
     from interlace.models import VLM
+    from interlace.plan.rules import Loss
+
+    Batches = Sequence[Mapping[str, Any]]
+
+# The rule that judges students with repaired cuts.
+COMPENSATED = "compensated"
+
+
+class _Sections(Protocol):
+    """A recipe, or what a progressive run is given."""
+
+    @property
+    def score(self) -> ScoreSettings: ...
+
+    @property
+    def plan(self) -> PlanSettings: ...
+
+    @property
+    def prune(self) -> PruneSettings: ...
+
+
+class _Measure:
+    """Means of the loss terms of a model over batches that are kept in memory."""
+
+    def __init__(self, vlm: VLM, model: nn.Module, settings: HealSettings, **more: Any) -> None:
+        self._device, self._dtype = vlm.device, vlm.dtype
+        paths = {name: tower.path for name, tower in vlm.towers.items()}
+        self._model = HealModel(
+            model, objective=vlm.family.objective, settings=settings, paths=paths, **more
+        )
+
+    def mean(self, batches: Batches, term: str) -> float:
+        """Return the mean of a term, "ce" or "kl", in nats."""
+        counts: dict[str, float] = {}
+        for batch in batches:
+            for key, value in self._model.count(batch).items():
+                counts[key] = counts.get(key, 0.0) + value
+        total = 0.0
+        with torch.no_grad():
+            for batch in batches:
+                inputs = to_device(batch, self._device, self._dtype)
+                total += self._model(counts=counts, **inputs)[term].item()
+        return total
+
+
+def _settings(reduction: Any, kl_weight: float = 0.0) -> HealSettings:
+    return HealSettings(hidden_weight=0.0, kl_weight=kl_weight, loss_reduction=reduction)
+
+
+def _batched(vlm: VLM, data: Sequence[Sample], batch_size: int) -> Batches:
+    if not len(data):
+        raise DataError("There are no samples to judge layers by. Give at least one.")
+    collate = Collator.for_model(vlm)
+    starts = range(0, len(data), batch_size)
+    return [collate(data[start : start + batch_size]) for start in starts]
 
 
 class TaskLoss:
@@ -31,33 +93,25 @@ class TaskLoss:
     the pruned model, at the cost of the whole one. The batches are made once and stay in memory.
     """
 
-    def __init__(self, vlm: VLM, data: Sequence[Sample], batch_size: int) -> None:
+    def __init__(
+        self, vlm: VLM, data: Sequence[Sample], batch_size: int, reduction: str = "token"
+    ) -> None:
         """Prepare the batches and a shell of the model, which is left as it is.
 
         Args:
             vlm: the model.
             data: samples with their answers.
             batch_size: samples per forward pass; images and texts are compared within a batch.
+            reduction: as `HealSettings.loss_reduction`.
         """
-        collate = Collator.for_model(vlm)
-        starts = range(0, len(data), batch_size)
-        self._batches = [collate(data[start : start + batch_size]) for start in starts]
-        self._device, self._dtype = vlm.device, vlm.dtype
-        paths = {name: tower.path for name, tower in vlm.towers.items()}
+        self._batches = _batched(vlm, data, batch_size)
         shell = make_shell(vlm.model)
         self._skipped: frozenset[tuple[str, int]] = frozenset()
-        for name, path in paths.items():
-            for position, layer in enumerate(shell.get_submodule(path).children()):
+        for name, tower in vlm.towers.items():
+            for position, layer in enumerate(shell.get_submodule(tower.path).children()):
                 layer.register_forward_hook(self._skip((name, position)), with_kwargs=True)
-        settings = HealSettings(hidden_weight=0.0, kl_weight=0.0)
-        self._model = HealModel(
-            shell, objective=vlm.family.objective, settings=settings, paths=paths
-        )
-        counts: dict[str, float] = {}
-        for batch in self._batches:
-            for key, value in self._model.count(batch).items():
-                counts[key] = counts.get(key, 0.0) + value
-        self._counts = counts
+        settings = _settings(reduction)
+        self._measure = _Measure(vlm, shell, settings)
 
     def _skip(self, place: tuple[str, int]) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -76,9 +130,118 @@ class TaskLoss:
             skipped: positions of the layers to skip.
         """
         self._skipped = frozenset((tower, position) for position in skipped)
-        total = 0.0
-        with torch.no_grad():
-            for batch in self._batches:
-                inputs = to_device(batch, self._device, self._dtype)
-                total += self._model(counts=self._counts, **inputs)["ce"].item()
-        return total
+        return self._measure.mean(self._batches, "ce")
+
+
+class CompensatedLoss:
+    """How far the predictions of a student with bridged cuts are from those of the whole model.
+
+    The mean over samples of KL(whole || student) over the tokens of the answer, or over the rows
+    of similarities of a contrastive model. Every call cuts the model, fits the bridges of all its
+    cuts on half of the batches, and runs both models over the other half (over the same where there
+    is one batch only); a cut that was asked for before costs nothing.
+    """
+
+    def __init__(self, vlm: VLM, data: Sequence[Sample], batch_size: int, bridges: Any) -> None:
+        """Prepare the batches; the model is left as it is.
+
+        Args:
+            vlm: the model.
+            data: samples with their answers.
+            batch_size: samples per forward pass.
+            bridges: as of `prune`.
+        """
+        self._vlm, self._bridges, self._batch_size = vlm, bridges, batch_size
+        batches = _batched(vlm, data, batch_size)
+        half = len(batches) // 2
+        self._fitted, self._judged = batches[half:], batches[:half] or batches
+        self._known: dict[tuple[str, frozenset[int]], float] = {}
+
+    def __call__(self, tower: str, dropped: Iterable[int]) -> float:
+        """Return the mean divergence over all samples, in nats.
+
+        Args:
+            tower: name of the tower.
+            dropped: layers of the model to drop.
+
+        Raises:
+            InterlaceError: as `prune` raises it.
+        """
+        gone = frozenset(dropped)
+        key = (tower, gone)
+        if key not in self._known:
+            self._known[key] = self._judge(tower, tuple(sorted(gone)))
+        return self._known[key]
+
+    def _judge(self, tower: str, drop: tuple[int, ...]) -> float:
+        vlm = self._vlm
+        bridges = self._bridges
+        if isinstance(bridges, dict):
+            bridges = {name: kind for name, kind in bridges.items() if name == tower} or "none"
+        number = vlm.towers[tower].num_layers
+        plan = Plan(towers={tower: TowerPlan(num_layers=number, drop=drop)}, standard=False)
+        data = self._fitted if has_bridges(bridges) else None
+        student = prune(vlm, plan, bridges=bridges, data=data, batch_size=self._batch_size)
+        measure = _Measure(
+            student,
+            make_shell(student.model),
+            _settings("sample", kl_weight=1.0),
+            teacher=make_shell(vlm.model),
+            teacher_paths={name: each.path for name, each in vlm.towers.items()},
+        )
+        return measure.mean(self._judged, "kl")
+
+
+def layer_loss(
+    vlm: VLM,
+    data: Sequence[Sample],
+    rule: str = COMPENSATED,
+    *,
+    batch_size: int = 8,
+    bridges: str | dict[str, str] = "fold",
+) -> Loss:
+    """Make what a rule that chooses by the loss asks: `make_plan(..., rule=rule, loss=...)`.
+
+    `sleb` asks for the loss of the task with layers skipped: one forward pass over the data a call.
+    `compensated` asks how far a student with repaired cuts is from the whole model: for every cut
+    of the student two passes over half of the data, and two more over the other half.
+
+    Args:
+        vlm: the model that the plan is for; left as it is.
+        data: calibration samples with their answers; apart from the data to measure on.
+        rule: "compensated" or "sleb".
+        batch_size: samples per forward pass; images and texts are compared within a batch.
+        bridges: what repairs the cuts, as `prune` will be told; `sleb` has no use for it.
+
+    Returns:
+        A function (tower, dropped layers) -> loss, in nats.
+
+    Raises:
+        ConfigError: the rule asks for no loss, or the bridges are not known.
+        DataError: no samples.
+    """
+    check_vlm(vlm, "model")
+    if rule not in USE_LOSS:
+        raise ConfigError(
+            f"The rule {rule!r} asks for no loss. The rules that do are "
+            f"{', '.join(sorted(USE_LOSS))}; leave loss out for the others."
+        )
+    check_bridges(bridges)
+    if rule == COMPENSATED:
+        return CompensatedLoss(vlm, data, batch_size, bridges)
+    return TaskLoss(vlm, data, batch_size)
+
+
+def recipe_loss(settings: _Sections, vlm: VLM, data: Sequence[Sample]) -> Loss | None:
+    """Make the loss that the rule of a recipe asks for; None where it asks for none.
+
+    Args:
+        settings: with the sections of the stages.
+        vlm: the model that the plan is for.
+        data: calibration samples.
+    """
+    rule = settings.plan.rule
+    if rule not in USE_LOSS:
+        return None
+    size, bridges = settings.score.batch_size, settings.prune.bridges
+    return layer_loss(vlm, data, rule, batch_size=size, bridges=bridges)

@@ -15,7 +15,7 @@ from interlace.heal.sparsity import find_branches, importance
 from interlace.plan.rules import USE_LOSS
 from interlace.progressive.checkpoint import healing_of, is_whole, open_student, save_student
 from interlace.progressive.guard import measure, retention_of
-from interlace.progressive.loss import TaskLoss
+from interlace.progressive.loss import recipe_loss
 from interlace.progressive.plans import after, drop_counts, gate_weight, plan_stage, whole
 from interlace.progressive.schedule import gone_after, split_healing
 from interlace.records import EvalReport, Plan, Scores, StageRecord
@@ -206,13 +206,11 @@ class Run:
                 counts,
                 {name: list(each.items()) for name, each in gates.items()},
                 self.weight,
+                setup.prune.to_dict() if greedy else "",
             ]
         )
 
         def make() -> Plan:
-            loss = None
-            if greedy:
-                loss = TaskLoss(before.student, setup.calibration, setup.score.batch_size)
             return plan_stage(
                 scores,
                 before.student,
@@ -220,7 +218,7 @@ class Run:
                 setup.plan,
                 gates=gates,
                 weight=self.weight,
-                loss=loss,
+                loss=recipe_loss(setup, before.student, setup.calibration),
             )
 
         return self.state.record(f"stage-{number}/plan", Plan, key, make), key

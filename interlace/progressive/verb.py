@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 RECORD = "progressive.json"
 HELD_OUT = 256
-RECOMMENDED = "sleb"
+RECOMMENDED = "compensated"
+REPAIR = "fold"
 
 
 @dataclass(frozen=True)
@@ -103,23 +104,24 @@ def progressive(
 
     Args:
         vlm: the dense model; left as it is.
-        calibration: samples to score with. The rule `sleb` also takes its loss from them.
+        calibration: samples to score with. The rules `compensated` and `sleb` also take their loss
+            from them, and bridges are fitted on them.
         healing: samples to heal with.
         output: folder of the run.
         held_out: samples to measure stages on; default: 256 of the built-in scenes. Measure the
             result on others where a stage can be rolled back.
         drop_fraction: share of the layers to drop in all, 0..1, or one per tower; instead of that
             in `plan`.
-        rule: name of the rule, instead of that in `plan`; default without `plan`: "sleb", which
-            needs no callback here.
+        rule: name of the rule, instead of that in `plan`; default without `plan`: "compensated".
+            Rules that choose by the loss need no callback here.
         stages: number of stages, at least 1, instead of that in `settings`.
         min_retention: see `ProgressiveSettings`; instead of that in `settings`.
         settings: of the stages; default: `ProgressiveSettings()`.
         score: how to score; default: `ScoreSettings()`. Its batch size is also that of the loss and
             of measuring.
-        plan: what to drop in all and by what rule; default: a quarter by "sleb".
-        prune: how to cut; default: `PruneSettings()`. Bridges are fitted on `calibration`, each
-            stage's on the student it cuts; those at run time are refused.
+        plan: what to drop in all and by what rule; default: a quarter by "compensated".
+        prune: how to cut; default: with the bridge "fold". Bridges are fitted on `calibration`,
+            each stage's on the student it cuts; those at run time are refused.
         heal: how to heal in all; default: `HealSettings()`. With gates, all stages but the last
             learn them.
         max_new_tokens: longest answer where the guard's task generates.
@@ -147,7 +149,8 @@ def progressive(
     planned = _given(planned, rule=rule)
     find_rule(planned.rule)
     check_depth_only(planned)
-    _check_prune(prune or PruneSettings())
+    cut = prune or PruneSettings(bridges=REPAIR)
+    _check_prune(cut)
     check_guard(chosen.guard, vlm)
     healed = heal or HealSettings()
     if held_out is None:
@@ -167,7 +170,7 @@ def progressive(
         progressive=chosen,
         score=score or ScoreSettings(),
         plan=planned,
-        prune=prune or PruneSettings(),
+        prune=cut,
         heal=healed,
         max_new_tokens=max_new_tokens,
     )

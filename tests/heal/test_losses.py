@@ -5,6 +5,8 @@ import torch
 from torch.nn import functional
 
 from interlace.heal import head_terms, normalised_error, similarity_divergence
+from interlace.heal.batches import REDUCED_BY, count_items, label_weights
+from interlace.models.prediction import targets_of
 
 N, D, V = 11, 6, 13
 
@@ -55,6 +57,45 @@ def test_head_terms_equal_the_plain_computation(chunk_tokens: int, temperature: 
     torch.testing.assert_close(found, hidden.grad)
     assert max(sizes) <= chunk_tokens
     assert not weight.requires_grad
+
+
+@pytest.mark.parametrize("chunk_tokens", [4, 100])
+def test_tokens_may_count_differently(chunk_tokens: int) -> None:
+    weight, teacher_weight = _random(V, D, seed=1), _random(V, D, seed=2)
+    hidden, teacher = _random(N, D, seed=3).requires_grad_(), _random(N, D, seed=4)
+    targets, counts = torch.arange(N) % V, torch.linspace(0.0, 2.0, N, dtype=torch.float64)
+    total, entropy, apart = head_terms(
+        hidden,
+        targets,
+        lambda piece: piece @ weight.T,
+        teacher_hidden=teacher,
+        teacher_head=lambda piece: piece @ teacher_weight.T,
+        token_weights=counts,
+        chunk_tokens=chunk_tokens,
+    )
+    total.backward()
+    found, hidden.grad = hidden.grad, None
+    logits, other = hidden @ weight.T, teacher @ teacher_weight.T
+    plain = functional.cross_entropy(logits, targets, reduction="none") @ counts
+    kls = torch.stack([_plain_kl(logits[i], other[i], 1.0) for i in range(N)])
+    (plain + kls @ counts).backward()
+    torch.testing.assert_close(entropy, plain.detach())
+    torch.testing.assert_close(apart, (kls @ counts).detach())
+    torch.testing.assert_close(found, hidden.grad)
+
+
+@pytest.mark.parametrize(("reduction", "power"), [("sample", -1.0), ("square", -0.5)])
+def test_label_weights_and_what_they_are_divided_by(reduction: str, power: float) -> None:
+    labels = torch.tensor([[-100, 5, -100, -100], [-100, 5, 6, 7], [-100, -100, -100, -100]])
+    batch = {"input_ids": torch.ones(3, 4, dtype=torch.long), "labels": labels}
+    counted = targets_of(labels, shift=True) != -100
+    weights = label_weights(counted, reduction)
+    expected = torch.tensor([1.0, 3.0, 3.0, 3.0]) ** power
+    torch.testing.assert_close(weights, expected)
+    counts = count_items(batch, has_decoder=False, shift=True)
+    assert counts[REDUCED_BY[reduction]] == pytest.approx(float(expected.sum()))
+    assert label_weights(counted, "token") is None
+    assert counts[REDUCED_BY["token"]] == 4.0
 
 
 def test_head_terms_of_no_tokens_are_zero() -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from interlace.errors import ConfigError, PlanError
+from interlace.errors import PlanError
 from interlace.plan import make_plan, rule_names
 from interlace.records import Scores
 
@@ -49,27 +49,6 @@ def test_last_and_uniform_need_no_tables():
     plan = make_plan(scores, num_drop=3, rule="uniform")["text"]
     assert (plan.drop, plan.tune) == ((2, 6, 10), (3, 7, 11))
     assert plan.layer_scores == (None,) * 12
-
-
-def test_sleb_is_greedy_over_the_loss_with_barriers():
-    asked = []
-
-    def loss(tower, dropped):
-        asked.append((tower, dropped))
-        # layer 4 is cheapest alone; together with it, 2 is cheaper than 1
-        return {1: 1.0, 2: 3.0, 3: 5.0, 4: 0.5}[dropped[-1]] - 2.5 * (dropped == (4, 2))
-
-    scores = Scores.from_similarity("text", {}, 6)
-    plan = make_plan(scores, num_drop=2, rule="sleb", loss=loss)["text"]
-    assert plan.drop == (4, 2)
-    assert plan.layer_scores == (None, 1.0, 3.0, 5.0, 0.5, None)
-    assert asked == [("text", d) for d in [(1,), (2,), (3,), (4,), (4, 1), (4, 2), (4, 3)]]
-    with pytest.raises(ConfigError, match="loss=callback"):
-        make_plan(scores, num_drop=2, rule="sleb")
-    with pytest.raises(PlanError, match="not a number"):
-        make_plan(scores, num_drop=2, rule="sleb", loss=lambda tower, dropped: math.nan)
-    with pytest.raises(PlanError, match="only 2 layers between"):
-        make_plan(scores, num_drop=3, rule="sleb", protect=(1, 2), loss=loss)
 
 
 @pytest.mark.parametrize("rule", rule_names())

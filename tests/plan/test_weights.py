@@ -68,8 +68,14 @@ def test_the_similarity_alone_gives_the_published_choice(rule: str, random_score
     for seed in range(8):
         scores = random_scores(16, seed)
         for count in (1, 2, 3):
+            given = {
+                "num_drop": count,
+                "rule": rule,
+                "protect": (0,),
+                "loss": lambda _, gone: sum(gone),
+            }
             plain, weighted = (
-                make_plan(scores, num_drop=count, rule=rule, protect=(0,), weights=weights)["text"]
+                make_plan(scores, **given, weights=weights)["text"]
                 for weights in (None, {"similarity": 0.7})
             )
             assert (plain.drop, plain.tune, plain.freeze) == (
@@ -138,7 +144,12 @@ def test_every_rule_either_takes_weights_or_refuses_them(random_scores) -> None:
     for rule in rule_names():
         if rule in USE_WEIGHTS:
             assert make_plan(
-                scores, num_drop=1, rule=rule, weights={"similarity": 1.0}, protect=(11,)
+                scores,
+                num_drop=1,
+                rule=rule,
+                weights={"similarity": 1.0},
+                protect=(11,),
+                loss=lambda _, gone: sum(gone),
             )
         else:
             with pytest.raises(PlanError, match="Leave weights out"):

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import interlace as il
 from interlace._stages import Stages
-from interlace.config import HealSettings, PlanSettings, ProgressiveSettings, ScoreSettings
+from interlace.config import (
+    HealSettings,
+    PlanSettings,
+    ProgressiveSettings,
+    PruneSettings,
+    ScoreSettings,
+)
 from interlace.heal.trainer import HealTrainer
 from interlace.progressive import checkpoint, stages
 
@@ -42,6 +48,7 @@ def small(vlm: VLM, folder: Path, **changes: Any) -> ProgressiveResult:
         "plan": PlanSettings(num_drop=3, towers=("text",)),
         "heal": HealSettings(**{**heal, **changes.pop("heal", {})}),
         "score": ScoreSettings(batch_size=8, towers=("text",)),
+        "prune": PruneSettings(),
         "stages": 2,
     }
     guard = changes.pop("guard_metric", None)

@@ -7,6 +7,7 @@ import torch
 
 import interlace as il
 from interlace.data.collate import Collator
+from interlace.errors import ConfigError, DataError
 from interlace.progressive.loss import TaskLoss
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
@@ -40,3 +41,41 @@ def test_the_loss_is_the_cross_entropy_of_the_answers() -> None:
         own = float(vlm.model(**batch).loss)
     # over all tokens of all batches, however they are cut
     assert TaskLoss(vlm, data, batch_size=2)() == pytest.approx(own, rel=1e-4)
+
+
+def test_averaging_over_samples_first_makes_short_answers_count() -> None:
+    vlm = il.open_model("bundled:qwen3-vl", dtype="float32", device="cpu")
+    data = il.samples("scenes", count=6, tasks=("vqa", "caption"), processor=vlm.processor)
+    alone = [TaskLoss(vlm, data[i : i + 1], 1)("text", (4, 5)) for i in range(len(data))]
+    assert len(set(map(len, (each.turns[-1].text.split() for each in data)))) > 1
+    loss = TaskLoss(vlm, data, 4, "sample")("text", (4, 5))
+    assert loss == pytest.approx(sum(alone) / len(alone), rel=1e-4)
+    assert TaskLoss(vlm, data, 4)("text", (4, 5)) != pytest.approx(loss, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_compensated_loss_is_lower_where_the_cut_is_repaired(name: str) -> None:
+    vlm = il.open_model(f"bundled:{name}", dtype="float32", device="cpu")
+    data = il.samples("scenes", count=32, tasks=TASKS[name], processor=vlm.processor)
+    before = vlm.fingerprint
+    bare, folded = (
+        il.layer_loss(vlm, data, batch_size=16, bridges=bridges) for bridges in ("none", "fold")
+    )
+    assert bare("text", ()) == pytest.approx(0.0, abs=1e-6)
+    assert 0.0 < folded("text", (7, 4)) < bare("text", (7, 4))
+    assert folded("text", (4, 7)) == folded("text", (7, 4))
+    assert vlm.fingerprint == before
+
+
+def test_losses_that_no_rule_asks_for_are_refused() -> None:
+    vlm = il.open_model("bundled:clip", dtype="float32", device="cpu")
+    data = il.samples("scenes", count=4, tasks=("retrieval",), processor=vlm.processor)
+    with pytest.raises(ConfigError, match="asks for no loss"):
+        il.layer_loss(vlm, data, "interlace")
+    with pytest.raises(ConfigError, match="Did you mean 'fold'"):
+        il.layer_loss(vlm, data, bridges="fodl")
+    with pytest.raises(DataError, match="no samples"):
+        il.layer_loss(vlm, data[:0])
+    # a tower that gets no bridge is judged as it is cut
+    loss = il.layer_loss(vlm, data, bridges={"text": "fold"})
+    assert loss("vision", (3,)) > 0.0

@@ -123,9 +123,10 @@ def test_a_stage_that_would_collapse_is_rolled_back(
     assert nothing.stopped.endswith("The run ends with the dense model.")
 
 
-def test_sleb_needs_no_callback(vlm: Any, tmp_path: Path) -> None:
+def test_the_default_rule_needs_no_callback(vlm: Any, tmp_path: Path) -> None:
     # the rule of a run without a plan of its own
-    given = {"plan": None, "drop_fraction": {"text": 0.17}, "heal": {"max_steps": 0}}
+    given = {"plan": None, "prune": None, "drop_fraction": {"text": 0.17}}
+    given["heal"] = {"max_steps": 0}
     made = small(vlm, tmp_path / "run", **given)
     assert len(made.stages) == 2
     assert all(
@@ -133,6 +134,8 @@ def test_sleb_needs_no_callback(vlm: Any, tmp_path: Path) -> None:
         for layer in made.stages[-1].layers["text"]
     )
     assert made.stages[0].healed is None
+    assert made.record.settings["plan"]["rule"] == "compensated"
+    assert made.record.settings["prune"]["bridges"] == "fold"
 
 
 def test_bridges_are_folded_in_every_stage(vlm: Any, tmp_path: Path) -> None:
