@@ -24,8 +24,8 @@ from interlace.surgery import prune
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# models that compare every image with every text: of two pairs there would be four products, too few
-# to measure an error by
+# models that compare every image with every text: of two pairs there would be four products, too
+# few to measure an error by
 _PAIRS = ("clip", "siglip", "siglip2")
 _SETTINGS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 1}
 # query heads of every key-value head, in turn from layer to layer
