@@ -86,7 +86,9 @@ def ragged_attention(
         BackendError: a named backend cannot run these arguments; the message says why.
 
     Numerics: scores, softmax and sums in fp32; on a GPU, weights of 16-bit input are rounded to
-    that type before they meet v, as the tensor cores take them. Deterministic, the gradients
+    that type before they meet v, as the tensor cores take them. Scores are finite: of a query that
+    meets a score of +inf or NaN the output is NaN, and whether lse is +inf or NaN depends on the
+    backend. Deterministic, the gradients
     included, whatever the number of threads.
     Cost: 4 D Hq operations per visible pair; the gradient 10 D Hq.
     """

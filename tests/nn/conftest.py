@@ -163,9 +163,7 @@ def excesses(actual: Any, reference: Any, truth: Any, *others: Any) -> list[str]
     assert actual
     found = []
     for name, value in actual.items():
-        reasons = [
-            Budget().excess(value, each[name], truth[name]) for each in (reference, *others)
-        ]
+        reasons = [Budget().excess(value, each[name], truth[name]) for each in (reference, *others)]
         if all(reasons):
             found.append(f"{name}: {reasons[0]}")
     return found
