@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path  # noqa: TC003 (typer reads it at run time)
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -53,7 +53,9 @@ Metrics = Annotated[
         "--metric",
         help="Comma separated: similarity, alignment (1 forward pass per sample for both), "
         "sensitivity (3), relevance, attention_relevance, mlp_relevance (half as many as there are "
-        "layers, each), sensitivity_zeroth_order (16 times as many as relevance).",
+        "layers, each), sensitivity_zeroth_order (16 times as many as relevance); of single heads "
+        "and neurons, for `plan --heads` and `--ffn`: head_norm, ffn_norm (1 each), head_taylor "
+        "(3).",
     ),
 ]
 Protect = Annotated[
@@ -68,6 +70,39 @@ Group = Annotated[str, typer.Option(help="Token group: all, text, vision or bala
 Weights = Annotated[
     str | None,
     typer.Option(help="Judge layers by several metrics, such as similarity=1,relevance=2."),
+]
+Heads = Annotated[
+    str | None,
+    typer.Option(
+        help="Share of the query heads of the kept layers to cut, 0..1, or per tower, such as "
+        "text=0.25,vision=0.1. Needs the metric head_norm or head_taylor."
+    ),
+]
+Ffn = Annotated[
+    str | None,
+    typer.Option(help="The same for neurons of feed-forward parts. Needs the metric ffn_norm."),
+]
+Spread = Annotated[
+    Literal["uniform", "global", "ragged"],
+    typer.Option(
+        help="How --heads and --ffn are spread: uniform (the same in every layer, a standard "
+        "checkpoint), global (by importance over all layers) or ragged (single query heads)."
+    ),
+]
+Graft = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the KV groups of dropped layers, 0..1, that move into the tuned neighbour. "
+        "Needs the metric head_norm or head_taylor."
+    ),
+]
+WidthMetrics = Annotated[
+    str | None,
+    typer.Option(help="What heads and neurons are judged by, such as heads=head_taylor."),
+]
+Fuse = Annotated[
+    bool,
+    typer.Option("--fuse", help="Measure MODEL on fused kernels, and the baseline as it is."),
 ]
 Bridges = Annotated[
     str,
@@ -139,18 +174,63 @@ def metric_weights(text: str | None) -> dict[str, float] | None:
     """
     if text is None:
         return None
-    found: dict[str, float] = {}
+    try:
+        return {name: float(weight) for name, weight in pairs(text).items()}
+    except ValueError as error:
+        raise ConfigError(
+            f"--weights is {text!r}; give every metric once with a number, such as "
+            "similarity=1,relevance=2."
+        ) from error
+
+
+def shares(text: str | None, option: str) -> float | dict[str, float] | None:
+    """Read an option that is a share, or one per tower; None stays None.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            return float(text)
+        return {tower: float(share) for tower, share in pairs(text).items()}
+    except ValueError as error:
+        raise ConfigError(
+            f"{option} is {text!r}; give a share such as 0.25, or every tower once with one, such "
+            "as text=0.25,vision=0.1."
+        ) from error
+
+
+def judges(text: str | None) -> dict[str, str] | None:
+    """Read the option --width-metrics; None stays None.
+
+    Raises:
+        ConfigError: a part is not KIND=METRIC, or a kind stands twice.
+    """
+    if text is None:
+        return None
+    try:
+        return pairs(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"--width-metrics is {text!r}; give heads or ffn once with a metric, such as "
+            "heads=head_taylor,ffn=random."
+        ) from error
+
+
+def pairs(text: str) -> dict[str, str]:
+    """Split a comma separated option of NAME=VALUE.
+
+    Raises:
+        ValueError: a part has no name or no value, or a name stands twice.
+    """
+    found: dict[str, str] = {}
     for part in split_names(text) or ():
-        name, _, weight = part.partition("=")
-        try:
-            if name.strip() in found:
-                raise ValueError
-            found[name.strip()] = float(weight)
-        except ValueError as error:
-            raise ConfigError(
-                f"--weights is {text!r}; give every metric once with a number, such as "
-                "similarity=1,relevance=2."
-            ) from error
+        name, _, value = (each.strip() for each in part.partition("="))
+        if not name or not value or name in found:
+            raise ValueError(part)
+        found[name] = value
     return found
 
 

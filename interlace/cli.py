@@ -18,7 +18,11 @@ from interlace._cli import (
     Data,
     Device,
     Dtype,
+    Ffn,
+    Fuse,
+    Graft,
     Group,
+    Heads,
     MaxBad,
     Metrics,
     Model,
@@ -28,9 +32,12 @@ from interlace._cli import (
     Root,
     Seed,
     Split,
+    Spread,
     Weights,
+    WidthMetrics,
     check_outputs,
     guarded_layers,
+    judges,
     metric_weights,
     open_vlm,
     output_option,
@@ -39,6 +46,7 @@ from interlace._cli import (
     save_record,
     say,
     say_table,
+    shares,
     split_names,
     whole_numbers,
 )
@@ -117,7 +125,10 @@ def plan(
     scores: Annotated[Path, typer.Argument(help="The file that `interlace score` wrote.")],
     output: Annotated[Path, output_option("Where to write the plan.")],
     drop_fraction: Annotated[
-        float | None, typer.Option(help="Share of the layers to drop, 0..1. Default: 0.25.")
+        float | None,
+        typer.Option(
+            help="Share of the layers to drop, 0..1. Default: 0.25, and none with --heads or --ffn."
+        ),
     ] = None,
     num_drop: Annotated[
         int | None, typer.Option(help="Number of layers to drop, instead of a share.")
@@ -131,11 +142,19 @@ def plan(
         str | None, typer.Option(help="Towers, comma separated. Default: text, or all.")
     ] = None,
     group: Group = "all",
+    heads: Heads = None,
+    ffn: Ffn = None,
+    spread: Spread = "uniform",
+    graft: Graft = None,
+    width_metrics: WidthMetrics = None,
     seed: Seed = 42,
     picture: Annotated[Path | None, typer.Option(help="Also draw the plan to this PNG.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Choose which layers to drop, tune and freeze. Needs no GPU and no model."""
+    """Choose which layers to drop, tune and freeze, and which heads and neurons to cut.
+
+    Needs no GPU and no model.
+    """
     from interlace.config import PlanSettings
     from interlace.plan import make_plan
     from interlace.records import Scores
@@ -151,6 +170,11 @@ def plan(
         weights=metric_weights(weights),
         towers=split_names(tower),
         group=group,
+        heads=shares(heads, "--heads"),
+        ffn=shares(ffn, "--ffn"),
+        spread=spread,
+        graft=graft,
+        width_metrics=judges(width_metrics),
     )
     made = make_plan(Scores.load(scores), **vars(settings))
     say(str(made))
@@ -182,6 +206,7 @@ def evaluate(
     max_bad_fraction: MaxBad = 0.01,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    fuse: Fuse = False,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -189,6 +214,7 @@ def evaluate(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a model, beside the dense one where given."""
+    from interlace._fused_evaluation import evaluate_fused
     from interlace.evaluate import evaluate as run_evaluate
     from interlace.report.tables import eval_table
 
@@ -199,7 +225,8 @@ def evaluate(
     if data != "scenes":
         chosen = read_samples(vlm, data, root, split, count, seed, max_bad_fraction)
         held_out = dict.fromkeys(tasks, chosen)
-    report = run_evaluate(
+    measured = evaluate_fused if fuse else run_evaluate
+    report = measured(
         vlm,
         tasks=tasks,
         data=held_out,

@@ -286,6 +286,8 @@ class EvalSettings(Settings):
         batch_size: samples per forward pass.
         max_new_tokens: longest answer.
         seed: seed of the choice of samples.
+        fuse: measure the student on fused kernels (`interlace.fuse`), beside the dense model as it
+            is. What is exported is not fused.
     """
 
     tasks: tuple[str, ...] = ("fidelity",)
@@ -296,6 +298,7 @@ class EvalSettings(Settings):
     batch_size: int = within(16, 1)
     max_new_tokens: int = within(64, 1)
     seed: int = within(0, 0)
+    fuse: bool = False
 
     def _check_together(self) -> None:
         if not self.tasks:

@@ -14,27 +14,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interlace._files import check_new_folder, check_place, sha256_of
+from interlace._fused_evaluation import evaluate_fused
+from interlace._recipe_checks import check_names, check_towers
 from interlace._stages import STATE, Stages
 from interlace.config import DataSettings, EvalSettings, Recipe
-from interlace.data.samples import Samples, samples, scenes_split
-from interlace.errors import ConfigError, PlanError, unknown_name
+from interlace.data.samples import Samples, samples
+from interlace.errors import ConfigError, PlanError
 from interlace.evaluate import evaluate
-from interlace.evaluate.selection import check_models, checked_names
+from interlace.evaluate.selection import check_models
 from interlace.export import export
 from interlace.heal import heal
 from interlace.models import VLM, open_model
 from interlace.plan import make_plan
-from interlace.plan.rules import USE_LOSS, find_rule
-from interlace.plan.widths import check_width_metrics
+from interlace.plan.rules import USE_LOSS
 from interlace.progressive import progressive
 from interlace.progressive.guard import check_guard, held_out_scenes
 from interlace.progressive.loss import recipe_loss
-from interlace.progressive.verb import check_depth_only
 from interlace.records import EvalReport, HealReport, Plan, ProgressiveRecord, Record, Scores
 from interlace.scores import score
-from interlace.scores.metrics import metric_classes
 from interlace.surgery import prune
-from interlace.surgery.bridges.names import check_bridges, has_bridges
+from interlace.surgery.bridges.names import has_bridges
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -144,60 +143,6 @@ def _warn_of_overlap(held_out: Mapping[str, Samples] | None, *seen: Samples) -> 
         )
 
 
-def _check_names(settings: Recipe) -> None:
-    """Refuse names that a later stage would refuse, before any work is spent."""
-    metric_classes(settings.score.metrics)
-    find_rule(settings.plan.rule)
-    if settings.progressive is None:
-        check_width_metrics(settings.plan, settings.score.metrics)
-    else:
-        check_depth_only(settings.plan)
-    _check_metrics(settings)
-    check_bridges(settings.prune.bridges)
-    checked_names(settings.eval.tasks)
-    if settings.data.source == "scenes":
-        scenes_split(settings.data.split)
-    if (settings.eval.source or settings.data.source) == "scenes":
-        scenes_split(settings.eval.split)
-
-
-def _check_metrics(settings: Recipe) -> None:
-    """Refuse a plan by metrics that the recipe does not score."""
-    needed = dict.fromkeys(settings.plan.weights or (), "weighs")
-    protect = settings.plan.protect
-    if "alignment" in (protect.values() if isinstance(protect, dict) else [protect]):
-        needed["alignment"] = "protects by"
-    for name, why in needed.items():
-        if name not in settings.score.metrics:
-            known = ", ".join(settings.score.metrics)
-            raise ConfigError(
-                f"The recipe {why} the metric '{name}' in [plan], but scores only {known}. Name it "
-                "under [score] metrics too, or leave it out of [plan]."
-            )
-
-
-def _check_towers(settings: Recipe, vlm: VLM) -> None:
-    """Refuse towers that the model does not have, or that are planned but not scored."""
-    bridges = settings.prune.bridges
-    for name in bridges if isinstance(bridges, dict) else ():
-        if name not in vlm.towers:
-            raise ConfigError(unknown_name(f"tower of {vlm.name}", name, vlm.towers))
-    scored = settings.score.towers or tuple(vlm.towers)
-    plan = settings.plan
-    given = (plan.drop_fraction, plan.num_drop, plan.heads, plan.ffn)
-    amounts = [each for each in given if isinstance(each, dict)]
-    planned = [*(plan.towers or ()), *(name for each in amounts for name in each)]
-    for name in (*scored, *planned):
-        if name not in vlm.towers:
-            raise ConfigError(unknown_name(f"tower of {vlm.name}", name, vlm.towers))
-    unscored = [name for name in planned if name not in scored]
-    if unscored:
-        raise ConfigError(
-            f"The recipe plans the tower {unscored[0]}, but scores only {', '.join(scored)}. "
-            "Name it under [score] towers too, or leave it out of [plan]."
-        )
-
-
 def run(
     recipe: Recipe | str | os.PathLike[str], output: str | os.PathLike[str] = "interlace-run"
 ) -> RunResult:
@@ -220,7 +165,7 @@ def run(
             "of nested dicts) or the path of a TOML file."
         )
     settings = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    _check_names(settings)
+    check_names(settings)
     folder = Path(output)
     if folder.is_file():
         raise ConfigError(f"The output {folder} is a file; name a folder.")
@@ -236,7 +181,7 @@ def run(
         device=settings.model.device,
         trust_remote_code=settings.model.trust_remote_code,
     )
-    _check_towers(settings, vlm)
+    check_towers(settings, vlm)
     check_models(vlm, vlm, settings.eval.tasks)
     if settings.progressive is not None:
         check_guard(settings.progressive.guard, vlm)
@@ -278,7 +223,8 @@ def run(
     _warn_of_overlap(held_out, calibration, *([healing] if healing is not None else []))
     measure, eval_inputs = _measure(settings, vlm, held_out)
     raw_key = sha256_of([prune_key, *eval_inputs])
-    raw = stages.record("eval_raw", EvalReport, raw_key, lambda: evaluate(student, **measure))
+    measured = evaluate_fused if settings.eval.fuse else evaluate
+    raw = stages.record("eval_raw", EvalReport, raw_key, lambda: measured(student, **measure))
 
     healed: HealReport | None = None
     heal_key = ""
@@ -308,7 +254,7 @@ def run(
             stages.mark("heal", heal_key, healed.fingerprint)
 
     eval_key = sha256_of([prune_key, heal_key, *eval_inputs])
-    result = stages.record("eval", EvalReport, eval_key, lambda: evaluate(student, **measure))
+    result = stages.record("eval", EvalReport, eval_key, lambda: measured(student, **measure))
 
     records = [scores, plan, *([healed] if healed else []), result]
     _export(student, target, records, eval_key, stages, replace, verify=settings.export.verify)
@@ -385,7 +331,8 @@ def _run_progressive(
     last = made.stages[-1]
     measure, eval_inputs = _measure(settings, vlm, held_out)
     key = sha256_of([made.record.fingerprint, *eval_inputs])
-    result = stages.record("eval", EvalReport, key, lambda: evaluate(made.student, **measure))
+    measured = evaluate_fused if settings.eval.fuse else evaluate
+    result = stages.record("eval", EvalReport, key, lambda: measured(made.student, **measure))
     verify = settings.export.verify
     for stage in made.stages[:-1]:
         if stage.record.number in smaller:

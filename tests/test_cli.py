@@ -89,6 +89,41 @@ def test_the_steps_one_by_one(interlace, tmp_path: Path) -> None:
     assert (copy / "README.md").exists()
 
 
+def test_heads_and_neurons_are_planned(interlace, tmp_path: Path) -> None:
+    scores, plan = tmp_path / "s.json", tmp_path / "p.json"
+    step = interlace(
+        "score", "bundled:qwen3-vl", "-o", scores, "--count", 4, "--tower", "text", "--metrics",
+        "similarity,head_norm,ffn_norm",
+    )  # fmt: skip
+    assert step[0] == 0, step
+    step = interlace(
+        "plan", scores, "-o", plan, "--num-drop", 2, "--heads", 0.5, "--ffn", "text=0.25",
+        "--spread", "global", "--graft", 0.5, "--width-metrics", "ffn=random",
+    )  # fmt: skip
+    assert step[0] == 0, step
+    made = json.loads(plan.read_text())
+    assert made["settings"]["heads"] == 0.5
+    assert made["settings"]["ffn"] == {"text": 0.25}
+    assert made["settings"]["width_metrics"] == {"ffn": "random"}
+    text = made["towers"]["text"]
+    assert len(text["drop"]) == 2
+    assert text["cut"]
+    assert text["graft"]
+    # widths alone drop nothing
+    step = interlace("plan", scores, "-o", plan, "--ffn", 0.25, "--overwrite")
+    assert step[0] == 0, step
+    assert json.loads(plan.read_text())["towers"]["text"]["drop"] == []
+
+
+def test_a_fused_model_is_measured(interlace, tmp_path: Path) -> None:
+    report = tmp_path / "eval.json"
+    step = interlace(
+        "eval", "bundled:clip", "--task", "retrieval", "--count", 8, "--fuse", "-o", report,
+    )  # fmt: skip
+    assert step[0] == 0, step
+    assert json.loads(report.read_text())["details"]["fused"][0].startswith("CLIPModel on cpu")
+
+
 def test_several_metrics_choose_together(interlace, tmp_path: Path) -> None:
     scores, plan = tmp_path / "s.json", tmp_path / "p.json"
     step = interlace(
@@ -155,6 +190,11 @@ def test_progressive_says_where_a_stage_was_rolled_back(interlace, tmp_path: Pat
         (("plan", "SCORES", "-o", "OUT", "--weights", "similarity"), "every metric once"),
         (("plan", "SCORES", "-o", "OUT", "--weights", "a=1,a=2"), "every metric once"),
         (("plan", "SCORES", "-o", "OUT", "--weights", "relevanse=1"), "Unknown metric"),
+        (("plan", "SCORES", "-o", "OUT", "--heads", "text:0.5"), "--heads is 'text:0.5'"),
+        (("plan", "SCORES", "-o", "OUT", "--ffn", "a=1,a=2"), "every tower once"),
+        (("plan", "SCORES", "-o", "OUT", "--ffn", "0.5", "--spread", "globl"), "global"),
+        (("plan", "SCORES", "-o", "OUT", "--heads", "0.5"), "head_norm"),
+        (("plan", "SCORES", "-o", "OUT", "--width-metrics", "heads"), "heads or ffn once"),
         (("score", "bundled:clip", "-o", "OUT", "--packs", "1,99", "--count", "2"), "99"),
         (("eval", "bundled:clip", "--task", "vqa", "--count", "4"), "vqa"),
         (("eval", "bundled:clip", "--task", "retrival"), "Did you mean 'retrieval'"),

@@ -94,6 +94,21 @@ def test_rules_that_ask_for_the_loss_need_no_code(rule: str, tmp_path: Path) -> 
     assert other.skipped == ("scores",)
 
 
+def test_the_student_is_measured_fused_and_exported_as_it_was(tmp_path: Path) -> None:
+    text = "[export]\nverify = false\n" + RECIPE.replace("max_steps = 2", "max_steps = 0")
+    plain = il.run(_recipe(tmp_path, text), tmp_path / "plain")
+    text = text.replace("[eval]", "[eval]\nfuse = true")
+    fused = il.run(_recipe(tmp_path, text), tmp_path / "fused")
+    for report in (fused.raw, fused.result):
+        assert report is not None
+        assert any("ragged_attention" in line for line in report.details["fused"])
+        assert report.metrics["vqa"] == plain.result.metrics["vqa"]
+        assert report.inputs == plain.result.inputs
+    assert "fused" not in plain.result.details
+    weights = [(each.folder / "model.safetensors").read_bytes() for each in (plain, fused)]
+    assert weights[0] == weights[1]
+
+
 def test_missing_model_folder_is_exported_again(tmp_path: Path) -> None:
     import shutil
 
@@ -129,6 +144,11 @@ def test_unknown_recipe_key_is_refused_before_anything_is_made(tmp_path: Path) -
         ("count = 16", "split = 'tset'", "Did you mean 'test'"),
         ("[heal]", "[prune]\nbridges = 'fodl'\n[heal]", "Did you mean 'fold'"),
         ("[heal]", "[prune]\nbridges = {vison = 'fold'}\n[heal]", "Did you mean 'vision'"),
+        (
+            "[plan]\ndrop_fraction = 0.25",
+            "metrics = ['ffn_norm']\n[plan]\nffn = 0.25\n[prune]\nbridges = 'fold'",
+            "no layer that a bridge could stand in for",
+        ),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_before_anything_is_made(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from interlace import ops
 from interlace.nn.attention import NAME, interlace_attention
 from interlace.nn.heads import norm_and_rotate
-from interlace.nn.routes import prefill_op_serves
+from interlace.nn.routes import packed_op_serves
 from interlace.nn.swap import Fused, autocasting, hooked
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class FusedVisionAttention(_Attention):
         self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, most: int | None
     ) -> Tensor:
         q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
-        if self._dropout() == 0.0 and prefill_op_serves(q, k, v, None):
+        if self._dropout() == 0.0 and packed_op_serves(q, k, v):
             if most is None:
                 compiling = torch.compiler.is_compiling()
                 most = query.shape[0] if compiling else longest(cu_seqlens)

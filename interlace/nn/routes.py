@@ -45,6 +45,14 @@ def prefill_op_serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     return _serves("ragged_attention", query.device, worth)
 
 
+def packed_op_serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Tell whether ragged_attention computes attention of sequences one after the other."""
+    if torch.compiler.is_compiling() and query.shape[3] <= MAX_HEAD_DIM:
+        # the other way takes the sequences apart by lengths that compiled code does not know
+        return True
+    return prefill_op_serves(query, key, value, None)
+
+
 def norm_op_serves(x: Tensor) -> bool:
     """Tell whether bridge_norm adds and normalises rows."""
     return _serves("bridge_norm", x.device, x.numel() >= NORM_ELEMENTS)

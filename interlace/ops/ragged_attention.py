@@ -86,7 +86,9 @@ def ragged_attention(
         BackendError: a named backend cannot run these arguments; the message says why.
 
     Numerics: scores, softmax and sums in fp32; on a GPU, weights of 16-bit input are rounded to
-    that type before they meet v, as the tensor cores take them. Deterministic, the gradients
+    that type before they meet v, as the tensor cores take them. Scores are finite: of a query that
+    meets a score of +inf or NaN the output is NaN, and whether lse is +inf or NaN depends on the
+    backend. Deterministic, the gradients
     included, whatever the number of threads.
     Cost: 4 D Hq operations per visible pair; the gradient 10 D Hq.
     """
@@ -100,15 +102,13 @@ def ragged_attention(
         raise ShapeError(f"scale is {scale}; expected a finite number above 0, or None.")
     if window is not None and window < 1:
         raise ShapeError(f"window is {window}; expected 1 or more keys, or None for all of them.")
-    for name, longest, tokens in (("q", max_seqlen_q, q), ("kv", max_seqlen_kv, k)):
-        if longest * (len(cu_seqlens_q) - 1) < tokens.shape[0]:
-            raise ShapeError(
-                f"max_seqlen_{name} is {longest}; {len(cu_seqlens_q) - 1} sequences of that length "
-                f"do not hold {tokens.shape[0]} tokens."
-            )
-    if cu_seqlens_q.is_cpu and not torch.compiler.is_compiling():
-        _check_lengths("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-        _check_lengths("kv", cu_seqlens_kv, k.shape[0], max_seqlen_kv)
+    # compiled code may know neither the sequences nor how many there are
+    if not torch.compiler.is_compiling():
+        for name, longest, tokens, cu_seqlens in (
+            ("q", max_seqlen_q, q, cu_seqlens_q),
+            ("kv", max_seqlen_kv, k, cu_seqlens_kv),
+        ):
+            _check_lengths(name, cu_seqlens, tokens.shape[0], longest)
     lengths = (max_seqlen_q, max_seqlen_kv)
     out, lse = OP(
         *(q, k, v, gate, cu_seqlens_q, cu_seqlens_kv),
@@ -184,6 +184,13 @@ def _check_groups(q_start: list[int], q: Tensor, k: Tensor) -> None:
 
 
 def _check_lengths(name: str, cu_seqlens: Tensor, num_tokens: int, longest: int) -> None:
+    if longest * (len(cu_seqlens) - 1) < num_tokens:
+        raise ShapeError(
+            f"max_seqlen_{name} is {longest}; {len(cu_seqlens) - 1} sequences of that length "
+            f"do not hold {num_tokens} tokens."
+        )
+    if not cu_seqlens.is_cpu:
+        return
     bounds = cu_seqlens.tolist()
     lengths = [stop - start for start, stop in pairwise(bounds)]
     if (bounds[0], bounds[-1]) != (0, num_tokens) or min(lengths, default=0) < 0:

@@ -11,6 +11,7 @@ h_0 is the input of layer 0, h_L the output of the last layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -145,15 +146,27 @@ class Meter(ABC):
         self.load_totals(self.totals() + other.totals())
 
 
+def named(argument: str, names: Any, example: str) -> tuple[str, ...]:
+    """Read an argument that is one name or several.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if isinstance(names, str):
+        return (names,)
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{argument} is {names!r}; give names, such as ({example!r},).")
+    return tuple(names)
+
+
 def metric_classes(names: Sequence[str]) -> dict[str, type]:
     """Load the classes of the named metrics.
 
     Raises:
-        ConfigError: an unknown metric, or none at all.
+        ConfigError: an unknown metric, none at all, or something else than names.
     """
     known = METRICS | WIDTH_METRICS
-    if isinstance(names, str):
-        names = (names,)
+    names = named("metrics", names, "similarity")
     if not names:
         raise ConfigError(f"No metric was asked for. Give some of {', '.join(known)}.")
     classes: dict[str, type] = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +27,7 @@ from interlace.models.handle import check_vlm
 from interlace.records import Provenance, Scores, TowerScores
 from interlace.scores.alignment import Alignment, meeting_layers
 from interlace.scores.batches import Batch, Batches
-from interlace.scores.metrics import Meter, metric_classes
+from interlace.scores.metrics import Meter, metric_classes, named
 from interlace.scores.packing import check_packing
 from interlace.scores.probes import Probe, ProbeOptions, Probes
 from interlace.scores.tap import Tap
@@ -34,7 +35,7 @@ from interlace.scores.task import Measure, TaskRelevance
 from interlace.scores.widths import Gauge, Gauges
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from interlace.data import Sample
     from interlace.models.handle import VLM, Tower
@@ -205,8 +206,7 @@ def _task(
 def _towers(vlm: VLM, names: Sequence[str] | None) -> list[Tower]:
     if names is None:
         return list(vlm.towers.values())
-    if isinstance(names, str):
-        names = (names,)
+    names = named("towers", names, next(iter(vlm.towers)))
     if not names:
         raise ConfigError(
             f"towers is empty. Name some of {', '.join(vlm.towers)}, or give None for all of them."
@@ -223,6 +223,8 @@ def _packs(tower: Tower, packs: Sequence[int] | Literal["all"]) -> tuple[int, ..
         if packs != "all":
             raise ConfigError(f"packs must be 'all' or numbers of layers, got '{packs}'.")
         return tuple(range(1, num_layers))
+    if not isinstance(packs, Iterable):
+        raise ConfigError(f"packs is {packs!r}; give 'all' or distances, such as (1, 2, 3).")
     wanted = tuple(sorted(set(packs)))
     if not wanted:
         raise ConfigError("packs is empty. Give distances such as (1, 2, 3), or 'all'.")

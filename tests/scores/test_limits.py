@@ -158,6 +158,10 @@ def test_bad_arguments_are_refused() -> None:
         ({"packs": (1, 8), "towers": ("text",)}, "Pack 8 does not fit the tower 'text'"),
         ({"packs": (0,)}, "at least 1"),
         ({"packs": "full"}, "'all'"),
+        ({"packs": 3}, "packs is 3; give 'all' or distances"),
+        ({"metrics": 3}, "metrics is 3; give names"),
+        ({"metrics": (3,)}, r"metrics is \(3,\); give names"),
+        ({"towers": 3}, "towers is 3; give names"),
         ({"batch_size": 0}, "batch_size"),
     ]
     for arguments, words in cases:

@@ -1,0 +1,93 @@
+"""What a recipe asks for that a later stage would refuse, found before any work is spent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from interlace.data.samples import scenes_split
+from interlace.errors import ConfigError, unknown_name
+from interlace.evaluate.selection import checked_names
+from interlace.plan.rules import find_rule
+from interlace.plan.widths import check_width_metrics
+from interlace.progressive.verb import check_depth_only
+from interlace.scores.metrics import metric_classes
+from interlace.surgery.bridges.names import check_bridges, has_bridges
+
+if TYPE_CHECKING:
+    from interlace.config import Recipe
+    from interlace.models import VLM
+
+
+def check_names(settings: Recipe) -> None:
+    """Refuse names that a later stage would refuse.
+
+    Raises:
+        ConfigError: names what is unknown, or what does not go together.
+    """
+    metric_classes(settings.score.metrics)
+    find_rule(settings.plan.rule)
+    if settings.progressive is None:
+        check_width_metrics(settings.plan, settings.score.metrics)
+    else:
+        check_depth_only(settings.plan)
+    _check_metrics(settings)
+    _check_cut(settings)
+    checked_names(settings.eval.tasks)
+    if settings.data.source == "scenes":
+        scenes_split(settings.data.split)
+    if (settings.eval.source or settings.data.source) == "scenes":
+        scenes_split(settings.eval.split)
+
+
+def _check_cut(settings: Recipe) -> None:
+    """Refuse bridges where no layer is dropped that they could stand in for."""
+    bridges = settings.prune.bridges
+    check_bridges(bridges)
+    drops = settings.plan.drop_fraction is not None or settings.plan.num_drop is not None
+    if has_bridges(bridges) and not drops:
+        raise ConfigError(
+            f"The recipe asks for bridges ({bridges!r}), but [plan] cuts heads and neurons alone "
+            "and drops no layer that a bridge could stand in for. Add drop_fraction or num_drop "
+            "to [plan], or leave bridges out of [prune]."
+        )
+
+
+def _check_metrics(settings: Recipe) -> None:
+    """Refuse a plan by metrics that the recipe does not score."""
+    needed = dict.fromkeys(settings.plan.weights or (), "weighs")
+    protect = settings.plan.protect
+    if "alignment" in (protect.values() if isinstance(protect, dict) else [protect]):
+        needed["alignment"] = "protects by"
+    for name, why in needed.items():
+        if name not in settings.score.metrics:
+            known = ", ".join(settings.score.metrics)
+            raise ConfigError(
+                f"The recipe {why} the metric '{name}' in [plan], but scores only {known}. Name it "
+                "under [score] metrics too, or leave it out of [plan]."
+            )
+
+
+def check_towers(settings: Recipe, vlm: VLM) -> None:
+    """Refuse towers that the model does not have, or that are planned but not scored.
+
+    Raises:
+        ConfigError: names the tower.
+    """
+    bridges = settings.prune.bridges
+    for name in bridges if isinstance(bridges, dict) else ():
+        if name not in vlm.towers:
+            raise ConfigError(unknown_name(f"tower of {vlm.name}", name, vlm.towers))
+    scored = settings.score.towers or tuple(vlm.towers)
+    plan = settings.plan
+    given = (plan.drop_fraction, plan.num_drop, plan.heads, plan.ffn)
+    amounts = [each for each in given if isinstance(each, dict)]
+    planned = [*(plan.towers or ()), *(name for each in amounts for name in each)]
+    for name in (*scored, *planned):
+        if name not in vlm.towers:
+            raise ConfigError(unknown_name(f"tower of {vlm.name}", name, vlm.towers))
+    unscored = [name for name in planned if name not in scored]
+    if unscored:
+        raise ConfigError(
+            f"The recipe plans the tower {unscored[0]}, but scores only {', '.join(scored)}. "
+            "Name it under [score] towers too, or leave it out of [plan]."
+        )

@@ -1,0 +1,123 @@
+"""torch.compile(fullgraph=True) of fused towers: no graph breaks, and the same results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import interlace as il
+
+# towers of which something is fused, each class of transformers once; nothing of T5 and of BLIP's
+# text model is
+TOWERS = [
+    ("blip_caption", "vision_model"),
+    ("blip2_opt", "vision_model"),
+    ("blip2_opt", "qformer"),
+    ("blip2_opt", "language_model.model.decoder"),
+    ("clip", "text_model"),
+    ("clip", "vision_model"),
+    ("llava", "model.language_model"),
+    ("llava_next", "model.language_model"),
+    ("llava_onevision", "model.language_model"),
+    ("qwen2_vl", "model.language_model"),
+    ("qwen2_vl", "model.visual"),
+    ("qwen2_5_vl", "model.language_model"),
+    ("qwen3_vl", "model.language_model"),
+    ("qwen3_vl", "model.visual"),
+    ("siglip", "text_model"),
+    ("siglip", "vision_model"),
+    ("siglip2", "text_model"),
+    ("siglip2", "vision_model"),
+]
+_DECODERS = ("language_model", "decoder")
+
+
+def shallow(kit: Any, name: str) -> Any:
+    options: dict[str, Any] = {"text": 1, "vision": 1}
+    if name == "qwen3_vl":
+        options["deepstack"] = ()
+    if name == "qwen2_5_vl":
+        # a layer that sees windows, and one that sees all
+        options |= {"vision": 2, "full_attention": (1,)}
+    if name == "blip2_opt":
+        options["qformer"] = 1
+    return kit.build(name, **options)
+
+
+def call_of(kit: Any, name: str, model: Any, path: str) -> tuple[Any, tuple[Any, ...], Any]:
+    """A module, and the arguments that the whole model calls it with."""
+    module = model.get_submodule(path)
+    calls = []
+    handle = module.register_forward_hook(
+        lambda module, args, kwargs, out: calls.append((args, kwargs)), with_kwargs=True
+    )
+    kit.forward(model, kit.inputs(name, model))
+    handle.remove()
+    args, kwargs = calls[0]
+    if path.endswith(_DECODERS):
+        kwargs = {**kwargs, "past_key_values": None, "use_cache": False}
+    return module, args, kwargs
+
+
+def compiled(module: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(module, backend="eager", fullgraph=True)
+
+
+@pytest.mark.parametrize(("name", "path"), TOWERS)
+def test_fused_towers_compile_without_graph_breaks(name: str, path: str, kit: Any) -> None:
+    model = shallow(kit, name)
+    module, args, kwargs = call_of(kit, name, model, path)
+    with torch.no_grad():
+        plain = module(*args, **kwargs)[0]
+        report = il.fuse(model)
+        found = compiled(module)(*args, **kwargs)[0]
+    assert any(entry.fused and entry.module.startswith(path) for entry in report.entries)
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.shape == plain.shape[:2]:
+        plain, found = plain[mask.bool()], found[mask.bool()]
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_of_qwen2_5_vl_break_in_transformers(kit: Any) -> None:
+    vision = pytest.importorskip("transformers.vision_utils")
+    model = shallow(kit, "qwen2_5_vl")
+    module, args, kwargs = call_of(kit, "qwen2_5_vl", model, "model.visual")
+    with torch.no_grad():
+        plain = module(*args, **kwargs)[0]
+        with pytest.raises(RuntimeError, match="get_vision_window_index"):
+            compiled(module)(*args, **kwargs)
+        il.fuse(model)
+        with pytest.raises(RuntimeError, match="get_vision_window_index"):
+            compiled(module)(*args, **kwargs)
+        # what transformers cannot compile is made before, and handed over
+        config = module.config
+        names = ("window_index", "cu_window_seqlens")
+        made = vision.get_vision_window_index(
+            kwargs["grid_thw"], config.spatial_merge_size, config.window_size, config.patch_size
+        )
+        windows = dict(zip(names, made, strict=True))
+        found = compiled(module)(*args, **kwargs, **windows)[0]
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_training_compiles_without_graph_breaks(kit: Any) -> None:
+    torch._dynamo.reset()
+    model = kit.build("clip", vision=2).vision_model
+    pixels = kit.inputs("clip", model)["pixel_values"]
+    plain = model(pixels).last_hidden_state
+    loss = plain.square().sum()
+    truth = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    il.fuse(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    out = compiled(pixels).last_hidden_state
+    torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-5)
+    found = torch.autograd.grad(out.square().sum(), list(model.parameters()), allow_unused=True)
+    for mine, theirs in zip(found, truth, strict=True):
+        if theirs is None:
+            # compiled code gives zeros for what has no part in the result
+            assert mine is None or not mine.any()
+        else:
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
