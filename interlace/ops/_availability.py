@@ -23,10 +23,10 @@ def why_not(backend: str, op: str, device: torch.device) -> str | None:
     """
     if backend == "cpp":
         if device.type != "cpu":
-            return f"works on CPU tensors, got {device}"
+            return _elsewhere("CPU", device)
         return _extension.why_not(op)
     if device.type != "cuda":
-        return f"works on GPU tensors, got {device}"
+        return _elsewhere("GPU", device)
     if torch.version.hip is not None:
         return "works on NVIDIA GPUs, got an AMD GPU"
     capability = torch.cuda.get_device_capability(device)
@@ -36,6 +36,12 @@ def why_not(backend: str, op: str, device: torch.device) -> str | None:
     if backend == "cuda":
         return _extension.why_not(f"{op}_cuda")
     return _triton_why_not()
+
+
+# worded once: every call on the CPU asks the backends for GPUs first
+@functools.cache
+def _elsewhere(kind: str, device: torch.device) -> str:
+    return f"works on {kind} tensors, got {device}"
 
 
 @functools.cache

@@ -122,30 +122,32 @@ def _check(
         )
     if (down is None) != (up is None):
         raise ShapeError("down and up make one low-rank bridge; give both or neither.")
-    width = x.shape[-1]
-    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+    width, dtype, device = x.shape[-1], x.dtype, x.device
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, dtype):
         raise ShapeError(f"residual is {_spell(residual)}, but x is {_spell(x)}; expected alike.")
-    # the parameters, the shapes that each may have, and whether it may be fp32 beside a narrow x
+    if residual is not None and residual.device != device:
+        raise ShapeError(f"residual is on {residual.device}, but x is on {device}.")
     rank = max(1, down.shape[0]) if down is not None and down.dim() else 1
-    parameters: list[tuple[str, Tensor | None, tuple[tuple[int, ...], ...], bool]] = [
-        ("weight", weight, ((width,),), True),
-        ("bias", bias, ((width,),), True),
+    # the parameters, the shapes that each may have, and whether it may be fp32 beside a narrow x
+    row = ((width,),)
+    for name, tensor, shapes, may_be_wide in (
+        ("weight", weight, row, True),
+        ("bias", bias, row, True),
         ("scale", scale, ((1,), (width,)), True),
         ("down", down, ((rank, width),), False),
         ("up", up, ((width, rank),), False),
-    ]
-    for name, tensor, shapes, may_be_wide in parameters:
+    ):
         if tensor is None:
             continue
-        dtypes = {x.dtype, torch.float32} if may_be_wide else {x.dtype}
-        if tuple(tensor.shape) not in shapes or tensor.dtype not in dtypes:
+        fits = tensor.dtype == dtype or (may_be_wide and tensor.dtype == torch.float32)
+        if not fits or tensor.shape not in shapes:
+            dtypes = sorted({str(dtype), str(torch.float32)} if may_be_wide else {str(dtype)})
             raise ShapeError(
                 f"{name} is {_spell(tensor)}; expected {' or '.join(map(str, shapes))} in "
-                f"{' or '.join(sorted(map(str, dtypes)))}, since x is {_spell(x)}."
+                f"{' or '.join(dtypes)}, since x is {_spell(x)}."
             )
-    for name, tensor in (("residual", residual), *(each[:2] for each in parameters)):
-        if tensor is not None and tensor.device != x.device:
-            raise ShapeError(f"{name} is on {tensor.device}, but x is on {x.device}.")
+        if tensor.device != device:
+            raise ShapeError(f"{name} is on {tensor.device}, but x is on {device}.")
 
 
 def _spell(tensor: Tensor) -> str:
@@ -198,11 +200,11 @@ def _call(
     residual = None if residual is None else _side_by_side(residual)
     bias = None if bias is None else bias.contiguous()
     scale = None if scale is None else scale.contiguous()
-    normed, new_residual = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2)
-    )
     num_rows, width = x.shape
-    rstd, mean = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    new_residual = torch.empty_like(normed)
+    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    mean = torch.empty_like(rstd)
     function(
         x=x.data_ptr(),
         residual=_address(residual),

@@ -93,13 +93,15 @@ def test_windows_of_qwen2_5_vl_break_in_transformers(kit: Any) -> None:
         with pytest.raises(RuntimeError, match="get_vision_window_index"):
             compiled(module)(*args, **kwargs)
         # what transformers cannot compile is made before, and handed over
-        config = module.config
-        names = ("window_index", "cu_window_seqlens")
-        made = vision.get_vision_window_index(
-            kwargs["grid_thw"], config.spatial_merge_size, config.window_size, config.patch_size
-        )
-        windows = dict(zip(names, made, strict=True))
-        found = compiled(module)(*args, **kwargs, **windows)[0]
+        config, grid = module.config, kwargs["grid_thw"]
+        sizes = (config.spatial_merge_size, config.window_size, config.patch_size)
+        window_index, cu_window_seqlens = vision.get_vision_window_index(grid, *sizes)
+        made = {
+            "window_index": window_index,
+            "cu_window_seqlens": cu_window_seqlens,
+            "position_ids": vision.get_vision_position_ids(grid, config.spatial_merge_size),
+        }
+        found = compiled(module)(*args, **kwargs, **made)[0]
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
