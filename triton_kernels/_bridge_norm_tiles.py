@@ -19,14 +19,12 @@ import triton
 import triton.language as tl
 
 from interlace.triton_kernels._bridge_norm_parts import (
-    inverse_root,
     load_columns,
     load_high,
     load_low,
     load_rows,
     load_scale,
     load_sum,
-    mean_of,
     product,
 )
 
@@ -120,8 +118,10 @@ def forward_tiles(
             squares += apart * apart * (before * here / (before + here))
             total += of_chunk
         squares += tl.sum(r * r, 1)
-    average = mean_of(total, width)
-    inverse = inverse_root(mean_of(squares, width), eps)
+    average = total / width
+    # the rounded root takes registers that are not there; a traced program may hand over eps in
+    # fp64
+    inverse = tl.rsqrt((squares / width + eps).to(tl.float32))
     tl.store(rstd + rows, inverse, mask=is_row)
     tl.store(mean + rows, average, mask=is_row)
 

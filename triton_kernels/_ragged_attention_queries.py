@@ -190,7 +190,7 @@ def queries_kernel(
                     seen = seen & (numbers <= (position + behind)[:, None])
                 scores = tl.where(seen, scores, float("-inf"))
             if PRECISE:
-                weights = tl.exp2((scores * scale + start[:, None]) * LOG2_E)
+                weights = tl.exp(scores * scale + start[:, None])
             else:
                 weights = tl.exp2(scores * (scale * LOG2_E))
             if TMA:
@@ -231,8 +231,7 @@ def queries_kernel(
                 shares += tl.sum(weights * grad_weights, 1)
                 weights = weights * factor
             if PRECISE:
-                # not the sum first: the compiler would start the product from it
-                grad_scores = weights * grad_weights + weights * less[:, None]
+                grad_scores = weights * (grad_weights - less[:, None])
             else:
                 grad_scores = weights * (grad_weights + less[:, None])
             grad_scores = grad_scores.to(keys.dtype)

@@ -112,7 +112,7 @@ def forward(
             forward_tiles[(triton.cdiv(num_rows, options["ROWS"]),)](
                 *(x, residual, weight, bias, scale, down, up, *outputs, *strides),
                 *(num_rows, width, rank, eps),
-                **options, **UNFUSED,
+                **options,
             )  # fmt: skip
     return outputs
 
@@ -358,6 +358,7 @@ def _variant(
         constants,
         aligned=tuple(name for name in types if name not in unaligned),
         expects=dict.fromkeys((80, 90, 100), expects),
-        fp_fusion=False,
+        # without, the registers of the widest of them do not suffice
+        fp_fusion=kernel is forward_tiles,
         **launch,
     )

@@ -76,9 +76,10 @@ def _prepare(
 
     -lse / scale and -<grad_out, out> / gate: the products below start from them, so that they take
     no registers. A sum that starts from a large number rounds every summand to it; PRECISE kernels
-    start from zero, and take -lse and the other off the finished product. Every sequence has whole
-    blocks of ROWS; behind its queries they hold -inf and 0, so that what is no query has no
-    weights.
+    start from zero, add -lse to the scaled product, and subtract <grad_out, out> / gate, as which
+    the second is stored then: a sum the compiler would make the start of the product again. Every
+    sequence has whole blocks of ROWS; behind its queries they hold -inf and 0, so that what is no
+    query has no weights.
     """
     program = tl.program_id(0)
     slot = program // num_heads
@@ -105,7 +106,7 @@ def _prepare(
         start = tl.where(found == float("-inf"), found, -found / scale)
     at = head * stride_sh + slot.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(score_start + at, start)
-    tl.store(grad_start + at, -delta)
+    tl.store(grad_start + at, delta if PRECISE else -delta)
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -271,7 +272,7 @@ def _keys(
                         seen = seen & (columns[None, :] <= (last - row)[:, None])
                     scores = tl.where(seen, scores, float("-inf"))
             if PRECISE:
-                weights = tl.exp2((scores * scale + start[None, :]) * LOG2_E)
+                weights = tl.exp(scores * scale + start[None, :])
             else:
                 weights = tl.exp2(scores * (scale * LOG2_E))
             if GATED:
@@ -311,11 +312,9 @@ def _keys(
                     )
                 acc_v_rest = tl.dot(rounded, grad, acc_v_rest, input_precision="ieee")
                 grad_scores = tl.dot(values_rest, grad.T, grad_scores, input_precision="ieee")
-            grad_scores = weights * grad_scores
             if PRECISE:
-                # not the sum first: the compiler would start the product from it
-                grad_scores += weights * start[None, :]
-            grad_scores = grad_scores.to(query.dtype)
+                grad_scores -= start[None, :]
+            grad_scores = (weights * grad_scores).to(query.dtype)
             acc_k = tl.dot(grad_scores, query, acc_k, input_precision="ieee")
             if REST > 0:
                 acc_k_rest = tl.dot(grad_scores, query_rest, acc_k_rest, input_precision="ieee")
