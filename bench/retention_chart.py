@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _OURS = "#D55E00"
 _OTHERS = "#BBBBBB"
 _LINES = {
+    "compensated": ("compensated, ours", "#D55E00", "o"),
     "interlace": ("INTERLACE, as published", "#0072B2", "s"),
     "shortgpt": ("ShortGPT", "#56B4E9", "^"),
     "uidl": ("UIDL", "#CC79A7", "v"),
