@@ -37,8 +37,9 @@ def _retention(rows: list[Row], metric: str, dense: float) -> str:
     after = [100 * row["healed"][metric] / dense for row in done if "healed" in row]
     if not after:
         return f"{statistics.fmean(before):.1f}"
-    spread = (max(after) - min(after)) / 2
-    return f"{statistics.fmean(before):.1f} → {statistics.fmean(after):.1f} ± {spread:.1f}"
+    kept = f"{statistics.fmean(before):.1f} → {statistics.fmean(after):.1f}"
+    # one seed has no spread
+    return kept if len(after) == 1 else f"{kept} ± {(max(after) - min(after)) / 2:.1f}"
 
 
 def table(rows: list[Row]) -> str:
