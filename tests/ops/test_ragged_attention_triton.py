@@ -56,6 +56,13 @@ def draw(
     )
 
 
+def turned_round(value: Any) -> Any:
+    """Heads from their last element to their first, so that sums over them take another order."""
+    if isinstance(value, torch.Tensor) and value.dim() == 3:
+        return value.flip(-1)
+    return tuple(map(turned_round, value)) if isinstance(value, tuple) else value
+
+
 def assert_in_budget(name: str, found: Any, plain: Any, truth: Any) -> None:
     for place, each in enumerate(zip(*map(outputs, (found, plain, truth)), strict=True)):
         excess = OPS[name].budget.excess(*each)
@@ -97,6 +104,14 @@ def test_any_shape_in_small_tiles(
     args = (torch.randn_like(plain[0]) + 4 * plain[0], *plain, *args)
     found = ragged_attention_bwd.backward(*args, launch_keys=launch, launch_queries=launch)
     truth, plain = backward_reference(*in_fp64(args)), backward_reference(*args)
+    # the reference's own error is the larger one of two orders of summation
+    other = turned_round(backward_reference(*turned_round(args)))
+    plain = tuple(
+        one if (one - exact).abs().max() > (two - exact).abs().max() else two
+        for one, two, exact in zip(plain, other, truth, strict=True)
+        if exact.numel()
+    )
+    found, truth = (tuple(x for x in each if x.numel()) for each in (found, truth))
     assert_in_budget("ragged_attention_bwd", found, plain, truth)
 
 
