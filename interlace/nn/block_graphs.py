@@ -174,7 +174,8 @@ class BlockGraph:
     ) -> _Recording | None:
         # kernels were chosen and loaded when the block ran with these shapes before
         memory = hidden if is_static else hidden.clone()
-        others, places = inputs.placed(self._shelf)
+        places = inputs.fill(self._shelf)
+        others = inputs.arguments(places)
         try:
             replay, result = self._shelf.recorder.record(lambda: run(memory, **others))
         except RuntimeError as error:
@@ -184,14 +185,16 @@ class BlockGraph:
         self.num_recordings += 1
         setattr(result, _STATIC, True)
         normed = borne_by(result)
-        return _Recording(replay, memory, places, result, normed, RemovableHandle.next_id)
+        return _Recording(
+            replay, memory, list(places.values()), result, normed, RemovableHandle.next_id
+        )
 
     def _replayed(
         self, block: Any, recording: _Recording, hidden: Tensor, inputs: _Inputs
     ) -> Tensor:
         if hidden is not recording.hidden:
             recording.hidden.copy_(hidden)
-        inputs.placed(self._shelf)
+        inputs.fill(self._shelf)
         recording.replay()
         self.num_replays += 1
         result = recording.result
@@ -212,6 +215,8 @@ class _Inputs:
 
     def __init__(self, block: Any, others: dict[str, Any]) -> None:
         self._others = others
+        # every tensor by the name of its place
+        self._tensors: dict[str, Tensor] = {}
         self.unknown = False
         self.key = tuple((name, self._part(block, name, value)) for name, value in others.items())
 
@@ -219,17 +224,24 @@ class _Inputs:
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, tuple | list) and all(isinstance(each, Tensor) for each in value):
+            self._tensors |= {f"{name}.{i}": each for i, each in enumerate(value)}
             return tuple(_form(each) for each in value)
         if type(value) is StaticCache:
             return self._memory(block, value)
         if not isinstance(value, Tensor):
             self.unknown = True
             return None
+        self._tensors[name] = value
         if name == "cu_seqlens":
             # the longest sequence decides how many programs are launched
             return _form(value), longest(value)
         pattern = pattern_of(value)
-        return _form(value), None if pattern is None else (pattern.causal, pattern.window)
+        if pattern is None:
+            return _form(value), None
+        self._tensors |= {f"{name}.starts": pattern.starts, f"{name}.lengths": pattern.lengths}
+        if pattern.cuts is not None:
+            self._tensors |= zip((f"{name}.queries", f"{name}.keys"), pattern.cuts, strict=True)
+        return _form(value), (pattern.causal, pattern.window)
 
     def _memory(self, block: Any, cache: Any) -> Any:
         place = getattr(getattr(block, "self_attn", None), "layer_idx", None)
@@ -241,40 +253,34 @@ class _Inputs:
             each.data_ptr() for each in (layer.keys, layer.values, layer.cumulative_length)
         )
 
-    def placed(self, shelf: Shelf) -> tuple[dict[str, Any], list[Tensor]]:
-        """Copy all tensors to their places; return the arguments that lie there, and the places."""
+    def fill(self, shelf: Shelf) -> dict[str, Tensor]:
+        """Copy all tensors to their places, and return these by name."""
+        return {name: shelf.place(name, source) for name, source in self._tensors.items()}
+
+    def arguments(self, places: dict[str, Tensor]) -> dict[str, Any]:
+        """Return the arguments with the places for the tensors, for a recording to read."""
         found: dict[str, Any] = {}
-        places: list[Tensor] = []
-
-        def place(name: str, source: Tensor) -> Tensor:
-            places.append(shelf.place(name, source))
-            return places[-1]
-
         for name, value in self._others.items():
-            found[name] = value
+            found[name] = places.get(name, value)
             if isinstance(value, tuple | list):
-                found[name] = tuple(place(f"{name}.{i}", each) for i, each in enumerate(value))
+                found[name] = tuple(places[f"{name}.{i}"] for i in range(len(value)))
             elif isinstance(value, StaticCache):
                 # the recording is of its memory, and must not keep the cache itself
                 found[name] = copy.copy(value)
             elif isinstance(value, Tensor):
-                found[name] = place(name, value)
                 pattern = pattern_of(value)
                 if pattern is not None:
-                    attach(found[name], _placed_pattern(name, pattern, place))
+                    attach(found[name], _placed_pattern(name, pattern, places))
                 if name == "cu_seqlens":
                     found[name].interlace_longest = longest(value)
-        return found, places
+        return found
 
 
-def _placed_pattern(name: str, pattern: Pattern, place: Callable[[str, Tensor], Tensor]) -> Pattern:
-    cuts = pattern.cuts
-    if cuts is not None:
-        cuts = (place(f"{name}.queries", cuts[0]), place(f"{name}.keys", cuts[1]))
-    starts, lengths = (
-        place(f"{name}.starts", pattern.starts),
-        place(f"{name}.ends", pattern.lengths),
-    )
+def _placed_pattern(name: str, pattern: Pattern, places: dict[str, Tensor]) -> Pattern:
+    cuts = None
+    if pattern.cuts is not None:
+        cuts = places[f"{name}.queries"], places[f"{name}.keys"]
+    starts, lengths = places[f"{name}.starts"], places[f"{name}.lengths"]
     return Pattern(pattern.causal, pattern.window, starts, lengths, cuts)
 
 
