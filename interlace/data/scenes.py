@@ -63,6 +63,8 @@ QUESTION_WORDS = (
     "what color is object which shape digit how many are there objects digits more than greater "
     "sum of"
 )
+TASKS = ("vqa", "caption", "retrieval", "chat")
+CHAT_QUESTIONS = 4
 CAPTION_OPENINGS = ("", "there is ", "the image shows ", "we see ")
 
 
@@ -330,13 +332,20 @@ def _sample(task: str, scene: Scene, rng: random.Random, identity: str) -> Sampl
     from interlace.data.samples import Sample, Turn
 
     image = SceneImage(scene)
+    if task == "chat":
+        turns: list[Turn] = []
+        for _ in range(CHAT_QUESTIONS):
+            _, text, answer = ask(scene, rng)
+            mark = "" if turns else "<image>\n"
+            turns += [Turn("user", f"{mark}{text}"), Turn("assistant", answer)]
+        return Sample(identity, task, (image,), tuple(turns))
     if task == "vqa":
         kind, text, answer = ask(scene, rng)
-        turns = (Turn("user", f"<image>\n{text}"), Turn("assistant", answer))
-        return Sample(identity, task, (image,), turns, (answer,), kind)
+        pair = (Turn("user", f"<image>\n{text}"), Turn("assistant", answer))
+        return Sample(identity, task, (image,), pair, (answer,), kind)
     captions = scene.captions()
-    turns = (Turn("user", f"<image>\n{CAPTION_PROMPT}"), Turn("assistant", rng.choice(captions)))
-    return Sample(identity, task, (image,), turns, captions, "caption")
+    pair = (Turn("user", f"<image>\n{CAPTION_PROMPT}"), Turn("assistant", rng.choice(captions)))
+    return Sample(identity, task, (image,), pair, captions, "caption")
 
 
 def make_scenes(
@@ -350,7 +359,8 @@ def make_scenes(
 
     Args:
         count: number of samples, at least 1. Sample i belongs to `tasks[i % len(tasks)]`.
-        tasks: any of "vqa", "caption", "retrieval".
+        tasks: any of "vqa", "caption", "retrieval", and "chat", four questions about one scene in
+            one conversation, to train on.
         seed: which endless series of scenes; the same seed gives the same samples everywhere.
         split: "train" or "test". They share neither scenes nor handwriting.
 
@@ -365,10 +375,10 @@ def make_scenes(
     if split not in ("train", "test"):
         raise DataError(unknown_name("split of scenes", split, ("train", "test")))
     if not tasks:
-        raise DataError("tasks is empty; name at least one of vqa, caption, retrieval.")
+        raise DataError(f"tasks is empty; name at least one of {', '.join(TASKS)}.")
     for task in tasks:
-        if task not in ("vqa", "caption", "retrieval"):
-            raise DataError(unknown_name("scenes task", task, ("vqa", "caption", "retrieval")))
+        if task not in TASKS:
+            raise DataError(unknown_name("scenes task", task, TASKS))
     made = []
     for index in range(count):
         rng = _rng(split, seed, index)

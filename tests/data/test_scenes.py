@@ -10,6 +10,7 @@ import pytest
 
 from interlace.data.scenes import (
     CELL_NAMES,
+    CHAT_QUESTIONS,
     COLOURS,
     DIGITS,
     SHAPES,
@@ -64,6 +65,18 @@ def test_every_answer_is_right() -> None:
     assert groups == {"colour", "shape", "digit", "count", "exist", "compare", "sum"}
 
 
+def test_chats_ask_several_questions_about_one_scene() -> None:
+    for sample in make_scenes(100, tasks=("chat",), seed=5):
+        scene = sample.images[0].scene
+        questions, answers = sample.turns[::2], sample.turns[1::2]
+        assert len(questions) == len(answers) == CHAT_QUESTIONS
+        texts = "".join(turn.text for turn in questions)
+        assert texts.startswith("<image>\n")
+        assert texts.count("<image>") == 1
+        for question, answer in zip(questions, answers, strict=True):
+            assert answer.text == _answer(scene, question.text.removeprefix("<image>\n"))
+
+
 def test_captions_name_every_object_in_reading_order() -> None:
     for sample in make_scenes(50, tasks=("caption",), seed=1):
         assert len(sample.references) == len(set(sample.references)) >= 4
@@ -116,7 +129,7 @@ def test_images_show_what_the_scene_says() -> None:
 
 def test_vocabulary_covers_every_text() -> None:
     known = set(vocabulary())
-    for sample in make_scenes(600, tasks=("vqa", "caption"), seed=8):
+    for sample in make_scenes(600, tasks=("vqa", "caption", "chat"), seed=8):
         for text in (*[turn.text for turn in sample.turns], *sample.references):
             words = re.findall(r"\w+|[^\w\s]", text.replace("<image>", "").lower())
             assert known.issuperset(words)
