@@ -79,6 +79,13 @@ PRESETS = {
         (0, 1, 2),
         Sizes(128, 1024, 32, 256),
     ),
+    # the published budget: one percent of the training samples, one epoch
+    "percent": Preset(
+        ("compensated", "sleb", "last", "shortgpt", "linearpatch", "width", "magnitude"),
+        (0.25, 0.334, 0.50),
+        (0, 1, 2),
+        Sizes(128, 0.01, 32, 256),
+    ),
 }
 
 

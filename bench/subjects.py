@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import interlace as il
+from interlace.bundled.train import PHASES
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Subject:
         longest: task -> longest answer in tokens; a little longer than the longest right one, so
             that a broken model is not listened to for long.
         data_tasks: tasks of the scenes to calibrate and heal with.
+        chat_tasks: tasks of the scenes that are nearest to those it was trained on.
         objective: of the loss, see `interlace.data.collate.Collator`.
         learning_rate: of healing.
     """
@@ -28,6 +30,7 @@ class Subject:
     tasks: dict[str, tuple[str, ...]]
     longest: dict[str, int]
     data_tasks: tuple[str, ...]
+    chat_tasks: tuple[str, ...]
     objective: str
     learning_rate: float
 
@@ -39,6 +42,7 @@ SUBJECTS = {
         {"vqa": ("accuracy",), "caption": ("cider",)},
         {"vqa": 8, "caption": 56},
         ("vqa", "caption"),
+        ("chat", "chat", "chat", "caption"),
         "chat",
         5e-4,
     ),
@@ -47,6 +51,7 @@ SUBJECTS = {
         ("text", "vision"),
         {"retrieval": ("image_to_text_r1", "text_to_image_r1")},
         {},
+        ("retrieval",),
         ("retrieval",),
         "contrastive",
         5e-4,
@@ -57,10 +62,16 @@ SUBJECTS = {
         {"caption": ("cider", "exact_match")},
         {"caption": 56},
         ("caption",),
+        ("caption",),
         "caption",
         5e-4,
     ),
 }
+
+
+def trained_on(subject: Subject) -> int:
+    """Return how many scenes a bundled model was trained on."""
+    return sum(phase.steps * phase.batch_size for phase in PHASES[subject.name])
 
 
 def open_subject(name: str, device: str | None = None) -> Any:
@@ -68,12 +79,16 @@ def open_subject(name: str, device: str | None = None) -> Any:
     return il.open_model(f"bundled:{name}", dtype="float32", device=device or "cpu")
 
 
-def train_samples(subject: Subject, vlm: Any, seed: int, number: int, count: int) -> Any:
-    """Draw training scenes: number 0 to calibrate, 1 to heal; none are shared between seeds."""
+def train_samples(subject: Subject, vlm: Any, seed: int, number: int, count: float) -> Any:
+    """Draw training scenes: number 0 to calibrate, 1 to heal; none are shared between seeds.
+
+    A `count` below 1 is a share of the scenes that the model was trained on, in their own form.
+    """
+    share = count < 1
     return il.samples(
         "scenes",
-        count=count,
-        tasks=subject.data_tasks,
+        count=round(count * trained_on(subject)) if share else int(count),
+        tasks=subject.chat_tasks if share else subject.data_tasks,
         seed=1000 * (seed + 1) + number,
         processor=vlm.processor,
     )

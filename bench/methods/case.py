@@ -30,10 +30,18 @@ LOSS_SAMPLES = 64
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many samples are used for what; 0 to heal with means measured before healing only."""
+    """How many samples are used for what.
+
+    Attributes:
+        calibration: to score and to fit with.
+        heal_samples: to heal with; below 1 a share of those that the model was trained on, 0 to
+            measure before healing only.
+        heal_batch: samples per step of healing.
+        held_out: to measure on, per task.
+    """
 
     calibration: int
-    heal_samples: int
+    heal_samples: float
     heal_batch: int
     held_out: int
 
