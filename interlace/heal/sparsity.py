@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from interlace.models import VLM, Tower
+    from interlace.records import HealReport
 
 BRANCHES = "branches"
 # The last linear module of a branch, by its path inside the layer. Families differ in names only.
@@ -298,3 +299,10 @@ def importance(*tables: Mapping[int, Mapping[str, float | Sequence[float]]]) -> 
                 each = [gates] if isinstance(gates, float) else gates
                 sizes.setdefault(layer, []).append(sum(map(abs, each)) / len(each))
     return {layer: sum(each) / len(each) for layer, each in sizes.items()}
+
+
+def layer_importance(report: HealReport) -> dict[str, dict[int, float]]:
+    """Return `importance` of every gated tower: tower -> original layer -> number."""
+    tables = (report.gates, report.unit_gates)
+    towers = dict.fromkeys(name for table in tables for name in table)
+    return {name: importance(*(table.get(name, {}) for table in tables)) for name in towers}

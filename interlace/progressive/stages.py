@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from interlace._files import sha256_of
 from interlace.errors import ConfigError
 from interlace.heal import heal
-from interlace.heal.sparsity import importance
+from interlace.heal.sparsity import layer_importance
 from interlace.heal.units import find_gated
 from interlace.plan.rules import USE_LOSS
 from interlace.progressive.checkpoint import healing_of, is_whole, open_student, save_student
@@ -275,9 +275,7 @@ class Run:
             kept=limit is None or (retention >= limit and not math.isnan(retention)),
             plan_fingerprint=plan.fingerprint,
         )
-        tables = () if healed is None else (healed.gates, healed.unit_gates)
-        towers = dict.fromkeys(name for table in tables for name in table)
-        gates = {name: importance(*(table.get(name, {}) for table in tables)) for name in towers}
+        gates = {} if healed is None else layer_importance(healed)
         stage = Stage(record, plan, scores, healed, measured, folder, setup.vlm, setup.prune)
         return stage, _Before(student, key, plan, gates)
 
