@@ -48,6 +48,9 @@ def progressive(
     gates: Annotated[
         str, typer.Option(help="Sparse regularisation in healing: none, l1 or hard_concrete.")
     ] = "none",
+    gate_units: Annotated[
+        str, typer.Option(help="What gates stand on, comma separated: branches, heads, neurons.")
+    ] = "branches",
     export_stages: Annotated[
         bool, typer.Option("--export-stages", help="Also export the student of every stage.")
     ] = False,
@@ -103,6 +106,7 @@ def progressive(
             "batch_size": batch_size,
             "save_steps": save_steps,
             "gates": gates,
+            "gate_units": split_names(gate_units),
         },
         "progressive": {
             "stages": stages,

@@ -211,10 +211,13 @@ class HealSettings(Settings):
         seed: seed of the order of samples.
         num_workers: processes that prepare batches.
         schedule: course of the learning rate after warm-up.
-        gates: sparse regularisation: learn a factor on every attention and feed-forward branch of
-            the pruned towers, under an "l1" or a "hard_concrete" (L0) penalty. The factors end in
-            the weights, and the report holds them. "none": no gates.
-        gate_penalty: weight of the mean penalty of the gates.
+        gates: sparse regularisation: learn factors in every layer of the pruned towers, under an
+            "l1" or a "hard_concrete" (L0) penalty. The factors end in the weights, and the report
+            holds them. "none": no gates.
+        gate_units: what each factor stands on, one or more: attention and feed-forward "branches",
+            query "heads", or "neurons", 8 at a time. `Scores.with_gates` makes the latter two
+            importance of heads and neurons.
+        gate_penalty: weight of the mean penalty of the gates, of each of the `gate_units`.
         gate_learning_rate: peak learning rate of the gates.
     """
 
@@ -239,6 +242,7 @@ class HealSettings(Settings):
     num_workers: int = within(0, 0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     gates: Literal["none", "l1", "hard_concrete"] = "none"
+    gate_units: tuple[Literal["branches", "heads", "neurons"], ...] = ("branches",)
     gate_penalty: float = within(0.3, 0.0, above=True)
     gate_learning_rate: float = within(2e-2, 0.0, 1.0, above=True)
 
@@ -248,6 +252,8 @@ class HealSettings(Settings):
                 "HealSettings: ce_weight, hidden_weight and kl_weight are all 0, "
                 "so there is nothing to train on. Set at least one above 0."
             )
+        if not self.gate_units:
+            raise ConfigError("HealSettings.gate_units is empty. Name one, or set gates to 'none'.")
 
 
 @dataclass(frozen=True)

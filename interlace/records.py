@@ -17,6 +17,7 @@ from interlace._records.base import (
     parse_object,
     read_record_text,
 )
+from interlace._records.healing import HealReport
 from interlace._records.plan import Action, Bridge, Plan, PruneRecord, TowerPlan
 from interlace._records.progressive import ProgressiveRecord, StageRecord
 from interlace._records.scores import Scores, TowerScores
@@ -45,40 +46,6 @@ __all__ = [
     "TowerShape",
     "load_record",
 ]
-
-
-@dataclass(frozen=True)
-class HealReport(Record):
-    """How healing went.
-
-    Attributes:
-        steps: optimiser steps.
-        num_samples: samples seen, repeats counted.
-        tokens: tokens seen, padding left out.
-        trainable_parameters: parameters that were trained.
-        total_parameters: all parameters of the student.
-        losses: one dict per logged step: "step" and the loss terms by name.
-        final: the last values by name.
-        seconds: wall-clock time of training.
-        objective: "chat", "contrastive", "caption" or "vqa".
-        settings: the settings of the run (any JSON values).
-        gates: tower -> original layer -> branch -> final factor, folded into the weights; empty
-            without gates.
-    """
-
-    kind: ClassVar[str] = "heal"
-
-    steps: int
-    num_samples: int
-    tokens: int
-    trainable_parameters: int
-    total_parameters: int
-    losses: tuple[dict[str, Any], ...] = ()
-    final: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    objective: str = "chat"
-    settings: dict[str, Any] = field(default_factory=dict)
-    gates: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

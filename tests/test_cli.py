@@ -203,6 +203,7 @@ def test_progressive_says_where_a_stage_was_rolled_back(interlace, tmp_path: Pat
         (("progressive", "bundled:clip", "-o", "OUT", "--rule", "slebb"), "Did you mean 'sleb'"),
         (("progressive", "bundled:clip", "-o", "OUT", "--guard", "lost"), "Give 'loss'"),
         (("progressive", "bundled:clip", "-o", "OUT", "--gates", "l2"), "Did you mean 'l1'"),
+        (("progressive", "bundled:clip", "-o", "OUT", "--gate-units", "heds"), "mean 'heads'"),
         (("plan", "SCORES", "-o", "OUT", "--protect", "autoo"), "give auto, alignment, none"),
         (("plan", "SCORES", "-o", "OUT", "--rule", "sleb"), "asks the model for its loss"),
         (("eval", "bundled:clip", "--task", "retrieval", "--split", "tset"), "split of scenes"),

@@ -106,6 +106,8 @@ MODEL = {"path": "m"}
             {"model": MODEL, "heal": {"ce_weight": 0, "hidden_weight": 0, "kl_weight": 0}},
             "nothing to train on",
         ),
+        ({"model": MODEL, "heal": {"gate_units": ["neuron"]}}, "Did you mean 'neurons'"),
+        ({"model": MODEL, "heal": {"gate_units": []}}, "gate_units is empty"),
         ({"model": MODEL, "plan": {"drop_fraction": 1.0}}, "above 0 and below 1"),
         ({"model": MODEL, "plan": {"drop_fraction": {"text": 1.5}}}, "above 0 and below 1"),
         ({"model": MODEL, "plan": {"drop_fraction": 0.2, "num_drop": 2}}, "not both"),

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from interlace._coerce import Checked
 from interlace._records.base import Record
+from interlace._records.gates import add_gates
 from interlace._records.shape import ModelShape  # noqa: TC001 (read at run time by Checked)
 from interlace.errors import ConfigError, DataError, PlanError, ShapeError, unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from interlace._records.healing import HealReport
 
 # Cosines that were computed in bfloat16, as the published code does, may leave [-1, 1] by one
 # rounding step.
@@ -257,6 +260,18 @@ class Scores(Record):
             num_samples=num_samples,
         )
         return cls(towers={tower: scores}, shape=shape, model_name=model_name)
+
+    def with_gates(self, report: HealReport) -> Scores:
+        """Add gates of heads and neurons as metrics "head_gate" and "ffn_gate"; high = keep.
+
+        Args:
+            report: of healing with `gate_units`; these are the scores of the student it left.
+
+        Raises:
+            ConfigError: it has no such gates in a tower that is scored.
+            ShapeError: the student has other widths than the model scored.
+        """
+        return add_gates(self, report)
 
     @staticmethod
     def merge(*scores: Scores) -> Scores:

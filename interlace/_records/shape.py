@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from interlace._records.plan import TowerPlan
 
+# Neurons that are cut together: matrix units want widths that are multiples of it.
+FFN_MULTIPLE = 8
+
 
 @dataclass(frozen=True)
 class SiteShape(Checked):

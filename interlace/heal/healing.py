@@ -22,8 +22,9 @@ from interlace.heal.arguments import count_steps, total_samples, training_argume
 from interlace.heal.model import HealModel
 from interlace.heal.order import ShuffledRepeats
 from interlace.heal.shell import HALF, hand_over, make_shell, move_together
-from interlace.heal.sparsity import by_layer, final_gates, find_branches, fold
+from interlace.heal.sparsity import final_gates, fold, reported
 from interlace.heal.trainer import HealTrainer
+from interlace.heal.units import find_gated
 from interlace.models.handle import check_vlm
 from interlace.records import HealReport, Provenance
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from interlace.data.samples import Sample, Samples
-    from interlace.heal.sparsity import Branch
+    from interlace.heal.sparsity import Gated
     from interlace.models import VLM
     from interlace.records import Plan
 
@@ -57,11 +58,11 @@ def heal(
 ) -> HealReport:
     """Train the plan's `tune` layers of a student, in place.
 
-    All other parameters stay frozen; gates, where the settings ask for them, scale the branches of
-    all layers of the planned towers and end in their weights. The loss is the task's own
-    (cross-entropy of the answer tokens, or the contrastive loss of CLIP and SigLIP) and, with a
-    teacher, the normalised squared distance of the hidden states at the anchors and at the end of
-    each pruned tower, and the divergence of the predictions. The student changes only when
+    All other parameters stay frozen; gates, where the settings ask for them, scale the branches,
+    heads or neurons of all layers of the planned towers and end in their weights. The loss is the
+    task's own (cross-entropy of the answer tokens, or the contrastive loss of CLIP and SigLIP) and,
+    with a teacher, the normalised squared distance of the hidden states at the anchors and at the
+    end of each pruned tower, and the divergence of the predictions. The student changes only when
     everything went well.
 
     Works under torchrun, accelerate launch, FSDP2 and DeepSpeed ZeRO 1 and 2; `batch_size` then
@@ -106,7 +107,8 @@ def heal(
     chosen = (settings or HealSettings()).replace(**overrides)
     plan = plan_of(student)
     names = tuned_parameters(student, plan)
-    branches = find_branches(student, plan.towers) if chosen.gates != "none" else ()
+    units = chosen.gate_units if chosen.gates != "none" else ()
+    gated = find_gated(student, plan.towers, units)
     if len(data) == 0:
         raise DataError("There are no samples to heal with. Give at least one.")
     folder = checks.output_folder(output, resume=resume)
@@ -143,7 +145,7 @@ def heal(
         if found is not None:
             advance(found[1].step)
         trainer = HealTrainer(
-            _model(student, teacher, plan, names, branches, chosen, args),
+            _model(student, teacher, plan, names, gated, chosen, args),
             args,
             dataset=ShuffledRepeats(data, total, chosen.seed),
             collate=collate,
@@ -154,10 +156,10 @@ def heal(
         trainer.close()
         trained = trainer.trained_values()
         hand_over(student.model, names, trained)
-        gates = final_gates(trained("gates.values"), chosen.gates) if branches else []
-        fold(student.model, branches, gates)
+        gates = final_gates(trained("gates.values"), chosen.gates) if gated else []
+        fold(student.model, gated, gates)
     report = _report(student, chosen, inputs, sizes, trainer)
-    return replace(report, gates=by_layer(branches, gates))
+    return replace(report, **reported(gated, gates))
 
 
 @contextlib.contextmanager
@@ -193,7 +195,7 @@ def _model(
     teacher: VLM | None,
     plan: Plan,
     names: tuple[str, ...],
-    branches: tuple[Branch, ...],
+    gated: tuple[Gated, ...],
     settings: HealSettings,
     args: TrainingArguments,
 ) -> HealModel:
@@ -214,7 +216,7 @@ def _model(
         objective=student.family.objective,
         settings=settings,
         paths={name: tower.path for name, tower in student.towers.items()},
-        branches=branches,
+        gated=gated,
         **extra,
     )
 

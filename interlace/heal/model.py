@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from interlace.config import HealSettings
     from interlace.heal.anchors import Anchor
-    from interlace.heal.sparsity import Branch
+    from interlace.heal.sparsity import Gated
 
 TERMS = ("loss", "ce", "hidden", "kl", "gates")
 
@@ -65,7 +65,7 @@ class HealModel(nn.Module):
         teacher: nn.Module | None = None,
         teacher_paths: Mapping[str, str] | None = None,
         anchors: Sequence[Anchor] = (),
-        branches: Sequence[Branch] = (),
+        gated: Sequence[Gated] = (),
     ) -> None:
         """Set the hooks on both models.
 
@@ -77,7 +77,7 @@ class HealModel(nn.Module):
             teacher: shell of the teacher, if there is one.
             teacher_paths: the same as `paths` in the teacher.
             anchors: where the two are compared.
-            branches: what gets gates, where the settings ask for them.
+            gated: what gets gates, where the settings ask for them.
 
         Raises:
             ConfigError: student and teacher have different vocabularies.
@@ -89,8 +89,8 @@ class HealModel(nn.Module):
         self.anchors = tuple(anchors) if settings.hidden_weight else ()
         with_head = objective != CONTRASTIVE
         self.gates: Gates | None = None
-        if settings.gates != "none" and branches:
-            self.gates = Gates(branches, settings.gates)
+        if settings.gates != "none" and gated:
+            self.gates = Gates(gated, settings.gates)
             self.gates.attach(student)
         own = [(anchor.tower, anchor.position) for anchor in self.anchors]
         self._reader = Reader(student, own, paths, with_head=with_head)

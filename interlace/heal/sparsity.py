@@ -8,6 +8,8 @@ is the same function, so the model stays a standard checkpoint.
 Where the sum passes a LayerNorm (BERT, BLIP's text part) it is still the branch alone that is
 scaled, so folding holds there as well.
 
+Gates of single heads and neurons, inside a branch, are in units.py; all train in one vector.
+
 Legend: N gates.
 """
 
@@ -15,7 +17,9 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,12 +28,14 @@ from torch import nn
 from interlace.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from interlace.models import VLM, Tower
+    from interlace.records import HealReport
 
+BRANCHES = "branches"
 # The last linear module of a branch, by its path inside the layer. Families differ in names only.
 _ATTENTION = re.compile(
     r"(self_attn|attn|attention(\.attention)?|SelfAttention|layer\.\d+\.SelfAttention)"
@@ -56,20 +62,51 @@ _SHIFT = _TEMPERATURE * math.log(-_LOW / _HIGH)
 
 
 @dataclass(frozen=True)
-class Branch:
-    """One gated branch.
+class Gated(ABC):
+    """A linear module that gates stand on.
 
     Attributes:
         tower: tower name.
         layer: number of its layer in the original model.
-        kind: "attention", "cross_attention" or "mlp".
-        path: dotted path in the model of its last linear module.
+        kind: what it is called in the layer.
+        path: its dotted path in the model.
+        unit: what each gate stands on: "branches", "heads" or "neurons".
+        count: number of its gates.
     """
 
     tower: str
     layer: int
     kind: str
     path: str
+    unit: str = BRANCHES
+    count: int = 1
+
+    @abstractmethod
+    def attach(self, module: nn.Module, drawn: Callable[[], Tensor | None]) -> None:
+        """Set a hook on the module that applies the gates drawn, [count] fp32, or None for none."""
+
+    @abstractmethod
+    def fold(self, module: Any, gates: Sequence[float]) -> None:
+        """Multiply the module's parameters by its gates; they get memory of their own."""
+
+
+class Branch(Gated):
+    """One gated branch: "attention", "cross_attention" or "mlp", at its last linear module."""
+
+    def attach(self, module: nn.Module, drawn: Callable[[], Tensor | None]) -> None:
+        """Scale what the module gives."""
+
+        def scale(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            gates = drawn()
+            return output if gates is None else output * gates[0].to(output.dtype)
+
+        module.register_forward_hook(scale)
+
+    def fold(self, module: Any, gates: Sequence[float]) -> None:
+        """Scale weight and bias."""
+        for parameter in (module.weight, module.bias):
+            if parameter is not None:
+                parameter.data = (parameter.detach().double() * gates[0]).to(parameter.dtype)
 
 
 def find_branches(vlm: VLM, towers: Iterable[str]) -> tuple[Branch, ...]:
@@ -81,30 +118,49 @@ def find_branches(vlm: VLM, towers: Iterable[str]) -> tuple[Branch, ...]:
             shares the weights that a gate would be folded into.
     """
     found = [branch for name in towers for branch in _of_tower(vlm.towers[name])]
-    owners: dict[int, list[str]] = {}
-    for name, parameter in vlm.model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for branch in found:
-        for leaf in ("weight", "bias"):
-            parameter = getattr(vlm.model.get_submodule(branch.path), leaf)
-            names = owners.get(id(parameter), []) if parameter is not None else []
-            if len(names) > 1:
-                raise ConfigError(
-                    f"A gate of {branch.path} cannot be folded: it shares its {leaf} with "
-                    f"{', '.join(name for name in names if not name.startswith(branch.path))}. "
-                    "Heal with gates='none'."
-                )
+    check_own(vlm, found, ("weight", "bias"))
     return tuple(found)
 
 
-def _of_tower(tower: Tower) -> list[Branch]:
-    branches = []
-    for position, module in enumerate(tower.layers):
+def check_own(vlm: VLM, places: Iterable[Gated], leaves: Sequence[str]) -> None:
+    """Refuse gates whose module shares the parameters that they would be folded into.
+
+    Raises:
+        ConfigError: names both.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in vlm.model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for place in places:
+        for leaf in leaves:
+            parameter = getattr(vlm.model.get_submodule(place.path), leaf)
+            names = owners.get(id(parameter), []) if parameter is not None else []
+            if len(names) > 1:
+                raise ConfigError(
+                    f"A gate of {place.path} cannot be folded: it shares its {leaf} with "
+                    f"{', '.join(name for name in names if not name.startswith(place.path))}. "
+                    "Heal with gates='none'."
+                )
+
+
+def check_unnormalised(tower: Tower) -> None:
+    """Refuse a tower whose layers normalise what a gate scales.
+
+    Raises:
+        ConfigError: names the layer's class.
+    """
+    for module in tower.layers:
         if hasattr(module, _NORM_OF_BRANCH):
             raise ConfigError(
                 f"The tower '{tower.name}' cannot be gated: a {type(module).__name__} normalises "
                 "its branches, which undoes a factor on them. Heal with gates='none'."
             )
+
+
+def _of_tower(tower: Tower) -> list[Branch]:
+    check_unnormalised(tower)
+    branches = []
+    for position, module in enumerate(tower.layers):
         linears = [name for name, each in module.named_modules() if isinstance(each, nn.Linear)]
         for kind, pattern in _BRANCHES.items():
             ends = [name for name in linears if pattern.fullmatch(name)]
@@ -135,36 +191,37 @@ class Gates(nn.Module):
     Welling, Kingma: Learning sparse neural networks through L0 regularization (arXiv 1712.01312),
     equations 10 to 13.
 
+    The penalty is a mean over the gates of branches, of heads and of neurons each, and their sum.
+
     Attributes:
-        branches: what the gates stand on, in order.
+        places: what the gates stand on, in order.
         values: gates or logits, [N] fp32.
     """
 
-    def __init__(self, branches: Iterable[Branch], kind: Literal["l1", "hard_concrete"]) -> None:
+    def __init__(self, places: Iterable[Gated], kind: Literal["l1", "hard_concrete"]) -> None:
         """Make open gates: all of them 1.
 
         Args:
-            branches: what they stand on.
+            places: what they stand on, those of one `unit` next to each other.
             kind: their penalty.
         """
         super().__init__()
-        self.branches = tuple(branches)
+        self.places = tuple(places)
         self.kind = kind
         start = 1.0 if kind == "l1" else _OPEN
-        self.values = nn.Parameter(torch.full((len(self.branches),), start))
+        groups = groupby(self.places, key=lambda place: place.unit)
+        # how many gates stand on branches, on heads and on neurons
+        self._sizes = [sum(place.count for place in group) for _, group in groups]
+        self.values = nn.Parameter(torch.full((sum(self._sizes),), start))
         self._drawn: Tensor | None = None
 
     def attach(self, model: nn.Module) -> None:
-        """Set hooks that scale the branches of a model, for good: give a shell."""
-        for number, branch in enumerate(self.branches):
-            model.get_submodule(branch.path).register_forward_hook(self._hook(number))
+        """Set hooks that apply the gates in a model, for good: give a shell."""
+        for place, part in _parts(self.places):
+            place.attach(model.get_submodule(place.path), self._reader(part))
 
-    def _hook(self, number: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        def scale(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            drawn = self._drawn
-            return output if drawn is None else output * drawn[number].to(output.dtype)
-
-        return scale
+    def _reader(self, part: slice) -> Callable[[], Tensor | None]:
+        return lambda: None if self._drawn is None else self._drawn[part]
 
     def draw(self) -> Tensor:
         """Set the gates of the next forward pass and return their penalty, a number with gradient.
@@ -174,11 +231,21 @@ class Gates(nn.Module):
         values = self.values.float()
         if self.kind == "l1":
             self._drawn = values
-            return values.abs().mean()
-        noise = torch.rand_like(values).clamp(1e-6, 1.0 - 1e-6)
-        concrete = torch.sigmoid((noise.logit() + values) / _TEMPERATURE)
-        self._drawn = _stretched(concrete)
-        return torch.sigmoid(values - _SHIFT).mean()
+            costs = values.abs()
+        else:
+            noise = torch.rand_like(values).clamp(1e-6, 1.0 - 1e-6)
+            concrete = torch.sigmoid((noise.logit() + values) / _TEMPERATURE)
+            self._drawn = _stretched(concrete)
+            costs = torch.sigmoid(values - _SHIFT)
+        return torch.stack([part.mean() for part in torch.split(costs, self._sizes)]).sum()
+
+
+def _parts(places: Iterable[Gated]) -> Iterator[tuple[Gated, slice]]:
+    """Give every place with where its gates stand among all."""
+    start = 0
+    for place in places:
+        yield place, slice(start, start + place.count)
+        start += place.count
 
 
 def _stretched(concrete: Tensor) -> Tensor:
@@ -192,37 +259,50 @@ def final_gates(values: Tensor, kind: str) -> list[float]:
     return found
 
 
-def fold(model: nn.Module, branches: Iterable[Branch], gates: Iterable[float]) -> None:
-    """Multiply the last linear module of every branch, weight and bias, by its gate.
+def fold(model: nn.Module, places: Iterable[Gated], gates: Sequence[float]) -> None:
+    """Multiply the parameters that gates stand on by them.
 
     The parameters get memory of their own: a student shares its frozen weights with its teacher.
 
     Args:
         model: changed in place.
-        branches: where the gates stand.
-        gates: their values.
+        places: where the gates stand.
+        gates: their values, [N].
     """
     with torch.no_grad():
-        for branch, gate in zip(branches, gates, strict=True):
-            module: Any = model.get_submodule(branch.path)
-            for parameter in (module.weight, module.bias):
-                if parameter is not None:
-                    parameter.data = (parameter.detach().double() * gate).to(parameter.dtype)
+        for place, part in _parts(places):
+            place.fold(model.get_submodule(place.path), gates[part])
 
 
-def by_layer(
-    branches: Iterable[Branch], gates: Iterable[float]
-) -> dict[str, dict[int, dict[str, float]]]:
-    """Return gates as tower -> original layer -> branch -> value."""
-    table: dict[str, dict[int, dict[str, float]]] = {}
-    for branch, gate in zip(branches, gates, strict=True):
-        table.setdefault(branch.tower, {}).setdefault(branch.layer, {})[branch.kind] = gate
-    return table
+def reported(places: Iterable[Gated], gates: Sequence[float]) -> dict[str, Any]:
+    """Return gates as the fields of a HealReport: "gates" and "unit_gates"."""
+    tables: dict[str, dict[str, dict[int, dict[str, Any]]]] = {"gates": {}, "unit_gates": {}}
+    for place, part in _parts(places):
+        whole = place.unit == BRANCHES
+        layers = tables["gates" if whole else "unit_gates"].setdefault(place.tower, {})
+        own = gates[part]
+        layers.setdefault(place.layer, {})[place.kind] = own[0] if whole else tuple(own)
+    return tables
 
 
-def importance(gates: Mapping[int, Mapping[str, float]]) -> dict[int, float]:
-    """Return one number per layer: the mean size of its gates; low = the layer matters little."""
-    return {
-        layer: sum(abs(gate) for gate in branches.values()) / len(branches)
-        for layer, branches in gates.items()
-    }
+def importance(*tables: Mapping[int, Mapping[str, float | Sequence[float]]]) -> dict[int, float]:
+    """Return one number per layer: the mean size of its gates; low = the layer matters little.
+
+    Args:
+        tables: of one tower, layer -> branch or site -> gate or gates. Each branch and each site
+            counts once, as the mean of its gates.
+    """
+    sizes: dict[int, list[float]] = {}
+    for table in tables:
+        for layer, places in table.items():
+            for gates in places.values():
+                each = [gates] if isinstance(gates, float) else gates
+                sizes.setdefault(layer, []).append(sum(map(abs, each)) / len(each))
+    return {layer: sum(each) / len(each) for layer, each in sizes.items()}
+
+
+def layer_importance(report: HealReport) -> dict[str, dict[int, float]]:
+    """Return `importance` of every gated tower: tower -> original layer -> number."""
+    tables = (report.gates, report.unit_gates)
+    towers = dict.fromkeys(name for table in tables for name in table)
+    return {name: importance(*(table.get(name, {}) for table in tables)) for name in towers}

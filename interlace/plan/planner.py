@@ -187,7 +187,8 @@ def make_plan(
         spread: how the shares are spread over the layers: "uniform", the same in each; "global",
             whichever groups and neurons of all layers matter least; "ragged", single query heads.
         width_metrics: "heads" or "ffn" -> the metric to judge by, "random" for a draw. Default:
-            "head_norm" where it was scored, else "head_taylor", and "ffn_norm".
+            the gates that `Scores.with_gates` put in ("head_gate", "ffn_gate"), else "head_norm"
+            where it was scored, else "head_taylor", and "ffn_norm".
         graft: share of the KV groups of every dropped layer, the most important ones, that move
             into its tuned neighbour and work there in parallel; rounded down.
         standard: refuse when pruning what plain transformers could not load. Default: with the

@@ -1,7 +1,7 @@
 """Which heads and neurons go: a budget spent on the least important bundles of the kept layers.
 
 A bundle is what is cut as a whole: a KV head with its query heads, a single query head, or
-`FFN_MULTIPLE` neurons of a layer (matrix units want widths that are multiples of it).
+`FFN_MULTIPLE` neurons of a layer.
 
     uniform   every layer loses the same number of bundles, whole KV groups: a standard checkpoint
     global    the least important bundles of all layers go, whole KV groups
@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from interlace._records.gates import GATE_METRICS
+from interlace._records.shape import FFN_MULTIPLE
 from interlace.errors import ConfigError, PlanError, unknown_name
 from interlace.records import TowerPlan
 
@@ -30,9 +32,10 @@ Spread = Literal["uniform", "global", "ragged"]
 Fraction = float | Mapping[str, float] | None
 
 SPREADS = ("uniform", "global", "ragged")
-FFN_MULTIPLE = 8
-# The metrics of each kind, the first one that was scored is taken.
-_METRICS = {"heads": ("head_norm", "head_taylor"), "ffn": ("ffn_norm",)}
+# The metrics of each kind that are scored.
+_SCORED = {"heads": ("head_norm", "head_taylor"), "ffn": ("ffn_norm",)}
+# The first one that is there is taken; gates are there only where the caller has put them.
+_METRICS = {kind: (GATE_METRICS[kind], *scored) for kind, scored in _SCORED.items()}
 _RANDOM = "random"
 
 
@@ -46,8 +49,13 @@ def check_width_metrics(settings: PlanSettings, scored: Sequence[str]) -> None:
         "heads": settings.heads is not None or settings.graft is not None,
         "ffn": settings.ffn is not None,
     }
-    for kind, metrics in _METRICS.items():
+    for kind, metrics in _SCORED.items():
         named = (settings.width_metrics or {}).get(kind)
+        if wanted[kind] and named == GATE_METRICS[kind]:
+            raise ConfigError(
+                f"'{named}' is learned while healing, which comes after the plan of a recipe. Name "
+                f"another metric of {kind}, or plan by Scores.with_gates in Python."
+            )
         enough = (named,) if named else metrics
         if wanted[kind] and named != _RANDOM and not set(enough) & set(scored):
             raise ConfigError(
@@ -193,7 +201,7 @@ class _Chooser:
                 return metric
         raise PlanError(
             f"The importance of {self.kind} of the tower '{self.tower}' was not scored. Score "
-            f"with metrics=(..., '{_METRICS[self.kind][0]}'), or choose 'random'."
+            f"with metrics=(..., '{_SCORED[self.kind][0]}'), or choose 'random'."
         )
 
     def choose(self, kept: Sequence[int], fraction: float) -> dict[str, dict[int, tuple[int, ...]]]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from interlace._files import sha256_of
 from interlace.errors import ConfigError
 from interlace.heal import heal
-from interlace.heal.sparsity import find_branches, importance
+from interlace.heal.sparsity import layer_importance
+from interlace.heal.units import find_gated
 from interlace.plan.rules import USE_LOSS
 from interlace.progressive.checkpoint import healing_of, is_whole, open_student, save_student
 from interlace.progressive.guard import measure, retention_of
@@ -144,7 +145,7 @@ class Run:
         counts = drop_counts(scores, setup.vlm, setup.plan)
         gone = gone_after(counts, setup.progressive.stages)
         if setup.heal.gates != "none":
-            find_branches(setup.vlm, counts)
+            find_gated(setup.vlm, counts, setup.heal.gate_units)
         if setup.heal.gates != "none" and len(gone) == 1:
             raise ConfigError(
                 "The last stage learns no gates, and this run has no other. Drop more layers in "
@@ -274,7 +275,7 @@ class Run:
             kept=limit is None or (retention >= limit and not math.isnan(retention)),
             plan_fingerprint=plan.fingerprint,
         )
-        gates = {} if healed is None else {n: importance(g) for n, g in healed.gates.items()}
+        gates = {} if healed is None else layer_importance(healed)
         stage = Stage(record, plan, scores, healed, measured, folder, setup.vlm, setup.prune)
         return stage, _Before(student, key, plan, gates)
 

@@ -166,6 +166,20 @@ def test_a_recipe_must_score_what_it_cuts() -> None:
     check_width_metrics(PlanSettings(ffn=0.25, width_metrics={"ffn": "random"}), ("similarity",))
 
 
+def test_gates_are_judged_by_where_they_are_and_a_recipe_has_none_yet() -> None:
+    given = scores()
+    flat = tuple(tuple(float(8 - unit) for unit in range(8)) for _ in range(LAYERS))
+    importance = {**given["text"].importance, "head_gate": {"attn": flat}}
+    gated = dataclasses.replace(given["text"], importance=importance)
+    gated_scores = dataclasses.replace(given, towers={"text": gated})
+    assert make_plan(gated_scores, heads=0.25)["text"].cut["attn"][0] == (6, 7)
+    by_norm = make_plan(gated_scores, heads=0.25, width_metrics={"heads": "head_norm"})
+    assert by_norm["text"].cut == make_plan(scores(), heads=0.25)["text"].cut
+    learned = PlanSettings(heads=0.25, width_metrics={"heads": "head_gate"})
+    with pytest.raises(ConfigError, match="'head_gate' is learned while healing"):
+        check_width_metrics(learned, ("head_norm",))
+
+
 def test_a_recipe_that_narrows_drops_no_layers_by_default() -> None:
     assert PlanSettings(heads=0.25).drop_fraction is None
     assert PlanSettings().drop_fraction == 0.25
