@@ -254,6 +254,11 @@ class HealSettings(Settings):
             )
         if not self.gate_units:
             raise ConfigError("HealSettings.gate_units is empty. Name one, or set gates to 'none'.")
+        if self.gates == "none" and self.gate_units != ("branches",):
+            raise ConfigError(
+                f"HealSettings: gate_units is {self.gate_units!r}, but gates is 'none', so nothing "
+                "would be gated. Set gates to 'l1' or 'hard_concrete' as well."
+            )
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,7 @@ MODEL = {"path": "m"}
         ),
         ({"model": MODEL, "heal": {"gate_units": ["neuron"]}}, "Did you mean 'neurons'"),
         ({"model": MODEL, "heal": {"gate_units": []}}, "gate_units is empty"),
+        ({"model": MODEL, "heal": {"gate_units": ["heads"]}}, "nothing would be gated"),
         ({"model": MODEL, "plan": {"drop_fraction": 1.0}}, "above 0 and below 1"),
         ({"model": MODEL, "plan": {"drop_fraction": {"text": 1.5}}}, "above 0 and below 1"),
         ({"model": MODEL, "plan": {"drop_fraction": 0.2, "num_drop": 2}}, "not both"),

@@ -65,6 +65,40 @@ def watching(
         hook.remove()
 
 
+@contextlib.contextmanager
+def idling(layers: Iterable[nn.Module], name: str) -> Iterator[None]:
+    """Let layers hand on the hidden states that they are given: nobody looks at what they make.
+
+    Each runs once as it is, to show in which form it gives its output.
+    """
+
+    def idle(layer: nn.Module) -> None:
+        forward = layer.forward
+        shown: list[Any] = []
+
+        def hand_on(*args: Any, **kwargs: Any) -> Any:
+            if not shown:
+                shown.append(forward(*args, **kwargs))
+                return shown[0]
+            states = layer_input(args, kwargs, f"A layer of the tower '{name}'")
+            (output,) = shown
+            return (states, *output[1:]) if isinstance(output, tuple | list) else states
+
+        layer.forward = hand_on
+
+    kept = [(layer, vars(layer).get("forward")) for layer in layers]
+    try:
+        for layer, _ in kept:
+            idle(layer)
+        yield
+    finally:
+        for layer, own in kept:
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
+
+
 def observe(
     teacher: nn.Module,
     student: nn.Module,
@@ -98,6 +132,7 @@ def observe(
         ):
             layers: Any = model.get_submodule(gap.path)
             stack.enter_context(watching(layers, position, gap.tower, into))
+            stack.enter_context(idling(layers[position:], gap.tower))
         for name, module in (modules or {}).items():
             keep = inputs[name]
             hook = module.register_forward_pre_hook(lambda _, args, keep=keep: keep.append(args[0]))

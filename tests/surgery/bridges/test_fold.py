@@ -135,6 +135,20 @@ def test_a_later_cut_is_fitted_on_the_repaired_student() -> None:
     assert errors[0] < errors[1]
 
 
+def test_layers_behind_a_cut_rest_while_it_is_looked_at() -> None:
+    dense = tower(PreNorm)
+    student, gaps = without(dense, (2,))
+    counts = {"goal": 0, "behind": 0}
+    for name, number in (("goal", 2), ("behind", 3)):
+        up = dense.layers[number].up
+        up.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
+    with torch.no_grad():
+        passes = list(observe(dense, student, gaps[0], calibration(num_batches=8), Weights()))
+    assert len(passes) == counts["goal"] == 8
+    assert counts["behind"] == 1
+    assert not any("forward" in vars(layer) for layer in (*dense.layers, *student.layers))
+
+
 def test_post_norm_layers_are_fitted_through_their_norm() -> None:
     dense = tower(PostNorm)
     with torch.no_grad():
