@@ -64,6 +64,9 @@ def progressive(
     heal_count: Count = 4096,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of healing.")] = 1e-5,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per pass of healing.")] = 16,
+    hidden_weight: Annotated[
+        float, typer.Option(min=0.0, help="Weight of the hidden states' distillation in healing.")
+    ] = 20.0,
     save_steps: Annotated[
         int | None, typer.Option(min=1, help="Steps between checkpoints of healing.")
     ] = None,
@@ -104,6 +107,7 @@ def progressive(
         "heal": {
             "learning_rate": learning_rate,
             "batch_size": batch_size,
+            "hidden_weight": hidden_weight,
             "save_steps": save_steps,
             "gates": gates,
             "gate_units": split_names(gate_units),

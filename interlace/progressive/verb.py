@@ -34,6 +34,9 @@ RECORD = "progressive.json"
 HELD_OUT = 256
 RECOMMENDED = "compensated"
 REPAIR = "fold"
+# With its cuts folded a student is near the dense model from the start, and the hidden states say
+# what is missing at every token: docs/decisions/0006-default-rule.md.
+HIDDEN_WEIGHT = 20.0
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,8 @@ def progressive(
         plan: what to drop in all and by what rule; default: a quarter by "compensated".
         prune: how to cut; default: with the bridge "fold". Bridges are fitted on `calibration`,
             each stage's on the student it cuts; those at run time are refused.
-        heal: how to heal in all; default: `HealSettings()`. With gates, all stages but the last
-            learn them.
+        heal: how to heal in all; default: `HealSettings(hidden_weight=20.0)`, which suits cuts that
+            are repaired. With gates, all stages but the last learn them.
         max_new_tokens: longest answer where the guard's task generates.
 
     Returns:
@@ -152,7 +155,7 @@ def progressive(
     cut = prune or PruneSettings(bridges=REPAIR)
     _check_prune(cut)
     check_guard(chosen.guard, vlm)
-    healed = heal or HealSettings()
+    healed = heal or HealSettings(hidden_weight=HIDDEN_WEIGHT)
     if held_out is None:
         held_out = held_out_scenes(vlm, chosen.guard, count=HELD_OUT, seed=1, split="test")
     _check_samples("held_out", held_out)
