@@ -266,7 +266,7 @@ def _finish(
             setattr(modules[name], key, value)
     tuned = tuple(f"{cut.tower.path}.{i}." for cut in cuts for i in cut.tuned)
     fill(student, draft, own=lambda name: name.startswith(tuned))
-    if not any(cut.plan.drop or cut.plan.tune or cut.plan.cut for cut in cuts):
+    if not any(cut.plan.drop or cut.plan.tune or cut.plan.losing() for cut in cuts):
         # torch picks matrix kernels by this flag, so a whole copy equals its source to the last
         # bit only with the same flags
         for name, parameter in student.named_parameters():
