@@ -60,7 +60,7 @@ def take_out(module: Any, width: int, *, heads: bool) -> None:
         # norms of queries and keys; projections have no values left
         if any(parameter.numel() for parameter in child.parameters()):
             delattr(module, name)
-    kind = type(module)
+    kind: Any = type(module)
     if kind.__name__.startswith("Narrow"):
         # given a width that its config cannot state before it was taken out
         kind = kind.__bases__[-1]

@@ -221,7 +221,8 @@ def resize(site: Site, groups: Sequence[int]) -> None:
 
 def _take_out(site: Site) -> None:
     """Let a site whose projections are empty add nothing."""
-    output, bias = site.output, site.output.bias
+    output: Any = site.output
+    bias = output.bias
     inside = site.apart and any(each is output for each in site.module.modules())
     if bias is not None:
         # where it never runs, there is one for transformers to initialise

@@ -97,8 +97,8 @@ def _without(
     if count > len(free) or count == len(have):
         most = min(len(free), len(have) - 1)
         raise PlanError(
-            f"{argument}={share:g} takes '{name}' out of {count} layers of the tower '{tower}', but "
-            f"only {most} may lose it: {len(have)} have it, one must keep it, and "
+            f"{argument}={share:g} takes '{name}' out of {count} layers of the tower '{tower}', "
+            f"but only {most} may lose it: {len(have)} have it, one must keep it, and "
             f"{len(have) - len(free)} of them are protected. Take a smaller share, or protect "
             "fewer layers."
         )
@@ -120,8 +120,8 @@ def _place(scores: Scores, tower: str, kind: str) -> tuple[str, SiteShape]:
     shape = scores.shape
     if shape is None or tower not in shape.towers:
         raise PlanError(
-            f"The scores do not know the sizes of the tower '{tower}', so no part of its layers can "
-            "be taken out. Score a real model with score()."
+            f"The scores do not know the sizes of the tower '{tower}', so no part of its layers "
+            "can be taken out. Score a real model with score()."
         )
     found = {name: site for name, site in shape.towers[tower].sites.items() if site.kind == kind}
     if kind == "heads" and any(site.cross for site in found.values()):

@@ -82,8 +82,8 @@ def _check_part(plan: Plan, cut: Cut, name: str, layer: int) -> None:
     if plan.standard:
         raise PlanError(
             f"The plan takes '{name}' out of {where}, which a standard checkpoint cannot state. "
-            "Plan it with standard=False (only interlace.open_model loads the result then), or drop "
-            "whole layers only."
+            "Plan it with standard=False (only interlace.open_model loads the result then), or "
+            "drop whole layers only."
         )
     if site.cross:
         raise PlanError(

@@ -12,7 +12,15 @@ from interlace.errors import ConfigError, PlanError
 from interlace.plan import make_plan
 from interlace.plan.cost import plan_cost
 from interlace.plan.widths import check_width_metrics
-from interlace.records import ModelShape, Plan, Scores, SiteShape, TowerPlan, TowerScores, TowerShape
+from interlace.records import (
+    ModelShape,
+    Plan,
+    Scores,
+    SiteShape,
+    TowerPlan,
+    TowerScores,
+    TowerShape,
+)
 
 LAYERS, NEURONS = 6, 32
 # parameters of a layer: attention 8 * 64 + 4 * 32 + 16, feed-forward part 32 * 48 + 16
@@ -116,8 +124,8 @@ def test_parts_must_be_scored_and_known() -> None:
     cross = SiteShape("heads", ((1, 1),) * LAYERS, 64, 32, cross=True)
     with pytest.raises(PlanError, match="measured without both attentions"):
         make_plan(scores(cross=cross), attention_parts=0.5)
+    second = SiteShape("ffn", ((NEURONS,),) * LAYERS, 48)
     with pytest.raises(PlanError, match="exactly one place of the kind 'ffn'"):
-        second = SiteShape("ffn", ((NEURONS,),) * LAYERS, 48)
         make_plan(scores(other=second), ffn_parts=0.5)
 
 

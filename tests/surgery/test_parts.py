@@ -147,8 +147,8 @@ def test_places_in_the_cache_keep_their_window() -> None:
         plain = student.model.generate(**inputs, **settings, use_cache=False)
         assert torch.equal(student.model.generate(**inputs, **settings), plain)
     windowed = tuple(range(0, count, 2))
+    plan = Plan({"text": TowerPlan(count, parts={"self_attn": windowed})}, standard=False)
     with pytest.raises(PlanError, match="window of the first layer"):
-        plan = Plan({"text": TowerPlan(count, parts={"self_attn": windowed})}, standard=False)
         prune(vlm, plan)
 
 
@@ -219,3 +219,23 @@ def test_a_student_loses_more_parts_in_a_second_cut() -> None:
     with pytest.raises(PlanError, match="is gone already"):
         prune(first, plan(parts={"mlp": (3,)}))
     assert "# Qwen3VLForConditionalGeneration, narrowed" in model_card(first)
+
+
+@pytest.mark.parametrize("bridge", ["fold", "scale"])
+def test_bridges_go_around_what_is_gone(bridge: str, kit: Any) -> None:
+    dense = kit.opened("llava")
+    data = [tiny_inputs("llava", dense.vlm.model, batch=4, seed=seed) for seed in range(2)]
+    count = dense.vlm.towers["text"].num_layers
+    # the layer before the cut has attention alone, the one behind it the feed-forward part alone
+    parts = {"self_attn": (4,), "mlp": (2,)}
+    plan = Plan({"text": TowerPlan(count, drop=(3,), parts=parts)}, standard=False)
+    student = prune(dense.vlm, plan, bridges=bridge, data=data)
+    (made,) = student.record.bridges
+    assert made.kind == bridge
+    layers: Any = student.towers["text"].layers
+    before: Any = dense.vlm.towers["text"].layers
+    if bridge == "fold":
+        assert made.error_after < made.error_before
+        assert not torch.equal(layers[2].self_attn.o_proj.weight, before[2].self_attn.o_proj.weight)
+    else:
+        assert not torch.equal(layers[3].mlp.down_proj.weight, before[4].mlp.down_proj.weight)
