@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+# one with a cache of its own attention, one with two
+BEAMS = ("llava", "blip_caption")
+
 
 def places(vlm: VLM, tower: str) -> tuple[str, str]:
     """The names of the self-attention and of the feed-forward part in a tower."""
@@ -104,8 +107,9 @@ def test_students_reload_bit_equal_and_decode_with_a_cache(
         plain = again.model.generate(**inputs, **settings, num_beams=1, use_cache=False)
         cached = again.model.generate(**inputs, **settings, num_beams=1)
         assert torch.equal(cached, plain)
-        beams = again.model.generate(**inputs, **settings, num_beams=2, use_cache=False)
-        assert torch.equal(again.model.generate(**inputs, **settings, num_beams=2), beams)
+        if name in BEAMS:
+            beams = again.model.generate(**inputs, **settings, num_beams=2, use_cache=False)
+            assert torch.equal(again.model.generate(**inputs, **settings, num_beams=2), beams)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "llava", "llava_onevision"])
