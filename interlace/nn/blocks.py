@@ -74,7 +74,8 @@ class FusedBlock(Fused, nn.Module):
         left_out = _left_out(mlp)
         if _left_out(attention):
             if left_out:
-                return hidden_states
+                # a recording must not give its input away
+                return hidden_states.clone()
             normed, total = second(hidden_states), hidden_states
         else:
             normed = getattr(self, state.first_norm)(hidden_states)
