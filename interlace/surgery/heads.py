@@ -101,8 +101,8 @@ def _check_part(plan: Plan, cut: Cut, name: str, layer: int) -> None:
     if site.biased and layer == cut.original[0]:
         raise PlanError(
             f"'{name}' of {where} computes the relative position bias that all layers of the stack "
-            "use, so it cannot be taken out. Take it out of later layers, and protect this one when "
-            "planning."
+            "use, so it cannot be taken out. Take it out of later layers, and protect this one "
+            "when planning."
         )
     attentions = {
         each: find_sites(cut.tower.layers[cut.tower.position(each)])[name] for each in cut.original
