@@ -96,6 +96,17 @@ Graft = Annotated[
         "Needs the metric head_norm or head_taylor."
     ),
 ]
+AttentionParts = Annotated[
+    str | None,
+    typer.Option(
+        help="Share of the kept layers, 0..1, or per tower, that lose their self-attention whole. "
+        "Needs the metric attention_relevance."
+    ),
+]
+FfnParts = Annotated[
+    str | None,
+    typer.Option(help="The same for feed-forward parts. Needs the metric mlp_relevance."),
+]
 WidthMetrics = Annotated[
     str | None,
     typer.Option(help="What heads and neurons are judged by, such as heads=head_taylor."),

@@ -46,7 +46,7 @@ def _check_cut(settings: Recipe) -> None:
     drops = settings.plan.drop_fraction is not None or settings.plan.num_drop is not None
     if has_bridges(bridges) and not drops:
         raise ConfigError(
-            f"The recipe asks for bridges ({bridges!r}), but [plan] cuts heads and neurons alone "
+            f"The recipe asks for bridges ({bridges!r}), but [plan] cuts within layers alone "
             "and drops no layer that a bridge could stand in for. Add drop_fraction or num_drop "
             "to [plan], or leave bridges out of [prune]."
         )
@@ -79,7 +79,8 @@ def check_towers(settings: Recipe, vlm: VLM) -> None:
             raise ConfigError(unknown_name(f"tower of {vlm.name}", name, vlm.towers))
     scored = settings.score.towers or tuple(vlm.towers)
     plan = settings.plan
-    given = (plan.drop_fraction, plan.num_drop, plan.heads, plan.ffn)
+    within = (plan.heads, plan.ffn, plan.attention_parts, plan.ffn_parts)
+    given = (plan.drop_fraction, plan.num_drop, *within)
     amounts = [each for each in given if isinstance(each, dict)]
     planned = [*(plan.towers or ()), *(name for each in amounts for name in each)]
     for name in (*scored, *planned):

@@ -14,11 +14,13 @@ from typing import Annotated
 import typer
 
 from interlace._cli import (
+    AttentionParts,
     Count,
     Data,
     Device,
     Dtype,
     Ffn,
+    FfnParts,
     Fuse,
     Graft,
     Group,
@@ -127,7 +129,8 @@ def plan(
     drop_fraction: Annotated[
         float | None,
         typer.Option(
-            help="Share of the layers to drop, 0..1. Default: 0.25, and none with --heads or --ffn."
+            help="Share of the layers to drop, 0..1. Default: 0.25, and none where a share of what "
+            "is within layers is given (--heads, --ffn, --attention-parts, --ffn-parts)."
         ),
     ] = None,
     num_drop: Annotated[
@@ -146,12 +149,14 @@ def plan(
     ffn: Ffn = None,
     spread: Spread = "uniform",
     graft: Graft = None,
+    attention_parts: AttentionParts = None,
+    ffn_parts: FfnParts = None,
     width_metrics: WidthMetrics = None,
     seed: Seed = 42,
     picture: Annotated[Path | None, typer.Option(help="Also draw the plan to this PNG.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Choose which layers to drop, tune and freeze, and which heads and neurons to cut.
+    """Choose which layers to drop, tune and freeze, and what to cut within the others.
 
     Needs no GPU and no model.
     """
@@ -174,6 +179,8 @@ def plan(
         ffn=shares(ffn, "--ffn"),
         spread=spread,
         graft=graft,
+        attention_parts=shares(attention_parts, "--attention-parts"),
+        ffn_parts=shares(ffn_parts, "--ffn-parts"),
         width_metrics=judges(width_metrics),
     )
     made = make_plan(Scores.load(scores), **vars(settings))

@@ -111,7 +111,7 @@ class PlanSettings(Settings):
 
     Attributes:
         drop_fraction: share of the layers to drop, 0..1, or one per tower. Default: 0.25, unless
-            `num_drop`, `heads` or `ffn` is given.
+            `num_drop`, `heads`, `ffn`, `attention_parts` or `ffn_parts` is given.
         num_drop: number of layers to drop, or one per tower, instead of a fraction.
         rule: name of the rule that chooses the layers.
         protect: layers never to drop, or a table of them per tower, or "auto": those that the
@@ -127,8 +127,11 @@ class PlanSettings(Settings):
             over all layers) or "ragged" (single query heads).
         width_metrics: "heads" or "ffn" -> the metric they are judged by.
         graft: share of the KV groups of dropped layers that move into the tuned neighbour.
-        standard: refuse what plain transformers could not load; default: with "uniform" and
-            no grafting.
+        attention_parts: share of the kept layers that lose their self-attention whole, or one per
+            tower.
+        ffn_parts: the same for the feed-forward part.
+        standard: refuse what plain transformers could not load; default: with "uniform", no
+            grafting and no parts taken out.
     """
 
     drop_fraction: float | dict[str, float] | None = None
@@ -148,13 +151,16 @@ class PlanSettings(Settings):
     spread: Literal["uniform", "global", "ragged"] = "uniform"
     width_metrics: dict[str, str] | None = None
     graft: float | None = within(None, 0.0, 1.0, above=True)
+    attention_parts: float | dict[str, float] | None = None
+    ffn_parts: float | dict[str, float] | None = None
     standard: bool | None = None
 
     def _check_together(self) -> None:
         if self.drop_fraction is not None and self.num_drop is not None:
             raise ConfigError("Give either drop_fraction or num_drop in PlanSettings, not both.")
-        narrows = self.heads is not None or self.ffn is not None
-        if self.drop_fraction is None and self.num_drop is None and not narrows:
+        shares = (self.heads, self.ffn, self.attention_parts, self.ffn_parts)
+        asked = (self.drop_fraction, self.num_drop, *shares)
+        if all(each is None for each in asked):
             object.__setattr__(self, "drop_fraction", DEFAULT_DROP_FRACTION)
         fractions, counts = self.drop_fraction, self.num_drop
         for value in fractions.values() if isinstance(fractions, dict) else [fractions]:

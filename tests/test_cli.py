@@ -115,6 +115,18 @@ def test_heads_and_neurons_are_planned(interlace, tmp_path: Path) -> None:
     assert json.loads(plan.read_text())["towers"]["text"]["drop"] == []
 
 
+def test_parts_of_layers_are_planned_and_taken_out(interlace, tmp_path: Path) -> None:
+    scores, plan, student = tmp_path / "s.json", tmp_path / "p.json", tmp_path / "out"
+    metrics = "similarity,attention_relevance,mlp_relevance"
+    assert interlace("score", "bundled:clip", "-o", scores, "--metrics", metrics)[0] == 0
+    shares = ("--attention-parts", "text=0.4,vision=0.4", "--ffn-parts", 0.4)
+    assert interlace("plan", scores, "-o", plan, *shares)[0] == 0
+    for tower in json.loads(plan.read_text())["towers"].values():
+        assert set(tower["parts"]) == {"self_attn", "mlp"}
+    assert interlace("prune", "bundled:clip", plan, "-o", student)[0] == 0
+    assert not json.loads((student / "interlace.json").read_text())["standard"]
+
+
 def test_a_fused_model_is_measured(interlace, tmp_path: Path) -> None:
     report = tmp_path / "eval.json"
     step = interlace(

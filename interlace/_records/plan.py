@@ -28,6 +28,8 @@ class TowerPlan(Checked):
         cut: place in a layer, such as "self_attn" or "mlp" -> kept layer -> the units taken out
             there, ascending: query heads, or neurons. Units count in the model that is cut. A KV
             head goes with the last of its query heads.
+        parts: place in a layer -> kept layers, ascending, that lose it whole: attention, or the
+            feed-forward part.
         graft: kept layer -> dropped layer -> KV groups of its attention, ascending, that go on
             working in the kept one beside its own.
     """
@@ -39,6 +41,7 @@ class TowerPlan(Checked):
     layer_scores: tuple[float | None, ...] = ()
     reasons: dict[int, str] = field(default_factory=dict)
     cut: dict[str, dict[int, tuple[int, ...]]] = field(default_factory=dict)
+    parts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     graft: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)
 
     def _check(self) -> None:
@@ -53,8 +56,21 @@ class TowerPlan(Checked):
                         f"The KV groups grafted from layer {source} must be ascending numbers of "
                         "at least 0, each once, and at least one."
                     )
+        kept = set(self.kept)
+        for site, lost in self.parts.items():
+            if not set(lost) <= kept or list(lost) != sorted(set(lost)):
+                raise PlanError(
+                    f"'{site}' is taken out of the layers {list(lost)}; they must be kept ones, "
+                    "ascending, each once."
+                )
+            both = sorted(set(self.cut.get(site, {})) & set(lost))
+            if both:
+                raise PlanError(
+                    f"The plan both cuts units of '{site}' and takes it out whole in the layers "
+                    f"{both}. Do one of the two."
+                )
         for site, layers in self.cut.items():
-            wrong = sorted({i for i in layers if i in self.drop or not 0 <= i < self.num_layers})
+            wrong = sorted(set(layers) - kept)
             if wrong:
                 raise PlanError(f"Units of '{site}' are cut in the layers {wrong}, not kept ones.")
             for layer, units in layers.items():
@@ -87,6 +103,11 @@ class TowerPlan(Checked):
         gone = set(self.drop)
         return tuple(layer for layer in range(self.num_layers) if layer not in gone)
 
+    def losing(self) -> set[int]:
+        """Return the kept layers that lose units or a part."""
+        places = (*self.cut.values(), *self.parts.values())
+        return {layer for layers in places for layer in layers}
+
     def action(self, layer: int) -> Action:
         """Return what happens to a layer of the original tower."""
         if not 0 <= layer < self.num_layers:
@@ -115,7 +136,7 @@ class Plan(Record):
     """
 
     kind: ClassVar[str] = "plan"
-    # 2: standard, TowerPlan.cut and .graft, TowerShape.sites
+    # 2: standard, TowerPlan.cut, .parts and .graft, TowerShape.sites
     schema: ClassVar[int] = 2
 
     towers: dict[str, TowerPlan]
@@ -182,7 +203,7 @@ class PruneRecord(Record):
         standard: the checkpoint loads in plain transformers.
         widths: what the config of a checkpoint that is not standard cannot state: tower ->
             original layer -> place in the layer -> query heads of every KV head, or the number of
-            neurons.
+            neurons; empty where the place was taken out whole.
         bridges: what stands in for the removed layers, one entry per cut; empty without bridges.
         notes: anything a user of the student should know.
     """

@@ -29,7 +29,7 @@ def _table(tower: TowerPlan) -> list[str]:
 
 
 def _cuts(tower: TowerPlan) -> list[str]:
-    """One line per place that loses units: how many, and in how many layers."""
+    """One line per place that loses units or goes: how many, and in how many layers."""
     lines = []
     for site, layers in tower.cut.items():
         counts = [len(units) for units in layers.values()]
@@ -37,6 +37,9 @@ def _cuts(tower: TowerPlan) -> list[str]:
         lines.append(
             f"{site}: {span} units cut in each of {len(counts)} layers, {sum(counts)} in all"
         )
+    for site, lost in tower.parts.items():
+        listed = ", ".join(map(str, lost))
+        lines.append(f"{site}: taken out of {len(lost)} layers whole ({listed})")
     return lines
 
 

@@ -25,10 +25,11 @@ class SiteShape(Checked):
     Attributes:
         kind: "heads", whose units are query heads, or "ffn", whose units are neurons.
         groups: per layer the query heads of every KV head, or the neurons as one number; empty
-            where a layer lacks the place.
+            where a layer lacks the place, or what was there.
         unit_parameters: parameters of one query head, or of one neuron.
         kv_parameters: parameters of one key and value head; 0 for "ffn".
         cross: attends to another tower.
+        shared_parameters: what a layer has beside its units, and loses only with all of them.
     """
 
     kind: Literal["heads", "ffn"]
@@ -36,14 +37,17 @@ class SiteShape(Checked):
     unit_parameters: int
     kv_parameters: int = 0
     cross: bool = False
+    shared_parameters: int = 0
 
     def num_units(self, layer: int) -> int:
         """Return the query heads or neurons of a layer."""
         return sum(self.groups[layer])
 
     def parameters(self, layer: int) -> int:
-        """Return the parameters of a layer's units, key and value heads included."""
-        count = self.num_units(layer) * self.unit_parameters
+        """Return the parameters of a layer in this place."""
+        if not self.groups[layer]:
+            return 0
+        count = self.num_units(layer) * self.unit_parameters + self.shared_parameters
         return count + len(self.groups[layer]) * self.kv_parameters
 
     def kv_of(self, layer: int) -> tuple[int, ...]:
@@ -155,6 +159,16 @@ class TowerShape(Checked):
             sites[name] = after
         return dataclasses.replace(self, sites=sites, layer_parameters=tuple(parameters))
 
+    def without_parts(self, parts: Mapping[str, Iterable[int]]) -> TowerShape:
+        """Return the shape without some places of some layers: place -> layers."""
+        units: dict[str, dict[int, Iterable[int]]] = {}
+        for name, layers in parts.items():
+            if name not in self.sites:
+                raise ShapeError(unknown_name("place of a layer", name, self.sites))
+            site = self.sites[name]
+            units[name] = {layer: range(site.num_units(layer)) for layer in layers}
+        return self.narrowed(units)
+
     def grafted(
         self, graft: Mapping[int, Mapping[int, Iterable[int]]], whole: TowerShape
     ) -> TowerShape:
@@ -209,6 +223,7 @@ class ModelShape(Checked):
             if name not in towers:
                 raise ShapeError(unknown_name("tower", name, towers))
             whole = self.towers[name]
-            towers[name] = whole.narrowed(plan.cut).grafted(plan.graft, whole).without(plan.drop)
+            smaller = whole.narrowed(plan.cut).without_parts(plan.parts)
+            towers[name] = smaller.grafted(plan.graft, whole).without(plan.drop)
             total -= sum(self.towers[name].layer_parameters) - sum(towers[name].layer_parameters)
         return dataclasses.replace(self, towers=towers, total_parameters=total)

@@ -139,7 +139,7 @@ def _layers(vlm: VLM, records: Sequence[Record]) -> str:
 def _widths(layers: Any) -> list[tuple[object, ...]]:
     """One row per layer and place: how many query heads each KV head has, or the neurons."""
     return [
-        (layer, place, "+".join(map(str, groups)))
+        (layer, place, "+".join(map(str, groups)) or "none (taken out)")
         for layer, places in layers.items()
         for place, groups in places.items()
     ]

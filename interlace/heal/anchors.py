@@ -132,7 +132,7 @@ def find_anchors(student: VLM, teacher: VLM, plan: Plan) -> tuple[Anchor, ...]:
     """
     anchors: list[Anchor] = []
     for name, each in plan.towers.items():
-        if not (each.drop or each.cut):
+        if not (each.drop or each.losing()):
             continue
         tower, other = _tower(student, name), _tower(teacher, name)
         for layer in anchor_layers(each):

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from interlace.errors import ConfigError
+from interlace.models.sites import find_sites
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -162,8 +163,11 @@ def _of_tower(tower: Tower) -> list[Branch]:
     branches = []
     for position, module in enumerate(tower.layers):
         linears = [name for name, each in module.named_modules() if isinstance(each, nn.Linear)]
+        gone = {id(site.output) for site in find_sites(module).values() if not site.groups}
         for kind, pattern in _BRANCHES.items():
             ends = [name for name in linears if pattern.fullmatch(name)]
+            if len(ends) == 1 and id(module.get_submodule(ends[0])) in gone:
+                continue
             if len(ends) > 1 or (not ends and kind in _REQUIRED):
                 many = f"several ({', '.join(ends)})" if ends else "none"
                 raise ConfigError(

@@ -5,6 +5,9 @@ Legend: B batch, T queries, S keys, H query heads, K key and value heads, D size
 A module whose groups are of unequal size holds the KV head of each query head in `kv_map`. Keys and
 values are gathered by it and handed to transformers' SDPA attention, through its own interface.
 Modules without the map are served as by "sdpa".
+
+Where a layer has lost its attention, the attentions of the tower are numbered anew: a KV cache is
+one list in the order of `layer_idx`, and its length is read from the first entry.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from interlace.errors import ShapeError, unknown_name
+from interlace.models.parts import is_absent
 from interlace.models.sites import KV_MAP, find_sites, resize
 
 if TYPE_CHECKING:
@@ -26,10 +30,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    # position -> place in the layer -> query heads of every KV head, or the number of neurons
+    # position -> place in the layer -> query heads of every KV head, or the number of neurons; none
+    # where the place was taken out
     Widths = Mapping[int, Mapping[str, Sequence[int]]]
 
 NAME = "sdpa_kv_map"
+_INDEX = "layer_idx"
 
 
 def mapped_attention(
@@ -99,6 +105,28 @@ def adapt(layers: nn.ModuleList) -> None:
             kind: Any = type(module)
             if divides and site.num_units * site.head_dim != module.embed_dim:
                 module.__class__ = _counting(kind)
+    _number(layers)
+
+
+def _number(layers: nn.ModuleList) -> None:
+    """Give the attentions that are left the first places in the KV cache, in order.
+
+    Places keep their kind: a cache has other entries for attention in a window.
+    """
+    by_window: dict[int | None, list[tuple[int, Any]]] = {}
+    for position, layer in enumerate(layers):
+        for site in find_sites(layer).values():
+            module: Any = site.module
+            if site.kind == "heads" and not site.cross and hasattr(module, _INDEX):
+                window = getattr(module, "sliding_window", None)
+                by_window.setdefault(window, []).append((position, module))
+    own = [each for found in by_window.values() for each in found]
+    if not any(is_absent(module) for _, module in own):
+        return
+    for found in by_window.values():
+        present_first = sorted(found, key=lambda each: is_absent(each[1]))
+        for (place, _), (_, module) in zip(found, present_first, strict=True):
+            setattr(module, _INDEX, place)
 
 
 def set_widths(layers: nn.ModuleList, widths: Widths) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from interlace.errors import ShapeError
+from interlace.models.parts import take_out
 from interlace.records import SiteShape
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class Site:
         inputs: the projections that feed the units, in the order of the names above.
         output: the projection that reads them.
         head_dim: D; 1 for neurons.
-        groups: the query heads of every KV head, or (F,).
+        groups: the query heads of every KV head, or (F,); empty where the part was taken out.
+        apart: the module computes this part and nothing else.
         cross: attends to another tower.
         biased: scores of attention get a learned bias per head that all layers share.
     """
@@ -71,6 +73,7 @@ class Site:
     output: nn.Linear
     head_dim: int
     groups: tuple[int, ...]
+    apart: bool = True
     cross: bool = False
     biased: bool = False
 
@@ -92,6 +95,15 @@ class Site:
             return sum(per_row) + column, 0
         query, key, value = per_row if len(per_row) == 3 else per_row * 3
         return self.head_dim * (query + column), self.head_dim * (key + value)
+
+    def shared_parameters(self) -> int:
+        """Parameters that no unit owns: the bias of the output, and norms of queries and keys."""
+        bias = 0 if self.output.bias is None else self.output.bias.numel()
+        if not self.apart:
+            return bias
+        linears = {id(each) for each in (*self.inputs, self.output)}
+        others = (child for child in self.module.children() if id(child) not in linears)
+        return bias + sum(p.numel() for child in others for p in child.parameters())
 
 
 def find_sites(layer: nn.Module) -> dict[str, Site]:
@@ -121,13 +133,17 @@ def _site(
     owner = module.get_submodule(inner) if inner and kind == "heads" else module
     name = path or inputs[0].split(".")[0]
     *feeding, output = linears
+    apart = bool(path)
     if kind == "ffn":
-        return Site(name, kind, owner, tuple(feeding), output, 1, (feeding[0].out_features,))
+        groups = (feeding[0].out_features,) if feeding[0].out_features else ()
+        return Site(name, kind, owner, tuple(feeding), output, 1, groups, apart)
     head_dim = next(int(getattr(owner, key)) for key in _HEAD_DIM if hasattr(owner, key))
     num_heads = output.in_features // head_dim
     mapped = getattr(owner, KV_MAP, None)
     if mapped is not None:
         groups = tuple(mapped.count(kv) for kv in range(max(mapped) + 1))
+    elif not num_heads:
+        groups = ()
     else:
         num_kv = num_heads if len(feeding) == 1 else feeding[1].out_features // head_dim
         groups = (num_heads // num_kv,) * num_kv
@@ -140,6 +156,7 @@ def _site(
         output=output,
         head_dim=head_dim,
         groups=groups,
+        apart=apart,
         cross=any(word in words for word in ("cross", "encdec", "encoder_attn")),
         biased=hasattr(owner, "has_relative_attention_bias"),
     )
@@ -154,7 +171,10 @@ def site_shapes(layers: Iterable[nn.Module]) -> dict[str, SiteShape]:
         first = next(each[name] for each in sites if name in each)
         unit, kv = first.parameters()
         groups = tuple(each[name].groups if name in each else () for each in sites)
-        shapes[name] = SiteShape(first.kind, groups, unit, kv, first.cross)
+        # the first layer of T5 has more, and keeps it
+        found = [each[name] for each in sites if name in each and each[name].groups]
+        shared = min((site.shared_parameters() for site in found), default=0)
+        shapes[name] = SiteShape(first.kind, groups, unit, kv, first.cross, shared)
     return shapes
 
 
@@ -163,7 +183,8 @@ def resize(site: Site, groups: Sequence[int]) -> None:
 
     Args:
         site: as `find_sites` gave it; used up.
-        groups: the query heads of every KV head, or (F,).
+        groups: the query heads of every KV head, or (F,); empty to take the part out whole, with
+            the bias of its output.
 
     Raises:
         ShapeError: unequal groups where query, key and value are one projection.
@@ -173,7 +194,7 @@ def resize(site: Site, groups: Sequence[int]) -> None:
         rows = [total] * len(site.inputs)
         _set_known(site.module, _NEURON_COUNTS, total)
     else:
-        if len(site.inputs) == 1 and set(groups) != {1}:
+        if len(site.inputs) == 1 and set(groups) - {1}:
             raise ShapeError(
                 f"{type(site.module).__name__} computes query, key and value in one projection, "
                 f"so every KV head must have one query head, not {tuple(groups)}."
@@ -184,7 +205,8 @@ def resize(site: Site, groups: Sequence[int]) -> None:
         _set_known(site.module, _INNER_WIDTHS, total * width)
         _set_known(site.module, ("num_key_value_heads",), num_kv)
         ragged = len(set(groups)) > 1
-        _set_known(site.module, ("num_key_value_groups",), 1 if ragged else groups[0])
+        per_group = 1 if ragged else max(groups, default=0)
+        _set_known(site.module, ("num_key_value_groups",), per_group)
         if ragged:
             pairs = ((kv, count) for kv, count in enumerate(groups))
             setattr(site.module, KV_MAP, tuple(kv for kv, count in pairs for _ in range(count)))
@@ -193,6 +215,20 @@ def resize(site: Site, groups: Sequence[int]) -> None:
     for linear, size in zip(site.inputs, rows, strict=True):
         _empty(linear, size, linear.in_features)
     _empty(site.output, site.output.out_features, total * width)
+    if total == 0:
+        _take_out(site)
+
+
+def _take_out(site: Site) -> None:
+    """Let a site whose projections are empty add nothing."""
+    output: Any = site.output
+    bias = output.bias
+    inside = site.apart and any(each is output for each in site.module.modules())
+    if bias is not None:
+        # where it never runs, there is one for transformers to initialise
+        output.bias = nn.Parameter(bias.new_empty(0), bias.requires_grad) if inside else None
+    if site.apart:
+        take_out(site.module, output.out_features if inside else 0, heads=site.kind == "heads")
 
 
 def _set_known(module: Any, names: Sequence[str], value: int) -> None:

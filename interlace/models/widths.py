@@ -31,6 +31,7 @@ _FIELDS: dict[str, Callable[[tuple[int, ...]], int]] = {
     "num_key_value_heads": len,
     "intermediate_size": sum,
 }
+_SKIPPED = {"heads": "attention", "ffn": "mlp"}
 
 
 def config_without_widths(folder: Path) -> PreTrainedConfig:
@@ -66,29 +67,35 @@ def with_widths(model_class: Any, record: PruneRecord) -> Any:
     return type(model_class.__name__, (model_class,), own)
 
 
-def per_layer_settings(vlm: VLM) -> dict[str, dict[str, dict[str, int]]]:
+def per_layer_settings(vlm: VLM) -> dict[str, dict[str, dict[str, Any]]]:
     """Return what the configs of a model would say of single layers that differ in width.
 
     Returns:
         Dotted path of a config -> layer -> field -> value, for the towers whose config class knows
         such settings and counts its layers as it expects.
     """
-    made: dict[str, dict[str, dict[str, int]]] = {}
+    made: dict[str, dict[str, dict[str, Any]]] = {}
     for name in vlm.record.widths if vlm.record is not None else {}:
         tower = vlm.towers[name]
         site = next(each for each in tower.sites if ":" not in each.path)
         if not hasattr(type(site.config), PER_LAYER) or site.key != "num_hidden_layers":
             continue
         shapes = vlm.shape().towers[name].sites
-        by_layer: dict[str, dict[str, int]] = {}
+        by_layer: dict[str, dict[str, Any]] = {}
         for position in range(tower.num_layers):
-            own: dict[str, int] = {}
+            own: dict[str, Any] = {}
             for key, count in _FIELDS.items():
                 kind = "ffn" if key == "intermediate_size" else "heads"
                 found = [s.groups[position] for s in shapes.values() if s.kind == kind]
-                if found and key in vars(site.config):
+                # transformers has a word of its own for parts that a layer lacks
+                if found and found[0] and key in vars(site.config):
                     own[key] = count(found[0])
+            skipped = {
+                _SKIPPED[s.kind] for s in shapes.values() if not (s.cross or s.groups[position])
+            }
             if any(getattr(site.config, key) != value for key, value in own.items()):
                 by_layer[str(position)] = own
+            if skipped:
+                by_layer.setdefault(str(position), {})["skip"] = sorted(skipped)
         made[site.path.removesuffix(site.key).rstrip(".")] = by_layer
     return made

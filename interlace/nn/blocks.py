@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers.activations import SiLUActivation
 
+from interlace.models.parts import is_absent
 from interlace.nn.norms import add_and_norm, add_before
 from interlace.nn.routes import needs_grad
-from interlace.nn.swap import Fused, autocasting
+from interlace.nn.swap import Fused, autocasting, collected, listened_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,13 +69,36 @@ class FusedBlock(Fused, nn.Module):
 
     def _run(self, hidden_states: Tensor, **others: Any) -> Tensor:
         state = self.interlace_state
-        normed = getattr(self, state.first_norm)(hidden_states)
-        attended = getattr(self, state.attention)(hidden_states=normed, **others)
-        if isinstance(attended, tuple):
-            attended = attended[0]
-        normed, total = add_and_norm(attended, hidden_states, getattr(self, state.second_norm))
-        last = getattr(self, state.mlp)(normed)
-        return add_before(last, total, state.next_norm[0] if state.next_norm else None)
+        second, mlp = getattr(self, state.second_norm), getattr(self, state.mlp)
+        attention, following = getattr(self, state.attention), state.next_norm
+        left_out = _left_out(mlp)
+        if _left_out(attention):
+            if left_out:
+                # a recording must not give its input away
+                return hidden_states.clone()
+            normed, total = second(hidden_states), hidden_states
+        else:
+            normed = getattr(self, state.first_norm)(hidden_states)
+            attended = attention(hidden_states=normed, **others)
+            if isinstance(attended, tuple):
+                attended = attended[0]
+            if left_out:
+                return add_before(attended, hidden_states, following[0] if following else None)
+            normed, total = add_and_norm(attended, hidden_states, second)
+        return add_before(mlp(normed), total, following[0] if following else None)
+
+
+def _left_out(part: nn.Module) -> bool:
+    """Tell whether a part adds nothing, and nobody asks what it gives."""
+    return is_absent(part) and not listened_to([part]) and not collected() - {"hidden_states"}
+
+
+def first_read(block: FusedBlock) -> nn.Module:
+    """Return the norm that reads the input of a block."""
+    state = block.interlace_state
+    absent = is_absent(getattr(block, state.attention))
+    norm: nn.Module = getattr(block, state.second_norm if absent else state.first_norm)
+    return norm
 
 
 def arguments(block: nn.Module) -> tuple[tuple[str, ...], dict[str, Any]]:

@@ -10,11 +10,19 @@ from transformers import PreTrainedModel
 
 from interlace.errors import ConfigError
 from interlace.models import VLM
+from interlace.models.parts import is_absent
 from interlace.nn import backends
 from interlace.nn import graphs as recording
 from interlace.nn.attention import NAME, head_groups
 from interlace.nn.block_graphs import BlockGraph, Shelf
-from interlace.nn.blocks import BlockState, FusedBlock, FusedGatedMLP, GatedState, arguments
+from interlace.nn.blocks import (
+    BlockState,
+    FusedBlock,
+    FusedGatedMLP,
+    GatedState,
+    arguments,
+    first_read,
+)
 from interlace.nn.layers import QKV, CallerState, FusedAttention, FusedCaller
 from interlace.nn.norms import FusedNorm, rms_why_not
 from interlace.nn.projections import Merged
@@ -34,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _KEPT = "interlace_fusion"
+_ABSENT = "taken out, so nothing runs; steps of a decoder that lacks attention are not recorded"
 _CHOSEN = "_attn_implementation_internal"
 
 
@@ -108,6 +117,11 @@ def fuse(
         entries += _fuse_mlps(target, names)
     if norms:
         entries += _fuse_blocks(target, names)
+    entries += [
+        FuseEntry(path, kind, "absent", False, reason=_ABSENT)
+        for path, module, kind in _named(target, names)
+        if is_absent(module)
+    ]
     order = {name: place for place, name in enumerate(names.values())}
     entries.sort(key=lambda entry: order[entry.module])
     entries += _record_steps(target, names, graphs)
@@ -361,7 +375,7 @@ def _join(owner: nn.Module) -> None:
         if not isinstance(stack, nn.ModuleList):
             continue
         blocks = [each for each in stack if isinstance(each, FusedBlock)]
-        firsts = [getattr(each, each.interlace_state.first_norm) for each in blocks]
+        firsts = [first_read(each) for each in blocks]
         final = getattr(owner, "norm", None)
         following = [*firsts[1:], final]
         for block, norm in zip(blocks, following, strict=False):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from interlace.errors import ConfigError, PlanError, unknown_name
+from interlace.plan.parts import add_parts
 from interlace.plan.protection import protected_layers, repair, resolve
 from interlace.plan.rules import USE_WEIGHTS, Problem, find_rule
 from interlace.plan.weights import weighted
@@ -109,8 +110,8 @@ def _how_many(
     return count
 
 
-def _per_tower(share: Fraction) -> dict[str, float]:
-    return dict(share) if isinstance(share, Mapping) else {}
+def _towers_of(share: Fraction) -> list[str]:
+    return list(share) if isinstance(share, Mapping) else []
 
 
 def _tower_plan(problem: Problem, choice: Choice) -> TowerPlan:
@@ -149,6 +150,8 @@ def make_plan(
     spread: Spread = "uniform",
     width_metrics: Mapping[str, str] | None = None,
     graft: float | None = None,
+    attention_parts: Fraction = None,
+    ffn_parts: Fraction = None,
     standard: bool | None = None,
 ) -> Plan:
     """Choose the layers to drop, tune and freeze, and what the others lose of their width.
@@ -191,8 +194,12 @@ def make_plan(
             where it was scored, else "head_taylor", and "ffn_norm".
         graft: share of the KV groups of every dropped layer, the most important ones, that move
             into its tuned neighbour and work there in parallel; rounded down.
+        attention_parts: share of the kept layers, 0..1, or a dict per tower, that lose their
+            self-attention whole: those with the least "attention_relevance", which must be scored.
+            Rounded down; protected layers keep it. Layers need not be dropped, as with `heads`.
+        ffn_parts: the same for the feed-forward part, by "mlp_relevance".
         standard: refuse when pruning what plain transformers could not load. Default: with the
-            uniform spread and no grafting.
+            uniform spread, no grafting and no parts taken out.
 
     Returns:
         The plan; `print(plan)` shows it.
@@ -208,8 +215,8 @@ def make_plan(
             "Scores.load(path), or Scores.from_similarity(...)."
         )
     choose = find_rule(rule)
-    narrowing = heads is not None or ffn is not None
-    if (drop_fraction is None) == (num_drop is None) and not (narrowing and num_drop is None):
+    shares = [x for x in (heads, ffn, attention_parts, ffn_parts) if x is not None]
+    if (drop_fraction is None) == (num_drop is None) and not (shares and num_drop is None):
         raise ConfigError(
             "Give either drop_fraction (such as 0.25) or num_drop (such as 9), and not both; got "
             f"drop_fraction={drop_fraction!r} and num_drop={num_drop!r}."
@@ -220,8 +227,8 @@ def make_plan(
             f"it. Leave weights out, or use one of {', '.join(sorted(USE_WEIGHTS))}."
         )
     amounts = drop_fraction if num_drop is None else num_drop
-    if amounts is None and towers is None and isinstance(heads or ffn, Mapping):
-        towers = [*{**_per_tower(heads), **_per_tower(ffn)}]
+    if amounts is None and towers is None and isinstance(shares[0], Mapping):
+        towers = list(dict.fromkeys(name for share in shares for name in _towers_of(share)))
     names = _tower_names(scores, towers, amounts if isinstance(amounts, Mapping) else None)
     guards = resolve(protect, scores)
     planned: dict[str, TowerPlan] = {}
@@ -245,6 +252,9 @@ def make_plan(
         )
         choice = choose(problem)
         planned[name] = _tower_plan(problem, repair(problem, choice) if guarded else choice)
+    parts = {"attention_parts": attention_parts, "ffn_parts": ffn_parts}
+    planned = add_parts(planned, scores, parts, guards)
+    narrowing = heads is not None or ffn is not None
     if narrowing:
         planned = add_cuts(
             planned,
@@ -256,6 +266,7 @@ def make_plan(
             seed=seed,
         )
     alike = graft is None and (not narrowing or spread == "uniform")
+    alike = alike and attention_parts is None and ffn_parts is None
     if graft is not None:
         planned = add_grafts(planned, scores, graft, (width_metrics or {}).get("heads"), seed)
     inputs = {"scores": scores.fingerprint}
@@ -277,6 +288,8 @@ def make_plan(
             "spread": spread,
             "width_metrics": width_metrics,
             "graft": graft,
+            "attention_parts": attention_parts,
+            "ffn_parts": ffn_parts,
         },
         standard=alike if standard is None else standard,
         inputs=inputs,

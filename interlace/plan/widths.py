@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from interlace._records.gates import GATE_METRICS
 from interlace._records.shape import FFN_MULTIPLE
 from interlace.errors import ConfigError, PlanError, unknown_name
+from interlace.plan.parts import PARTS
 from interlace.records import TowerPlan
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _RANDOM = "random"
 
 
 def check_width_metrics(settings: PlanSettings, scored: Sequence[str]) -> None:
-    """Refuse a plan of widths whose importance will not be scored, before any work is spent.
+    """Refuse a plan of widths or parts whose value will not be scored, before any work is spent.
 
     Raises:
         ConfigError: says what to score.
@@ -61,6 +62,12 @@ def check_width_metrics(settings: PlanSettings, scored: Sequence[str]) -> None:
             raise ConfigError(
                 f"The recipe cuts or moves {kind}, but does not score their importance. Add "
                 f"'{enough[0]}' to metrics under [score]."
+            )
+    for argument, (_, metric) in PARTS.items():
+        if getattr(settings, argument) is not None and metric not in scored:
+            raise ConfigError(
+                f"The recipe sets {argument}, but does not score the parts. Add '{metric}' to "
+                "metrics under [score]."
             )
 
 
@@ -119,10 +126,10 @@ def add_cuts(
                 )
             plan = made.get(tower) or TowerPlan(scores[tower].num_layers)
             chooser = _Chooser(scores, tower, kind, spread, metrics.get(kind), seed)
-            cut = {**plan.cut, **chooser.choose(plan.kept, number)}
-            touched = {layer for layers in cut.values() for layer in layers}
-            tune = plan.tune if plan.drop else tuple(sorted(touched))
-            made[tower] = replace(plan, cut=cut, tune=tune)
+            cut = {**plan.cut, **chooser.choose(plan, number)}
+            smaller = replace(plan, cut=cut)
+            tune = plan.tune if plan.drop else tuple(sorted(smaller.losing()))
+            made[tower] = replace(smaller, tune=tune)
     return made
 
 
@@ -153,7 +160,8 @@ def add_grafts(
         chooser = _Chooser(scores, tower, "heads", "global", metric, seed)
         taken: dict[int, dict[int, tuple[int, ...]]] = {}
         for layer in sorted(plan.drop):
-            target = next((i for i in (layer + 1, layer - 1) if i in plan.tune), None)
+            beside = (i for i in (layer + 1, layer - 1) if i in plan.tune)
+            target = next((i for i in beside if not chooser.lacks(plan, i)), None)
             if target is not None:
                 taken.setdefault(target, {})[layer] = chooser.best_groups(layer, share)
         if not taken:
@@ -204,11 +212,12 @@ class _Chooser:
             f"with metrics=(..., '{_SCORED[self.kind][0]}'), or choose 'random'."
         )
 
-    def choose(self, kept: Sequence[int], fraction: float) -> dict[str, dict[int, tuple[int, ...]]]:
-        """Return site -> layer -> units that go, ascending."""
+    def choose(self, plan: TowerPlan, fraction: float) -> dict[str, dict[int, tuple[int, ...]]]:
+        """Return site -> layer -> units that go, ascending; of the layers that keep the place."""
         cut = {}
         for name, site in self.sites.items():
-            layers = [layer for layer in kept if site.groups[layer]]
+            gone = plan.parts.get(name, ())
+            layers = [i for i in plan.kept if site.groups[i] and i not in gone]
             bundles = {layer: self._bundles(name, site, layer) for layer in layers}
             chosen: list[_Bundle] = []
             if self.spread == "uniform":
@@ -226,6 +235,10 @@ class _Chooser:
                 by_layer.setdefault(each.layer, []).extend(each.units)
             cut[name] = {layer: tuple(sorted(by_layer[layer])) for layer in sorted(by_layer)}
         return cut
+
+    def lacks(self, plan: TowerPlan, layer: int) -> bool:
+        """Tell whether a plan takes a place of this kind out of a layer."""
+        return any(layer in plan.parts.get(name, ()) for name in self.sites)
 
     def best_groups(self, layer: int, share: float) -> tuple[int, ...]:
         """Return the KV groups of a layer that matter most, ascending."""

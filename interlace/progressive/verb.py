@@ -214,14 +214,14 @@ def check_depth_only(settings: PlanSettings) -> None:
     """Refuse a plan of more than layers.
 
     Raises:
-        ConfigError: it cuts heads or neurons, or moves heads; says what to do.
+        ConfigError: it cuts within layers, or moves heads; says what to do.
     """
-    for name in ("heads", "ffn", "graft"):
+    for name in ("heads", "ffn", "graft", "attention_parts", "ffn_parts"):
         if getattr(settings, name) is not None:
             raise ConfigError(
                 f"{name} is set in the plan, but the stages of a progressive run drop whole layers "
-                "only: their shares would be cut anew in every stage. Leave it out, and cut heads "
-                "and neurons of the student by a plan of its own."
+                "only: their shares would be cut anew in every stage. Leave it out, and cut within "
+                "the layers of the student by a plan of its own."
             )
 
 

@@ -96,7 +96,7 @@ class _Watch:
             (name, position): kind(site)
             for position, layer in enumerate(tower.layers)
             for name, site in find_sites(layer).items()
-            if site.kind == kind.kind
+            if site.kind == kind.kind and site.groups
         }
         self.samples = 0
         self.units: Units | None = None

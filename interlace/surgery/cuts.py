@@ -93,8 +93,8 @@ def read_cut(vlm: VLM, name: str, plan: TowerPlan) -> Cut:
                 f"model's has {tower.num_layers}{since}. Score this model and plan again."
             )
         plan = renumbered(plan, tower.original, depth)
-    narrowed = {layer for layers in plan.cut.values() for layer in layers}
-    gone = sorted({*plan.drop, *plan.tune, *plan.freeze, *narrowed} - set(tower.original))
+    named = {*plan.drop, *plan.tune, *plan.freeze, *plan.losing()}
+    gone = sorted(named - set(tower.original))
     if gone:
         raise PlanError(
             f"The plan names layers {gone} of the {tower.name} tower, which an earlier cut "
@@ -121,6 +121,7 @@ def renumbered(plan: TowerPlan, original: Sequence[int], depth: int) -> TowerPla
             site: {original[i]: units for i, units in layers.items()}
             for site, layers in plan.cut.items()
         },
+        parts={site: tuple(original[i] for i in layers) for site, layers in plan.parts.items()},
         graft={
             original[i]: {original[j]: groups for j, groups in sources.items()}
             for i, sources in plan.graft.items()

@@ -59,7 +59,7 @@ def prune(
     batch_size: int = 8,
     rank: int = 16,
 ) -> VLM:
-    """Make a student without the layers, heads and neurons that a plan takes out.
+    """Make a student without the layers, parts, heads and neurons that a plan takes out.
 
     The student is a model of its own, built by transformers from its own config. Frozen parameters
     share their memory with `vlm`; the layers that the plan tunes have copies, and they alone have
@@ -75,7 +75,9 @@ def prune(
     projections included (`Plan` says which; `make_plan` chooses them). With a plan that demands a
     standard checkpoint all layers of a tower must keep the same number of whole KV groups and of
     neurons, and the family's config must be able to state them; otherwise the student is one that
-    only `open_model` loads (`student.record.standard` says which).
+    only `open_model` loads (`student.record.standard` says which). Attention or the feed-forward
+    part that a plan takes out whole leaves the residual stream alone, output bias included, and
+    the attentions that are left take the first entries of the KV cache; that is never standard.
 
     Layers that other parts refer to by number (`vlm.towers[name].bound`) are refused; the other
     pinned ones, such as the last, are better kept but may go. With `allow_pinned` all can, and what
@@ -266,7 +268,7 @@ def _finish(
             setattr(modules[name], key, value)
     tuned = tuple(f"{cut.tower.path}.{i}." for cut in cuts for i in cut.tuned)
     fill(student, draft, own=lambda name: name.startswith(tuned))
-    if not any(cut.plan.drop or cut.plan.tune or cut.plan.cut for cut in cuts):
+    if not any(cut.plan.drop or cut.plan.tune or cut.plan.losing() for cut in cuts):
         # torch picks matrix kernels by this flag, so a whole copy equals its source to the last
         # bit only with the same flags
         for name, parameter in student.named_parameters():

@@ -3,7 +3,8 @@
 What is cut is a site of a layer (`interlace.models.sites`): the rows of the projections that feed
 its units, and the columns of the one that reads them. The kept units compute what they computed, up
 to the rounding of smaller matrix products; the output of the layer lacks the summands of the
-others.
+others. A site taken out whole, attention or the feed-forward part, adds nothing, its output bias
+included.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from interlace.errors import PlanError, unknown_name
 from interlace.models.attention import adapt
-from interlace.models.sites import find_sites, narrow
+from interlace.models.sites import find_sites, narrow, resize
 from interlace.surgery.graft import attention_of
 from interlace.surgery.shell import REFUSALS, build_shell, check_same_tree
 
@@ -66,6 +67,54 @@ def check_widths(vlm: VLM, plan: Plan, cuts: Iterable[Cut]) -> None:
                         f"In {where}: {unknown_name('place that can be narrowed', name, sites)}"
                     )
                 _check_units(sites[name], units, where)
+        for name, lost in cut.plan.parts.items():
+            for layer in lost:
+                _check_part(plan, cut, name, layer)
+
+
+def _check_part(plan: Plan, cut: Cut, name: str, layer: int) -> None:
+    lost = cut.plan.parts[name]
+    where = f"layer {layer} of the {cut.tower.name} tower"
+    sites = find_sites(cut.tower.layers[cut.tower.position(layer)])
+    if name not in sites:
+        raise PlanError(f"In {where}: {unknown_name('place that can be taken out', name, sites)}")
+    site = sites[name]
+    if plan.standard:
+        raise PlanError(
+            f"The plan takes '{name}' out of {where}, which a standard checkpoint cannot state. "
+            "Plan it with standard=False (only interlace.open_model loads the result then), or "
+            "drop whole layers only."
+        )
+    if site.cross:
+        raise PlanError(
+            f"'{name}' of {where} attends to another tower; cross-attention cannot be taken out "
+            "alone. Drop the layer, or take out its self-attention or feed-forward part."
+        )
+    if not site.groups:
+        raise PlanError(f"'{name}' of {where} is gone already. Leave it out of the plan.")
+    if site.kind == "ffn":
+        return
+    if layer in cut.plan.graft:
+        raise PlanError(
+            f"The plan grafts heads into the attention of {where}, and takes that attention out."
+        )
+    if site.biased and layer == cut.original[0]:
+        raise PlanError(
+            f"'{name}' of {where} computes the relative position bias that all layers of the stack "
+            "use, so it cannot be taken out. Take it out of later layers, and protect this one "
+            "when planning."
+        )
+    attentions = {
+        each: find_sites(cut.tower.layers[cut.tower.position(each)])[name] for each in cut.original
+    }
+    # a KV cache reads how long it is from the entry of the first layer, or one of its kind
+    kinds = {each: getattr(own.module, "sliding_window", None) for each, own in attentions.items()}
+    left = [each for each, own in attentions.items() if own.groups and each not in lost]
+    if not any(kinds[each] == kinds[cut.original[0]] for each in left):
+        raise PlanError(
+            f"The plan leaves no layer of the {cut.tower.name} tower its attention, or none with "
+            "the window of the first layer; at least one such layer must keep it."
+        )
 
 
 def _check_units(site: Site, units: tuple[int, ...], where: str) -> None:
@@ -78,7 +127,8 @@ def _check_units(site: Site, units: tuple[int, ...], where: str) -> None:
     if len(units) == site.num_units:
         raise PlanError(
             f"The plan cuts all {site.num_units} units of '{site.name}' in {where}; at least one "
-            "must stay. Cut fewer, or drop the layer."
+            "must stay. Cut fewer, name the place under `parts` to take it out whole, or drop the "
+            "layer."
         )
     if units and site.biased:
         raise PlanError(
@@ -98,8 +148,10 @@ def narrow_layers(draft: nn.Module, cuts: Iterable[Cut]) -> None:
                 gone = set(units)
                 if gone:
                     narrow(site, [unit for unit in range(site.num_units) if unit not in gone])
-        if cut.plan.cut:
-            adapt(layers)
+        for name, lost in cut.plan.parts.items():
+            for layer in lost:
+                resize(find_sites(layers[cut.original.index(layer)])[name], ())
+        adapt(layers)
 
 
 def uneven_widths(
@@ -114,7 +166,9 @@ def uneven_widths(
     widths: dict[str, Widths] = {}
     earlier = vlm.widths()
     for name, tower in vlm.towers.items():
-        own = set() if plan.standard or name not in cuts else set(cuts[name].plan.cut)
+        own: set[str] = set()
+        if name in cuts and not plan.standard:
+            own = {*cuts[name].plan.cut, *cuts[name].plan.parts}
         for layer in cuts[name].plan.graft if name in cuts else ():
             own.add(attention_of(tower.layers[tower.position(layer)], f"layer {layer}").name)
         own |= {site for sites in earlier.get(tower.path, {}).values() for site in sites}

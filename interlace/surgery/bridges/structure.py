@@ -126,6 +126,9 @@ def _trace(call: Call) -> _Trace:
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(module, nn.Linear):
+            # without columns: of a part that was taken out
+            if not module.in_features or not module.out_features:
+                return
             made.linears.pop(module, None)
             made.linears[module] = output
         else:

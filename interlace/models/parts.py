@@ -1,0 +1,76 @@
+"""What stands where attention or the feed-forward part of a layer was: it adds nothing there.
+
+Legend: B batch, T tokens, W width of what the part hands on.
+
+The projections stay in the tree, with no rows or no columns and without the bias of the last one.
+So names, records and files know the part and that it has no width, and stock transformers, which
+builds whole ones, refuses the weights. What computed with them gives zeros instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Absent:
+    """Gives zeros, which take neither memory nor time, in the form that the layer expects.
+
+    Attributes:
+        width: W; 0 where the last projection lies outside and makes the zeros that are added.
+        packed: how many values a tuple has that they are the first of; 0 for the bare tensor.
+    """
+
+    width: int
+    packed: int
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **others: Any) -> Any:
+        """Return zeros [B, T, W] for [B, T, ...]."""
+        nothing = hidden_states.new_zeros(()).expand(*hidden_states.shape[:-1], self.width)
+        # T5 hands its position bias on from layer to layer
+        given = (nothing, others.get("position_bias"), None)
+        return given[: self.packed] if self.packed else nothing
+
+
+@functools.cache
+def _absent(kind: Any) -> Any:
+    return type(f"Absent{kind.__name__}", (Absent, kind), {"__module__": __name__})
+
+
+def is_absent(module: object) -> bool:
+    """Tell whether a module stands for a part that was taken out."""
+    return isinstance(module, Absent)
+
+
+def take_out(module: Any, width: int, *, heads: bool) -> None:
+    """Let a module give zeros, and drop what it held beside its projections.
+
+    Args:
+        module: an attention or a feed-forward part; its projections are empty already.
+        width: W.
+        heads: it is an attention.
+    """
+    for name, child in list(module.named_children()):
+        # norms of queries and keys; projections have no values left
+        if any(parameter.numel() for parameter in child.parameters()):
+            delattr(module, name)
+    kind: Any = type(module)
+    if kind.__name__.startswith("Narrow"):
+        # given a width that its config cannot state before it was taken out
+        kind = kind.__bases__[-1]
+    module.width, module.packed = width, _packed(kind) if heads else 0
+    module.__class__ = _absent(kind)
+
+
+def _packed(kind: type[nn.Module]) -> int:
+    """Return how many values an attention gives; 0 for a bare tensor."""
+    stated = inspect.signature(kind.forward).return_annotation
+    if stated in (torch.Tensor, "torch.Tensor"):
+        return 0
+    return 3 if kind.__name__.startswith("T5") else 2
