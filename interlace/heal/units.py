@@ -112,6 +112,9 @@ def _of_tower(tower: Tower, unit: str) -> Iterable[Units]:
                 f"quantised modules). Heal with gate_units=('branches',) or gates='none'."
             )
         for site in sites:
+            if not site.groups:
+                # taken out
+                continue
             yield Units(
                 unit=unit,
                 tower=tower.name,

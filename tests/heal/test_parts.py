@@ -10,7 +10,7 @@ from heal.toys import toy_collate, toy_samples
 from tiny import TINY
 
 from interlace.heal import heal
-from interlace.heal.sparsity import find_branches
+from interlace.heal.sparsity import find_branches, layer_importance
 from interlace.models import VLM, family_of
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
@@ -41,6 +41,7 @@ def test_what_is_left_of_the_tuned_layers_trains(name: str, gates: Any) -> None:
         batch_size=4,
         learning_rate=1e-2,
         gates=gates,
+        gate_units=("branches",) if gates == "none" else ("branches", "heads", "neurons"),
     )
     tower = student.towers["text"]
     tuned = tuple(f"{tower.path}.{layer}." for layer in plan.tune)
@@ -49,6 +50,10 @@ def test_what_is_left_of_the_tuned_layers_trains(name: str, gates: Any) -> None:
         assert all(n.startswith(tuned) for n in changed)
     for prefix in tuned:
         assert any(n.startswith(prefix) and before[n].dim() == 2 for n in changed)
+    if gates != "none":
+        assert attention not in report.unit_gates["text"][0]
+        assert ffn in report.unit_gates["text"][0]
+        assert set(layer_importance(report)["text"]) == set(range(5))
     assert report.steps == 2
     assert report.final["hidden"] > 0
     assert teacher.fingerprint == taught
