@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import interlace as il
-from methods.case import BATCH_SIZE, Case, Made, Method
-
-RULE = "compensated"
+from methods.case import Case, Made, Method
+from methods.rules import OURS, cut, plan_by
 
 
 def compensated(case: Case) -> Made:
     """Drop what a repaired student misses least, and fold the repair into what stays."""
-    shared = case.shared
-    plan = il.make_plan(
-        shared.scores,
-        drop_fraction=case.fraction,
-        rule=RULE,
-        protect="auto",
-        towers=shared.subject.towers,
-        loss=shared.repaired_loss,
-    )
-    data = shared.calibration
-    return Made(il.prune(case.vlm, plan, bridges="fold", data=data, batch_size=BATCH_SIZE))
+    return Made(cut(case, plan_by(OURS, case), "fold"))
 
 
-METHODS = {RULE: Method(compensated)}
+METHODS = {OURS: Method(compensated, together=OURS)}

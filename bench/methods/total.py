@@ -1,0 +1,109 @@
+"""A share of all parameters, taken out as whole layers, heads and neurons together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import interlace as il
+from methods.case import Case, Made, Method
+from methods.rules import OURS, cut, plan_by, tune_all
+from methods.width import Shares, options, shapes_of, widths
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# numbers of dropped layers that are tried, beside none
+DEPTHS = 4
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a tower loses its parameters.
+
+    Attributes:
+        tower: its name.
+        drop: layers that go.
+        shares: what those lose that stay.
+        spread: as of `make_plan`.
+    """
+
+    tower: str
+    drop: int
+    shares: Shares
+    spread: str = "uniform"
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        return f"{self.tower}: {self.drop} layers, of the others {self.shares}, {self.spread}"
+
+    def plan(self, case: Case) -> il.Plan:
+        """Choose the layers as our own method does, then heads and neurons by their importance."""
+        arguments = widths({self.tower: self.shares})
+        if not self.shares.gone:
+            arguments = {}
+        plan = plan_by(
+            OURS,
+            case,
+            ("similarity", "head_norm", "ffn_norm"),
+            drop_fraction=None,
+            num_drop={self.tower: self.drop} if self.drop else None,
+            towers=[self.tower],
+            spread=self.spread,
+            **arguments,
+        )
+        # where only layers go, the neighbours of the cuts train
+        return tune_all(plan) if self.shares.gone else plan
+
+
+def splits(case: Case, tower: str) -> Iterator[Split]:
+    """List the ways for a tower: for some numbers of layers, all widths that make up the rest.
+
+    Raises:
+        PlanError: heads and neurons cannot be cut.
+    """
+    shape = shapes_of(case)[tower]
+    total, depth = sum(shape.layer_parameters), case.vlm.towers[tower].num_layers
+    wanted = case.parameters(tower)
+    most = min(wanted * depth // total, depth - len(case.vlm.towers[tower].pinned) - 1)
+    for number in sorted({round(step * most / DEPTHS) for step in range(DEPTHS + 1)}):
+        # by the mean of a layer, since which go is not known yet; kept layers are alike
+        for shares in options(shape, wanted - number * total // depth, range(depth - number)):
+            yield Split(tower, number, shares)
+
+
+def total(case: Case) -> Made:
+    """Drop layers, and cut heads and neurons of the others, until the share is reached.
+
+    How much goes by what is decided, tower by tower, by what selects our layers: how far a student
+    with folded cuts is from the dense model on calibration samples. Of the best split, the heads
+    and neurons are then chosen over all layers too, and stay so where that is better.
+
+    Raises:
+        PlanError: a tower's heads or neurons cannot be cut.
+    """
+    chosen: dict[str, il.Plan] = {}
+    notes = []
+    for tower in case.counts():
+        found = {split: _loss(case, split) for split in splits(case, tower)}
+        best = min(found, key=found.__getitem__)
+        if best.shares.gone:
+            spread = replace(best, spread="global")
+            found[spread] = _loss(case, spread)
+            best = min(found, key=found.__getitem__)
+        depths = {split.drop: loss for split, loss in sorted(found.items(), key=lambda each: -each[1])}
+        tried = ", ".join(f"{number}: {depths[number]:.4f}" for number in sorted(depths))
+        notes.append(f"{best}; lowest loss of {len(found)} by layers dropped {tried}")
+        chosen[tower] = best.plan(case)
+    plan = next(iter(chosen.values()))
+    towers = {name: each.towers[name] for name, each in chosen.items()}
+    plan = replace(plan, towers=towers, standard=False)
+    bridges = "fold" if any(each.drop for each in towers.values()) else "none"
+    return Made(cut(case, plan, bridges), "; ".join(notes))
+
+
+def _loss(case: Case, split: Split) -> float:
+    return case.shared.repaired_loss.of_plan(split.plan(case))
+
+
+METHODS = {"ours_total": Method(total, timed="total", together=OURS)}
