@@ -79,9 +79,7 @@ PRESETS = {
     # CLIP is the fastest: every method in about a minute
     "smoke": Preset(tuple(COMPARED), (0.25,), (0,), Sizes(8, 16, 8, 8), ("clip",), 2),
     "small": Preset((*PUBLISHED, *OTHERS), (0.25,), (0, 1, 2), Sizes(128, 2048, 32, 384)),
-    "full": Preset(
-        tuple(COMPARED), (0.10, 0.15, 0.20, 0.25, 0.334, 0.50), (0, 1, 2), FULL
-    ),
+    "full": Preset(tuple(COMPARED), (0.10, 0.15, 0.20, 0.25, 0.334, 0.50), (0, 1, 2), FULL),
     "ablation": Preset(ABLATION, (0.25, 0.50), (0, 1, 2), FULL, against=OURS),
     "parameters": Preset(
         ("ours_total", OURS, "width", "magnitude"), (0.30, 0.40, 0.50), (0, 1, 2), FULL, exact=True

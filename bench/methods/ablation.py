@@ -59,14 +59,12 @@ VARIANTS = {
     "ours_relevance": Variant(
         metrics=("similarity", "relevance"), plan={"weights": {"relevance": 1.0}}
     ),
-    "ours_alignment": Variant(
-        metrics=("similarity", "alignment"), plan={"protect": "alignment"}
-    ),
+    "ours_alignment": Variant(metrics=("similarity", "alignment"), plan={"protect": "alignment"}),
     "ours_l1_gates": Variant(heal={"gates": "l1"}),
     "ours_l0_gates": Variant(heal={"gates": "hard_concrete"}),
     "ours_grafted": Variant(
         metrics=("similarity", "head_norm", "ffn_norm"),
-        # a quarter is one head of CLIP and BLIP, a half one KV group of Qwen3-VL
+        # a half is the least that Qwen3-VL has, one of two KV groups
         plan={"graft": 0.5, "standard": False},
         timed="graft",
     ),

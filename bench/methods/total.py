@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
 import interlace as il
 from methods.case import Case, Made, Method
 from methods.rules import OURS, cut, plan_by, tune_all
 from methods.width import Shares, options, shapes_of, widths
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # numbers of dropped layers that are tried, beside none
 DEPTHS = 4
@@ -56,8 +51,11 @@ class Split:
         return tune_all(plan) if self.shares.gone else plan
 
 
-def splits(case: Case, tower: str) -> Iterator[Split]:
+def splits(case: Case, tower: str) -> list[list[Split]]:
     """List the ways for a tower: for some numbers of layers, all widths that make up the rest.
+
+    Returns:
+        For every number of layers its splits, those first that cut heads and neurons most evenly.
 
     Raises:
         PlanError: heads and neurons cannot be cut.
@@ -66,18 +64,22 @@ def splits(case: Case, tower: str) -> Iterator[Split]:
     total, depth = sum(shape.layer_parameters), case.vlm.towers[tower].num_layers
     wanted = case.parameters(tower)
     most = min(wanted * depth // total, depth - len(case.vlm.towers[tower].pinned) - 1)
+    found = []
     for number in sorted({round(step * most / DEPTHS) for step in range(DEPTHS + 1)}):
-        # by the mean of a layer, since which go is not known yet; kept layers are alike
-        for shares in options(shape, wanted - number * total // depth, range(depth - number)):
-            yield Split(tower, number, shares)
+        # by the mean of a layer, since which go is not known yet; the layers are alike
+        shares = options(shape, wanted - number * total // depth, range(depth - number))
+        shares.sort(key=lambda each: abs(each.heads - each.ffn))
+        found.append([Split(tower, number, each) for each in shares])
+    return found
 
 
 def total(case: Case) -> Made:
     """Drop layers, and cut heads and neurons of the others, until the share is reached.
 
     How much goes by what is decided, tower by tower, by what selects our layers: how far a student
-    with folded cuts is from the dense model on calibration samples. Of the best split, the heads
-    and neurons are then chosen over all layers too, and stay so where that is better.
+    with folded cuts is from the dense model on calibration samples. First for the number of layers,
+    the rest taken evenly from heads and neurons; then for other shares of these; then for choosing
+    them over all layers, so that these end in different widths.
 
     Raises:
         PlanError: a tower's heads or neurons cannot be cut.
@@ -85,15 +87,17 @@ def total(case: Case) -> Made:
     chosen: dict[str, il.Plan] = {}
     notes = []
     for tower in case.counts():
-        found = {split: _loss(case, split) for split in splits(case, tower)}
+        ways = {group[0]: group[1:] for group in splits(case, tower)}
+        found = {split: _loss(case, split) for split in ways}
+        best = min(found, key=found.__getitem__)
+        tried = ", ".join(f"{split.drop}: {loss:.3g}" for split, loss in found.items())
+        found |= {split: _loss(case, split) for split in ways[best]}
         best = min(found, key=found.__getitem__)
         if best.shares.gone:
             spread = replace(best, spread="global")
             found[spread] = _loss(case, spread)
             best = min(found, key=found.__getitem__)
-        depths = {split.drop: loss for split, loss in sorted(found.items(), key=lambda each: -each[1])}
-        tried = ", ".join(f"{number}: {depths[number]:.4f}" for number in sorted(depths))
-        notes.append(f"{best}; lowest loss of {len(found)} by layers dropped {tried}")
+        notes.append(f"{best}, loss {found[best]:.3g}; by layers dropped {tried}")
         chosen[tower] = best.plan(case)
     plan = next(iter(chosen.values()))
     towers = {name: each.towers[name] for name, each in chosen.items()}
