@@ -2,7 +2,9 @@
 
 For each seed, bundled model, fraction and method (`bench/methods`): make the student, measure,
 heal, measure again. Methods that take bridges do so for each of `--bridges none,fold`. The preset
-`bridges` compares bridges and does not heal. Every method is given the same calibration samples,
+`bridges` compares bridges and does not heal; `ablation` shows how our own method differs without
+each of its parts and with optional ones; in `parameters` a fraction is one of all parameters of the
+layers, where a method can be held to it. Every method is given the same calibration samples,
 the same healing samples, batches and steps, and trains what it says. The seed changes the
 calibration samples, the healing samples and what methods draw; the held-out samples stay the same.
 
@@ -167,8 +169,9 @@ class Bench:
                 tower: list(planned.drop) for tower, planned in student.plan.towers.items()
             },
             "parameters": student.num_parameters(),
-            "raw": self._measure(name, student),
         }
+        if made.healed is None:
+            found["raw"] = self._measure(name, student)
         if made.note:
             found["note"] = made.note
         if self.sizes.heal_samples:

@@ -28,18 +28,18 @@ def by_method(rows: list[Row]) -> dict[Key, list[Row]]:
 
 def _retention(rows: list[Row], metric: str, dense: float) -> str:
     """Percent of the dense model: mean before -> mean after healing, half the range over seeds."""
-    done = [row for row in rows if "raw" in row]
     if not rows:
         return ""
-    if not done:
+    # a student that is healed while it is made has no figures before
+    before, after = (
+        [100 * row[stage][metric] / dense for row in rows if stage in row]
+        for stage in ("raw", "healed")
+    )
+    if not before and not after:
         return "refused"
-    before = [100 * row["raw"][metric] / dense for row in done]
-    after = [100 * row["healed"][metric] / dense for row in done if "healed" in row]
-    if not after:
-        return f"{statistics.fmean(before):.1f}"
-    kept = f"{statistics.fmean(before):.1f} → {statistics.fmean(after):.1f}"
+    kept = " → ".join(f"{statistics.fmean(each):.1f}" for each in (before, after) if each)
     # one seed has no spread
-    return kept if len(after) == 1 else f"{kept} ± {(max(after) - min(after)) / 2:.1f}"
+    return kept if len(after) < 2 else f"{kept} ± {(max(after) - min(after)) / 2:.1f}"
 
 
 def _difference(rows: list[Row], usual: list[Row], metric: str, dense: float) -> str:
@@ -64,7 +64,7 @@ def _difference(rows: list[Row], usual: list[Row], metric: str, dense: float) ->
 
 def _gone(rows: list[Row], dense: Row) -> str:
     """Percent of all parameters of a model that are gone, or zero, in the mean of the seeds."""
-    left = [row.get("nonzero_parameters", row["parameters"]) for row in rows if "raw" in row]
+    left = [row.get("nonzero_parameters", row["parameters"]) for row in rows if "parameters" in row]
     return f"{100 * (1 - statistics.fmean(left) / dense['parameters']):.1f}" if left else "-"
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import interlace as il
-from interlace.config import HealSettings, PlanSettings, ScoreSettings
+from interlace.config import PlanSettings, ScoreSettings
 from interlace.errors import PlanError
 from methods.case import BATCH_SIZE, LOSS_SAMPLES, Case, Made, Method, heal
 from methods.rules import OURS, cut, plan_by, tune_all

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,8 @@ from interlace.models.states import layer_input
 from interlace.progressive.loss import CompensatedLoss
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     import torch
 
     from interlace.config import HealSettings

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-import interlace as il
+from typing import TYPE_CHECKING
+
 from methods.case import Case, Made, Method
 from methods.rules import OURS, cut, plan_by, tune_all
 from methods.width import Shares, options, shapes_of, widths
+
+if TYPE_CHECKING:
+    import interlace as il
 
 # numbers of dropped layers that are tried, beside none
 DEPTHS = 4
