@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import retention
 from cells import Cells, read
-from methods import COMPARED, METHODS
+from methods import COMPARED
 from PIL import Image
 from retention import PRESETS, Bench, Job, jobs_of, measure_all
 from retention_chart import plot, points, speed_up
