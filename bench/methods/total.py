@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -55,11 +56,8 @@ class Split:
         return tune_all(plan) if self.shares.gone else plan
 
 
-def splits(case: Case, tower: str) -> list[list[Split]]:
+def splits(case: Case, tower: str) -> list[Split]:
     """List the ways for a tower: for some numbers of layers, all widths that make up the rest.
-
-    Returns:
-        For every number of layers its splits, those first that cut heads and neurons most evenly.
 
     Raises:
         PlanError: heads and neurons cannot be cut.
@@ -72,8 +70,7 @@ def splits(case: Case, tower: str) -> list[list[Split]]:
     for number in sorted({round(step * most / DEPTHS) for step in range(DEPTHS + 1)}):
         # by the mean of a layer, since which go is not known yet; the layers are alike
         shares = options(shape, wanted - number * total // depth, range(depth - number))
-        shares.sort(key=lambda each: abs(each.heads - each.ffn))
-        found.append([Split(tower, number, each) for each in shares])
+        found += [Split(tower, number, each) for each in shares]
     return found
 
 
@@ -81,9 +78,8 @@ def total(case: Case) -> Made:
     """Drop layers, and cut heads and neurons of the others, until the share is reached.
 
     How much goes by what is decided, tower by tower, by what selects our layers: how far a student
-    with folded cuts is from the dense model on calibration samples. First for the number of layers,
-    the rest taken evenly from heads and neurons; then for other shares of these; then for choosing
-    them over all layers, so that these end in different widths.
+    with folded cuts is from the dense model on calibration samples. Of the best split, heads and
+    neurons are then also chosen over all layers, which end in different widths if that is better.
 
     Raises:
         PlanError: a tower's heads or neurons cannot be cut.
@@ -91,12 +87,12 @@ def total(case: Case) -> Made:
     chosen: dict[str, il.Plan] = {}
     notes = []
     for tower in case.counts():
-        ways = {group[0]: group[1:] for group in splits(case, tower)}
-        found = {split: _loss(case, split) for split in ways}
+        found = {split: _loss(case, split) for split in splits(case, tower)}
         best = min(found, key=found.__getitem__)
-        tried = ", ".join(f"{split.drop}: {loss:.3g}" for split, loss in found.items())
-        found |= {split: _loss(case, split) for split in ways[best]}
-        best = min(found, key=found.__getitem__)
+        lowest: dict[int, float] = {}
+        for split, loss in found.items():
+            lowest[split.drop] = min(loss, lowest.get(split.drop, math.inf))
+        tried = ", ".join(f"{number}: {loss:.3g}" for number, loss in lowest.items())
         if best.shares.gone:
             spread = replace(best, spread="global")
             found[spread] = _loss(case, spread)

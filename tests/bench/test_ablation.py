@@ -112,7 +112,7 @@ def test_stages_spend_the_samples_of_one_healing(
 
 def test_every_split_comes_to_the_share(bench: Bench) -> None:
     case = bench.case("clip", 0.4, 0)
-    found = [split for group in splits(case, "text") for split in group]
+    found = splits(case, "text")
     assert {split.drop for split in found} == {0, 1, 2, 3, 4}
     assert len({split.shares.heads for split in found}) > 2
     wanted = case.parameters("text")
