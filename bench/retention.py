@@ -2,7 +2,9 @@
 
 For each seed, bundled model, fraction and method (`bench/methods`): make the student, measure,
 heal, measure again. Methods that take bridges do so for each of `--bridges none,fold`. The preset
-`bridges` compares bridges and does not heal. Every method is given the same calibration samples,
+`bridges` compares bridges and does not heal; `ablation` shows how our own method differs without
+each of its parts and with optional ones; in `parameters` a fraction is one of all parameters of the
+layers, where a method can be held to it. Every method is given the same calibration samples,
 the same healing samples, batches and steps, and trains what it says. The seed changes the
 calibration samples, the healing samples and what methods draw; the held-out samples stay the same.
 
@@ -25,9 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cells import Cells, read
-from methods import METHODS, Case, Shared, Sizes
+from methods import ABLATION, COMPARED, METHODS, Case, Shared, Sizes
 from methods.case import counts_of
-from methods.rules import OTHERS, PUBLISHED
+from methods.rules import OTHERS, OURS, PUBLISHED
 from retention_chart import plot
 from retention_report import table
 from subjects import SUBJECTS, measure, open_subject, test_samples, train_samples
@@ -57,6 +59,9 @@ class Preset:
         sizes: numbers of samples.
         models: names of subjects.
         rounds: timed runs per model.
+        exact: take out the fractions themselves where a method can, instead of as much as whole
+            layers come to.
+        against: method whose difference from the others is shown; default: shares of the dense.
     """
 
     methods: tuple[str, ...]
@@ -65,19 +70,21 @@ class Preset:
     sizes: Sizes
     models: tuple[str, ...] = tuple(SUBJECTS)
     rounds: int = 7
+    exact: bool = False
+    against: str = ""
 
 
+FULL = Sizes(128, 1024, 32, 256)
 # 0.334, since a third of 12 layers is to be 4
 PRESETS = {
     "bridges": Preset(("interlace", "sleb"), (0.25, 0.334), (0,), Sizes(128, 0, 0, 128)),
     # CLIP is the fastest: every method in about a minute
-    "smoke": Preset(tuple(METHODS), (0.25,), (0,), Sizes(8, 16, 8, 8), ("clip",), 2),
+    "smoke": Preset(tuple(COMPARED), (0.25,), (0,), Sizes(8, 16, 8, 8), ("clip",), 2),
     "small": Preset((*PUBLISHED, *OTHERS), (0.25,), (0, 1, 2), Sizes(128, 2048, 32, 384)),
-    "full": Preset(
-        tuple(METHODS),
-        (0.10, 0.15, 0.20, 0.25, 0.334, 0.50),
-        (0, 1, 2),
-        Sizes(128, 1024, 32, 256),
+    "full": Preset(tuple(COMPARED), (0.10, 0.15, 0.20, 0.25, 0.334, 0.50), (0, 1, 2), FULL),
+    "ablation": Preset(ABLATION, (0.25, 0.50), (0, 1, 2), FULL, against=OURS),
+    "parameters": Preset(
+        ("ours_total", OURS, "width", "magnitude"), (0.30, 0.40, 0.50), (0, 1, 2), FULL, exact=True
     ),
     # the published budget: one percent of the training samples, one epoch
     "percent": Preset(
@@ -109,11 +116,14 @@ class Job:
 class Bench:
     """Opens models and measures cells; what several cells need is made once."""
 
-    def __init__(self, sizes: Sizes, device: str | None = None, rounds: int = 7) -> None:
-        """Say how much is measured, and where; `rounds` is of the timing."""
-        self.sizes, self.rounds = sizes, rounds
+    def __init__(
+        self, sizes: Sizes, device: str | None = None, rounds: int = 7, *, exact: bool = False
+    ) -> None:
+        """Say how much is measured, and where; `rounds` is of the timing, `exact` of `Case`."""
+        self.sizes, self.rounds, self.exact = sizes, rounds, exact
         self.model = functools.cache(lambda name: open_subject(name, device))
         self._test = functools.cache(self._make_test)
+        self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
         # of one seed at a time
         self._shared = functools.lru_cache(maxsize=len(SUBJECTS))(self._make_shared)
 
@@ -135,7 +145,7 @@ class Bench:
             warmup_fraction=0.1,
             seed=seed,
         )
-        return Case(self._shared(name, seed), fraction, settings, bridges)
+        return Case(self._shared(name, seed), fraction, settings, bridges, self.exact)
 
     def dense(self, name: str) -> dict[str, Any]:
         """Measure the dense model."""
@@ -145,22 +155,34 @@ class Bench:
     def retention(
         self, name: str, method: str, fraction: float, seed: int, bridges: str = "none"
     ) -> dict[str, Any]:
-        """Measure a student before and after healing."""
+        """Measure a student before and after healing; what is known is kept."""
+        cell = (name, method, fraction, seed, bridges)
+        if cell not in self._known:
+            self._known[cell] = self._retention(*cell)
+        return self._known[cell]
+
+    def _retention(
+        self, name: str, method: str, fraction: float, seed: int, bridges: str
+    ) -> dict[str, Any]:
         case = self.case(name, fraction, seed, bridges)
         chosen = METHODS[method]
         made = chosen.make(case)
+        if made.same_as:
+            same = self.retention(name, made.same_as, fraction, seed, bridges)
+            return {**same, "note": f"the same student as `{made.same_as}`"}
         student = made.student
         found = {
             "dropped": {
                 tower: list(planned.drop) for tower, planned in student.plan.towers.items()
             },
             "parameters": student.num_parameters(),
-            "raw": self._measure(name, student),
         }
+        if made.healed is None:
+            found["raw"] = self._measure(name, student)
         if made.note:
             found["note"] = made.note
         if self.sizes.heal_samples:
-            report = chosen.heal(case, student)
+            report = made.healed or chosen.heal(case, student)
             found["heal"] = {
                 "tokens": report.tokens,
                 "steps": report.steps,
@@ -230,7 +252,7 @@ def jobs_of(bench: Bench, preset: Preset, bridges: list[str], *, speed: str) -> 
                         tail = [seed] if each == "none" else [seed, each]
                         yield Job(
                             [name, method, fraction, *tail],
-                            (seed, name, method),
+                            (seed, name, METHODS[method].together or method),
                             partial(bench.retention, name, method, fraction, seed, each),
                             tuple(
                                 [name, method, other, *tail]
@@ -251,7 +273,8 @@ def _timed(preset: Preset) -> dict[str, tuple[str, tuple[float, ...]]]:
 def _equal(vlm: Any, name: str, preset: Preset, fraction: float) -> list[float]:
     """Return the smaller fractions that come to the same numbers of layers."""
     counts = functools.partial(counts_of, SUBJECTS[name], vlm)
-    return [f for f in preset.fractions if f < fraction and counts(f) == counts(fraction)]
+    alike = [f for f in preset.fractions if f < fraction and counts(f) == counts(fraction)]
+    return [] if preset.exact else alike
 
 
 def measure_all(jobs: Iterator[Job], cells: Cells, shard: tuple[int, int] = (0, 1)) -> None:
@@ -322,20 +345,20 @@ def main(arguments: list[str] | None = None) -> None:
     preset = PRESETS[given.preset]
     chosen = {key: getattr(given, key) for key in ("models", "methods", "fractions", "seeds")}
     preset = replace(preset, **{key: tuple(value) for key, value in chosen.items() if value})
-    sizes = {key: getattr(preset.sizes, key) for key in Sizes.__dataclass_fields__}
-    cells = Cells(path, **sizes)
+    stated = {key: getattr(preset.sizes, key) for key in Sizes.__dataclass_fields__}
+    cells = Cells(path, **stated)
     for each in given.merge or ():
         cells.adopt(each)
     if not (given.table or given.plot or given.merge):
         bridges = [each.strip() for each in given.bridges.split(",")]
         for each in bridges:
             check_bridges(each)
-        bench = Bench(preset.sizes, given.device, preset.rounds)
+        bench = Bench(preset.sizes, given.device, preset.rounds, exact=preset.exact)
         jobs = jobs_of(bench, preset, bridges, speed=given.speed)
         measure_all(jobs, cells, given.shard)
     if given.plot:
         plot(read(path), given.plot, given.highlight)
-    sys.stdout.write(table(read(path)) + "\n")
+    sys.stdout.write(table(read(path), preset.against, sizes=preset.exact) + "\n")
 
 
 if __name__ == "__main__":

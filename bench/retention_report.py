@@ -28,38 +28,77 @@ def by_method(rows: list[Row]) -> dict[Key, list[Row]]:
 
 def _retention(rows: list[Row], metric: str, dense: float) -> str:
     """Percent of the dense model: mean before -> mean after healing, half the range over seeds."""
-    done = [row for row in rows if "raw" in row]
     if not rows:
         return ""
-    if not done:
+    # a student that is healed while it is made has no figures before
+    before, after = (
+        [100 * row[stage][metric] / dense for row in rows if stage in row]
+        for stage in ("raw", "healed")
+    )
+    if not before and not after:
         return "refused"
-    before = [100 * row["raw"][metric] / dense for row in done]
-    after = [100 * row["healed"][metric] / dense for row in done if "healed" in row]
-    if not after:
-        return f"{statistics.fmean(before):.1f}"
-    kept = f"{statistics.fmean(before):.1f} → {statistics.fmean(after):.1f}"
+    kept = " → ".join(f"{statistics.fmean(each):.1f}" for each in (before, after) if each)
     # one seed has no spread
-    return kept if len(after) == 1 else f"{kept} ± {(max(after) - min(after)) / 2:.1f}"
+    return kept if len(after) < 2 else f"{kept} ± {(max(after) - min(after)) / 2:.1f}"
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown, one table per fraction: a line per method, a column per metric of each model."""
+def _difference(rows: list[Row], usual: list[Row], metric: str, dense: float) -> str:
+    """Points of the dense model by which rows differ from others of the same seeds."""
+    if not rows:
+        return ""
+    others = {row["cell"][3]: row for row in usual}
+    shown = []
+    for stage in ("raw", "healed"):
+        found = [
+            100 * (row[stage][metric] - others[row["cell"][3]][stage][metric]) / dense
+            for row in rows
+            if stage in row and stage in others.get(row["cell"][3], {})
+        ]
+        if found:
+            spread = f" ± {(max(found) - min(found)) / 2:.1f}" if len(found) > 1 else ""
+            shown.append(f"{statistics.fmean(found):+.1f}{spread}")
+    if not shown:
+        return "refused" if all("no_plan" in row for row in rows) else ""
+    return " → ".join(shown)
+
+
+def _gone(rows: list[Row], dense: Row) -> str:
+    """Percent of all parameters of a model that are gone, or zero, in the mean of the seeds."""
+    left = [row.get("nonzero_parameters", row["parameters"]) for row in rows if "parameters" in row]
+    return f"{100 * (1 - statistics.fmean(left) / dense['parameters']):.1f}" if left else "-"
+
+
+def table(rows: list[Row], against: str = "", *, sizes: bool = False) -> str:
+    """Markdown, one table per fraction: a line per method, a column per metric of each model.
+
+    Args:
+        rows: cells of a results file.
+        against: method from which the others are shown as differences, in points; default: all are
+            shown as percent of the dense model.
+        sizes: say how many parameters are gone, and speak of a share of them.
+    """
     dense = dense_of(rows)
     columns = [(name, metric) for name, metrics in dense.items() for metric in metrics]
     cells = by_method(rows)
+    whole = {row["cell"][0]: row for row in rows if row["cell"][1] == "dense"}
     lines = []
     for fraction in sorted({fraction for fraction, _, _ in cells}):
         head = " | ".join(f"{name} {metric.split('/')[1]}" for name, metric in columns)
         full = " | ".join(f"{dense[name][metric]:.3f}" for name, metric in columns)
         lines += [
-            f"| {fraction:.0%} of the layers | {head} |",
+            f"| {fraction:.0%} of the {'parameters' if sizes else 'layers'} | {head} |",
             "| --- " * (len(columns) + 1) + "|",
             f"| dense | {full} |",
         ]
         for label in dict.fromkeys(label for at, label, _ in cells if at == fraction):
+            own = {name: cells.get((fraction, label, name), []) for name in dense}
+            usual = {name: cells.get((fraction, f"`{against}`", name), []) for name in dense}
             found = " | ".join(
-                _retention(cells.get((fraction, label, name), []), metric, dense[name][metric])
+                _difference(own[name], usual[name], metric, dense[name][metric])
+                if against and label != f"`{against}`"
+                else _retention(own[name], metric, dense[name][metric])
                 for name, metric in columns
             )
-            lines.append(f"| {label} | {found} |")
+            gone = " / ".join(_gone(own[name], whole[name]) for name in dense)
+            lines.append(f"| {label}{f' ({gone} % gone)' if sizes else ''} | {found} |")
     return "\n".join(lines)

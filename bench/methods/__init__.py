@@ -7,12 +7,13 @@ steps.
 
 from __future__ import annotations
 
-from methods import blocks, distil, ours, rules, sparse, width
+from methods import ablation, blocks, distil, ours, rules, sparse, total, width
 from methods.case import Case, Made, Method, Shared, Sizes
 
-__all__ = ["METHODS", "Case", "Made", "Method", "Shared", "Sizes"]
+__all__ = ["ABLATION", "COMPARED", "METHODS", "Case", "Made", "Method", "Shared", "Sizes"]
 
-METHODS: dict[str, Method] = {
+# what is compared with each other; the others are variants of our own method
+COMPARED: dict[str, Method] = {
     **rules.METHODS,
     **ours.METHODS,
     **distil.METHODS,
@@ -20,3 +21,5 @@ METHODS: dict[str, Method] = {
     **width.METHODS,
     **sparse.METHODS,
 }
+ABLATION = (*ours.METHODS, *ablation.METHODS)
+METHODS = COMPARED | ablation.METHODS | total.METHODS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,14 +13,16 @@ from subjects import Subject, train_samples
 import interlace as il
 from interlace._torch_utils import inference, to_device
 from interlace.data.collate import Collator
+from interlace.errors import PlanError
 from interlace.models.states import layer_input
+from interlace.progressive.loss import CompensatedLoss
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     import torch
 
     from interlace.config import HealSettings
-
-Loss = Callable[[str, tuple[int, ...]], float]
 
 BATCH_SIZE = 32
 # What a loss-greedy rule judges by; a pass over them is paid for every layer in every round.
@@ -60,6 +61,7 @@ class Shared:
         """
         self.subject, self.vlm, self.seed, self.sizes = subject, vlm, seed, sizes
         self._losses: dict[tuple[str, frozenset[int]], float] = {}
+        self._scored: dict[tuple[str, ...], il.Scores] = {}
 
     @cached_property
     def calibration(self) -> Any:
@@ -74,27 +76,30 @@ class Shared:
     @cached_property
     def scores(self) -> il.Scores:
         """Similarity of all pairs of hidden states."""
-        return self._score("similarity")
+        return self.scored("similarity")
 
     @cached_property
     def width_scores(self) -> il.Scores:
         """Importance of heads and neurons."""
-        return self._score("similarity", "head_norm", "ffn_norm")
+        return self.scored("similarity", "head_norm", "ffn_norm")
 
-    def _score(self, *metrics: str) -> il.Scores:
-        return il.score(
-            self.vlm,
-            self.calibration,
-            metrics=metrics,
-            packs="all",
-            towers=self.subject.towers,
-            batch_size=BATCH_SIZE,
-        )
+    def scored(self, *metrics: str) -> il.Scores:
+        """Score by metrics; what is known is kept."""
+        if metrics not in self._scored:
+            self._scored[metrics] = il.score(
+                self.vlm,
+                self.calibration,
+                metrics=metrics,
+                packs="all",
+                towers=self.subject.towers,
+                batch_size=BATCH_SIZE,
+            )
+        return self._scored[metrics]
 
     @cached_property
-    def repaired_loss(self) -> Loss:
+    def repaired_loss(self) -> CompensatedLoss:
         """How far a student with folded cuts is from the dense model; what is known is kept."""
-        return il.layer_loss(self.vlm, self.calibration, "compensated", batch_size=BATCH_SIZE)
+        return CompensatedLoss(self.vlm, self.calibration, BATCH_SIZE, "fold")
 
     @cached_property
     def _loss_batches(self) -> list[dict[str, Any]]:
@@ -150,12 +155,15 @@ class Case:
             take out as many of the layers' parameters.
         settings: of healing, the same for all methods.
         bridges: at the cuts, for methods that take them.
+        exact: methods that can take out the share itself do so, where by default they take as much
+            as whole layers come to.
     """
 
     shared: Shared
     fraction: float
     settings: HealSettings
     bridges: str = "none"
+    exact: bool = False
 
     @property
     def vlm(self) -> Any:
@@ -166,6 +174,22 @@ class Case:
         """Return tower -> layers that go, int(L * fraction) as published."""
         return counts_of(self.shared.subject, self.vlm, self.fraction)
 
+    def parameters(self, tower: str) -> int:
+        """Return how many parameters of the layers of a tower are to go.
+
+        Raises:
+            PlanError: none are.
+        """
+        layers = self.vlm.towers[tower].layers
+        total = sum(parameter.numel() for parameter in layers.parameters())
+        share = self.fraction if self.exact else self.counts()[tower] / len(layers)
+        if not share:
+            raise PlanError(
+                f"{self.fraction:g} of the {len(layers)} layers of the {tower} tower is less than "
+                "one layer. Take out a larger share."
+            )
+        return int(total * share)
+
 
 def counts_of(subject: Subject, vlm: Any, fraction: float) -> dict[str, int]:
     """Return tower -> number of layers that a fraction comes to."""
@@ -174,10 +198,19 @@ def counts_of(subject: Subject, vlm: Any, fraction: float) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Made:
-    """What a method gives: the student, and what a reader of the result should know."""
+    """What a method gives.
+
+    Attributes:
+        student: the student.
+        note: what a reader of the result should know.
+        healed: what was spent on healing, where the student is healed already.
+        same_as: method that makes and heals the same student, which is not made again.
+    """
 
     student: Any
     note: str = ""
+    healed: il.HealReport | None = None
+    same_as: str = ""
 
 
 def heal(case: Case, student: Any, **overrides: Any) -> il.HealReport:
@@ -206,6 +239,7 @@ class Method:
         fast: the form of the student that is timed, where it is another one; None where this
             device has none.
         bridges: it takes bridges.
+        together: methods of one name are measured by one process, since they share dear work.
     """
 
     make: Callable[[Case], Made]
@@ -215,3 +249,4 @@ class Method:
     timed: str = "layers"
     fast: Callable[[Any], Any] | None = None
     bridges: bool = False
+    together: str = ""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import interlace as il
 from methods.case import Case, Made, Method, heal
-from methods.rules import drop_by, plan_by
+from methods.rules import drop_by, plan_by, tune_all
 
 
 def every_nth(case: Case) -> Made:
@@ -16,9 +15,7 @@ def every_nth(case: Case) -> Made:
 
     Source: DistilBERT, arXiv 1910.01108, for where the student's weights come from.
     """
-    plan = plan_by("uniform", case)
-    towers = {name: replace(tower, tune=tower.kept) for name, tower in plan.towers.items()}
-    return Made(il.prune(case.vlm, replace(plan, towers=towers)))
+    return Made(il.prune(case.vlm, tune_all(plan_by("uniform", case))))
 
 
 def distil(case: Case, student: Any) -> il.HealReport:

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import interlace as il
-from methods.case import BATCH_SIZE, Case, Made, Method, heal
+from interlace.progressive.verb import HIDDEN_WEIGHT
+from methods.case import Case, Made, Method, heal
+from methods.rules import OURS, cut, plan_by
 
-RULE = "compensated"
-# A student with folded cuts is near the dense model, and few answers say little about what is
-# missing; hidden states say it at every token.
-HIDDEN_WEIGHT = 20.0
+if TYPE_CHECKING:
+    import interlace as il
 
 
 def compensated(case: Case) -> Made:
     """Drop what a repaired student misses least, and fold the repair into what stays."""
-    shared = case.shared
-    plan = il.make_plan(
-        shared.scores,
-        drop_fraction=case.fraction,
-        rule=RULE,
-        protect="auto",
-        towers=shared.subject.towers,
-        loss=shared.repaired_loss,
-    )
-    data = shared.calibration
-    return Made(il.prune(case.vlm, plan, bridges="fold", data=data, batch_size=BATCH_SIZE))
+    return Made(cut(case, plan_by(OURS, case), "fold"))
 
 
-def match_states(case: Case, student: Any) -> il.HealReport:
+def match_states(case: Case, student: Any, **overrides: Any) -> il.HealReport:
     """Heal in the common way, most of the loss being that of the hidden states."""
-    return heal(case, student, hidden_weight=HIDDEN_WEIGHT)
+    return heal(case, student, **({"hidden_weight": HIDDEN_WEIGHT} | overrides))
 
 
-METHODS = {RULE: Method(compensated, match_states)}
+METHODS = {OURS: Method(compensated, match_states, together=OURS)}

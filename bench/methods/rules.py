@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import interlace as il
 from interlace.surgery.bridges.names import has_bridges
@@ -12,25 +14,49 @@ PUBLISHED = ("interlace", "interlace_oa", "interlace_tn", "random", "consecutive
 OTHERS = ("triplet_optimal", "shortgpt", "uidl", "last", "uniform", "sleb")
 
 
-def plan_by(rule: str, case: Case) -> il.Plan:
-    """Plan by a rule; the layers that the model's family pins stay."""
+# the rule of the package's own method
+OURS = "compensated"
+
+
+def plan_by(
+    rule: str, case: Case, metrics: tuple[str, ...] = ("similarity",), **options: Any
+) -> il.Plan:
+    """Plan by a rule; the layers that the model's family pins stay.
+
+    What rules ask for is kept, so that a second plan of the same losses costs next to nothing.
+
+    Args:
+        rule: its name.
+        case: with the model and the share to drop.
+        metrics: to score by.
+        options: further ones of `make_plan`, or others than these.
+    """
     shared = case.shared
-    return il.make_plan(
-        shared.scores,
-        drop_fraction=case.fraction,
-        rule=rule,
-        protect="auto",
-        seed=shared.seed,
-        towers=shared.subject.towers,
-        loss=shared.loss,
-    )
+    usual = {
+        "drop_fraction": case.fraction,
+        "protect": "auto",
+        "seed": shared.seed,
+        "towers": shared.subject.towers,
+        "loss": shared.repaired_loss if rule == OURS else shared.loss,
+    }
+    return il.make_plan(shared.scored(*metrics), rule=rule, **(usual | options))
+
+
+def tune_all(plan: il.Plan) -> il.Plan:
+    """Let all layers train that stay."""
+    towers = {name: replace(tower, tune=tower.kept) for name, tower in plan.towers.items()}
+    return replace(plan, towers=towers)
+
+
+def cut(case: Case, plan: il.Plan, bridges: str) -> Any:
+    """Make the student of a plan, its bridges fitted on the calibration samples."""
+    data = case.shared.calibration if has_bridges(bridges) else None
+    return il.prune(case.vlm, plan, bridges=bridges, data=data, batch_size=BATCH_SIZE)
 
 
 def drop_by(rule: str, case: Case) -> Made:
     """Drop the layers that a rule chooses."""
-    data = case.shared.calibration if has_bridges(case.bridges) else None
-    plan = plan_by(rule, case)
-    return Made(il.prune(case.vlm, plan, bridges=case.bridges, data=data, batch_size=BATCH_SIZE))
+    return Made(cut(case, plan_by(rule, case), case.bridges))
 
 
 METHODS = {rule: Method(partial(drop_by, rule), bridges=True) for rule in (*PUBLISHED, *OTHERS)}

@@ -71,7 +71,7 @@ def _zero_smallest(weights: list[torch.Tensor], count: int) -> None:
 def magnitude(per_matrix: bool, case: Case) -> Made:
     """Zero the smallest weights of a tower's layers, over the tower or in every matrix alike.
 
-    As many go as the layers that another method drops hold, norms and biases counted with them.
+    As many go as `Case.parameters` says, norms and biases counted with them.
 
     Source: Han et al., arXiv 1506.02626, section 3, in one shot.
 
@@ -80,9 +80,7 @@ def magnitude(per_matrix: bool, case: Case) -> Made:
     """
     student = whole(case)
     for tower, modules in linears(case, student):
-        layers = student.towers[tower].layers
-        total = sum(parameter.numel() for parameter in layers.parameters())
-        count = total * case.counts()[tower] // len(layers)
+        count = case.parameters(tower)
         weights = [module.weight for module in modules]
         available = sum(weight.numel() for weight in weights)
         if count > available:

@@ -11,6 +11,8 @@ from interlace.plan.widths import FFN_MULTIPLE
 from methods.case import Case, Made, Method
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from interlace.records import TowerShape
 
 
@@ -28,17 +30,27 @@ class Shares:
     ffn: float
     gone: int
 
+    def __str__(self) -> str:
+        """Say it in words."""
+        return (
+            f"{self.heads:.0%} of the heads, {self.ffn:.0%} of the neurons, {self.gone} parameters"
+        )
 
-def options(shape: TowerShape, count: int) -> list[Shares]:
-    """List the widths at which a tower loses as many parameters as `count` of its layers hold.
+
+def options(shape: TowerShape, wanted: int, layers: Sequence[int]) -> list[Shares]:
+    """List the widths at which some layers of a tower lose so many parameters.
 
     For every number of KV groups, the bundles of neurons with which the loss comes nearest to it;
     what stays further away than one bundle is left out, unless nothing comes nearer.
 
+    Args:
+        shape: of the tower.
+        wanted: parameters that are to go.
+        layers: from which they go, from each as much.
+
     Raises:
         PlanError: no heads or neurons are known that could be cut.
     """
-    layers = range(len(shape.layer_parameters))
     heads = [site for site in shape.sites.values() if site.kind == "heads"]
     neurons = [site for site in shape.sites.values() if site.kind == "ffn"]
     if not heads or not neurons:
@@ -47,13 +59,11 @@ def options(shape: TowerShape, count: int) -> list[Shares]:
     bundles = neurons[0].num_units(0) // FFN_MULTIPLE
     per_group = sum(site.parameters(layer) for site in heads for layer in layers) // groups
     per_bundle = sum(site.parameters(layer) for site in neurons for layer in layers) // bundles
-    wanted = sum(shape.layer_parameters) * count // len(layers)
     found = []
     for group in range(groups):
         bundle = min(max(0, round((wanted - group * per_group) / per_bundle)), bundles - 1)
-        if group or bundle:
-            gone = group * per_group + bundle * per_bundle
-            found.append(Shares(group / groups, bundle / bundles, gone))
+        gone = group * per_group + bundle * per_bundle
+        found.append(Shares(group / groups, bundle / bundles, gone))
     limit = max(per_bundle, min(abs(each.gone - wanted) for each in found))
     return [each for each in found if abs(each.gone - wanted) <= limit]
 
@@ -70,34 +80,45 @@ def width(case: Case) -> Made:
     Raises:
         PlanError: a tower's heads or neurons cannot be cut.
     """
-    shape = case.shared.width_scores.shape
-    if shape is None:
-        raise PlanError("The scores do not know the sizes of the model.")
+    shapes = shapes_of(case)
     chosen: dict[str, Shares] = {}
-    for tower, count in case.counts().items():
-        found = options(shape.towers[tower], count)
+    for tower in case.counts():
+        layers = range(case.vlm.towers[tower].num_layers)
+        found = options(shapes[tower], case.parameters(tower), layers)
         losses = [case.shared.loss_of(_cut(case, {tower: each}).model) for each in found]
         chosen[tower] = found[losses.index(min(losses))]
-    note = "; ".join(
-        f"{tower}: {each.heads:.0%} of the heads, {each.ffn:.0%} of the neurons, "
-        f"{each.gone} parameters"
-        for tower, each in chosen.items()
-    )
+    note = "; ".join(f"{tower}: {each}" for tower, each in chosen.items())
     return Made(_cut(case, chosen), note)
 
 
-def _cut(case: Case, shares: dict[str, Shares]) -> Any:
-    plan = il.make_plan(
-        case.shared.width_scores,
+def shapes_of(case: Case) -> Mapping[str, TowerShape]:
+    """Return the sizes of all towers.
+
+    Raises:
+        PlanError: they are not known.
+    """
+    shape = case.shared.width_scores.shape
+    if shape is None:
+        raise PlanError("The scores do not know the sizes of the model.")
+    return shape.towers
+
+
+def widths(shares: Mapping[str, Shares]) -> dict[str, Any]:
+    """Return the arguments of `make_plan` that cut a tower's shares."""
+    return {
         # a hair more, so that rounding down gives the number that was chosen
-        heads={name: each.heads + 1e-6 if each.heads else None for name, each in shares.items()},
-        ffn={name: each.ffn + 1e-6 if each.ffn else None for name, each in shares.items()},
-        towers=list(shares),
-        seed=case.shared.seed,
+        "heads": {name: each.heads + 1e-6 if each.heads else None for name, each in shares.items()},
+        "ffn": {name: each.ffn + 1e-6 if each.ffn else None for name, each in shares.items()},
         # widths that a family's config cannot state are no reason to refuse
-        standard=False,
+        "standard": False,
+    }
+
+
+def _cut(case: Case, shares: dict[str, Shares]) -> Any:
+    scores, seed = case.shared.width_scores, case.shared.seed
+    return il.prune(
+        case.vlm, il.make_plan(scores, towers=list(shares), seed=seed, **widths(shares))
     )
-    return il.prune(case.vlm, plan)
 
 
 METHODS = {"width": Method(width, timed="width")}

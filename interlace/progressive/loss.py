@@ -170,16 +170,26 @@ class CompensatedLoss:
         gone = frozenset(dropped)
         key = (tower, gone)
         if key not in self._known:
-            self._known[key] = self._judge(tower, tuple(sorted(gone)))
+            number = self._vlm.towers[tower].num_layers
+            cut = TowerPlan(num_layers=number, drop=tuple(sorted(gone)))
+            self._known[key] = self.of_plan(Plan(towers={tower: cut}, standard=False))
         return self._known[key]
 
-    def _judge(self, tower: str, drop: tuple[int, ...]) -> float:
-        vlm = self._vlm
-        bridges = self._bridges
+    def of_plan(self, plan: Plan) -> float:
+        """Return the same for the student of a plan, which may cut widths too.
+
+        Args:
+            plan: as for `prune`; what is found is not kept.
+
+        Raises:
+            InterlaceError: as `prune` raises it.
+        """
+        vlm, bridges = self._vlm, self._bridges
+        shortened = [name for name, tower in plan.towers.items() if tower.drop]
         if isinstance(bridges, dict):
-            bridges = {name: kind for name, kind in bridges.items() if name == tower} or "none"
-        number = vlm.towers[tower].num_layers
-        plan = Plan(towers={tower: TowerPlan(num_layers=number, drop=drop)}, standard=False)
+            bridges = {name: kind for name, kind in bridges.items() if name in shortened} or "none"
+        elif not shortened:
+            bridges = "none"
         data = self._fitted if has_bridges(bridges) else None
         student = prune(vlm, plan, bridges=bridges, data=data, batch_size=self._batch_size)
         measure = _Measure(

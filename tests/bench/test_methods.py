@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from methods import METHODS, Sizes
+from methods import COMPARED, METHODS, Sizes
 from methods.blocks import Patch, _fold, fit_patch, fit_replacement, hadamard
 from methods.rules import OTHERS, PUBLISHED
 from methods.sparse import linears
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SIZES = Sizes(calibration=8, heal_samples=8, heal_batch=4, held_out=8)
 # the rules are tested in tests/plan; one of them stands for all
-BASELINES = [name for name in METHODS if name not in (*PUBLISHED, *OTHERS)]
+BASELINES = [name for name in COMPARED if name not in (*PUBLISHED, *OTHERS)]
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +141,9 @@ def test_width_takes_as_many_parameters_and_keeps_all_layers(
 ) -> None:
     shape = case.shared.width_scores.shape
     assert shape is not None
-    found = options(shape.towers["text"], 3)
     wanted = sum(shape.towers["text"].layer_parameters) // 4
+    assert case.parameters("text") == wanted
+    found = options(shape.towers["text"], wanted, range(12))
     # 8 neurons of 12 layers: 96 in, 96 out and a bias each
     bundle = 12 * 8 * (96 + 96 + 1)
     assert all(abs(each.gone - wanted) <= bundle for each in found)

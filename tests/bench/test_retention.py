@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import retention
 from cells import Cells, read
-from methods import METHODS
+from methods import COMPARED
 from PIL import Image
 from retention import PRESETS, Bench, Job, jobs_of, measure_all
 from retention_chart import plot, points, speed_up
@@ -72,7 +72,7 @@ def test_cells_of_a_seed_come_before_those_of_the_next(all_jobs: Any) -> None:
     assert seeds == sorted(seeds)
     assert set(seeds) == {0, 1, 2}
     first = {tuple(cell[:3]) for cell in cells if cell[3] == 0}
-    assert {method for _, method, _ in first} == set(METHODS)
+    assert {method for _, method, _ in first} == set(COMPARED)
     assert len(first) == len(cells) / 3
 
 
@@ -131,7 +131,7 @@ def test_a_refusal_is_a_result_and_is_not_asked_for_again(tmp_path: Path) -> Non
 
 def test_every_method_has_a_speed_cell(all_jobs: Any) -> None:
     timed = {tuple(job.cell[2:]) for job in all_jobs("full") if job.cell[:2] == ["clip", "speed"]}
-    for method in METHODS.values():
+    for method in COMPARED.values():
         for fraction in method.fractions or PRESETS["full"].fractions:
             assert ((fraction,) if method.timed == "layers" else (fraction, method.timed)) in timed
 
@@ -170,6 +170,38 @@ def rows() -> list[dict[str, Any]]:
         {"cell": ["m", "uidl", 0.25, 0], "no_plan": "none"},
         {"cell": ["m", "sleb", 0.5, 0], "raw": {"t/x": 0.5, "t/y": 2.0}},
     ]
+
+
+def test_differences_are_between_cells_of_one_seed() -> None:
+    cells = [row for row in rows() if row["cell"][1] in ("dense", "last", "uidl")]
+    healed = {"t/x": 0.45, "t/y": 1.6}
+    for seed in (0, 1):
+        cells.append({"cell": ["m", "sleb", 0.25, seed], "raw": {"t/x": 0.2, "t/y": 0.1}})
+        cells.append({"cell": ["m", "kd", 0.25, seed], "healed": healed})
+    shown = table(cells, "last").splitlines()
+    assert "| `last` | 20.0 → 90.0 ± 10.0 | 5.0 → 60.0 ± 10.0 |" in shown
+    assert "| `sleb` | +20.0 ± 0.0 | +0.0 ± 0.0 |" in shown
+    # healed while it is made: 90 - 100 and 90 - 80 percent, 80 - 50 and 80 - 70
+    assert "| `kd` | +0.0 ± 10.0 | +20.0 ± 10.0 |" in shown
+    assert "| `uidl` | refused | refused |" in shown
+
+
+def test_a_table_of_parameters_says_how_many_are_gone() -> None:
+    dense = {"cell": ["m", "dense"], "raw": {"t/x": 0.5}, "parameters": 200}
+    left = {"parameters": 200, "nonzero_parameters": 150}
+    cells = [dense, {"cell": ["m", "magnitude", 0.3, 0], "raw": {"t/x": 0.4}, **left}]
+    shown = table(cells, sizes=True)
+    assert "| 30% of the parameters | m x |" in shown
+    assert "| `magnitude` (25.0 % gone) | 80.0 |" in shown
+
+
+def test_variants_share_a_process_and_exact_shares_are_not_rounded(all_jobs: Any) -> None:
+    units = {job.unit for job in all_jobs("ablation", speed="no") if job.cell[:1] == ["clip"]}
+    assert units == {("clip", "dense"), *((seed, "clip", "compensated") for seed in range(3))}
+    assert PRESETS["ablation"].methods[0] == "compensated"
+    jobs = all_jobs("parameters", speed="no")
+    assert not any(job.same_as for job in jobs)
+    assert {job.cell[2] for job in jobs if job.cell[1] == "width"} == {0.3, 0.4, 0.5}
 
 
 def test_speed_up_is_the_geometric_mean_of_what_was_timed() -> None:

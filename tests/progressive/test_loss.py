@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import interlace as il
 from interlace.data.collate import Collator
 from interlace.errors import ConfigError, DataError
-from interlace.progressive.loss import TaskLoss
+from interlace.progressive.loss import CompensatedLoss, TaskLoss
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
 
@@ -65,6 +66,19 @@ def test_the_compensated_loss_is_lower_where_the_cut_is_repaired(name: str) -> N
     assert 0.0 < folded("text", (7, 4)) < bare("text", (7, 4))
     assert folded("text", (4, 7)) == folded("text", (7, 4))
     assert vlm.fingerprint == before
+
+
+def test_the_compensated_loss_of_a_plan_knows_widths_too() -> None:
+    vlm = il.open_model("bundled:clip", dtype="float32", device="cpu")
+    data = il.samples("scenes", count=8, tasks=("retrieval",), processor=vlm.processor)
+    loss = CompensatedLoss(vlm, data, 8, "fold")
+    layers = TowerPlan(num_layers=12, drop=(4, 7))
+    narrow = replace(layers, cut={"mlp": {5: tuple(range(128))}})
+    alone = Plan(towers={"text": replace(narrow, drop=())}, standard=False)
+    assert loss.of_plan(alone) > 0.0
+    assert loss.of_plan(Plan(towers={"text": layers}, standard=False)) == loss("text", (7, 4))
+    both = Plan(towers={"text": narrow}, standard=False)
+    assert loss.of_plan(both) != loss("text", (4, 7))
 
 
 def test_losses_that_no_rule_asks_for_are_refused() -> None:

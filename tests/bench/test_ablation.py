@@ -1,0 +1,137 @@
+"""Variants of our own method, and its share of all parameters, on the bundled CLIP model."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from methods import METHODS, Sizes, ablation
+from methods.ablation import VARIANTS
+from methods.rules import OURS, cut, plan_by
+from methods.total import splits
+from retention import Bench
+
+if TYPE_CHECKING:
+    from methods import Case
+
+    import interlace as il
+
+FIGURES = {"raw": {"t/x": 0.5}, "healed": {"t/x": 0.6}}
+
+
+class QuickLoss:
+    """Stands in for the divergence of repaired students, which is dear."""
+
+    def __call__(self, tower: str, dropped: tuple[int, ...]) -> float:
+        """Return a loss that is lowest for the first layers."""
+        return float(sum(dropped)) + len(tower)
+
+    def of_plan(self, plan: il.Plan) -> float:
+        """Return a loss that is lowest where two layers go, with uniform widths of the others."""
+        (tower,) = plan.towers.values()
+        return abs(len(tower.drop) - 2) + (plan.settings["spread"] != "uniform")
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    made = Bench(Sizes(calibration=8, heal_samples=8, heal_batch=4, held_out=8), exact=True)
+    shared = made._shared("clip", 0)
+    shared.repaired_loss = shared.loss = QuickLoss()
+    return made
+
+
+@pytest.fixture
+def case(bench: Bench) -> Case:
+    return bench.case("clip", 0.25, 0)
+
+
+def gone(case: Case, student: Any) -> dict[str, float]:
+    """Return tower -> share of the parameters of its layers that went."""
+    left = {}
+    for tower in case.counts():
+        sizes = [
+            sum(parameter.numel() for parameter in vlm.towers[tower].layers.parameters())
+            for vlm in (student, case.vlm)
+        ]
+        left[tower] = 1 - sizes[0] / sizes[1]
+    return left
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_differs_in_what_it_says(name: str, case: Case) -> None:
+    variant = VARIANTS[name]
+    made = METHODS[name].make(case)
+    usual = plan_by(OURS, case)
+    if made.same_as:
+        # only another choice of layers can come to the same
+        assert made.same_as == OURS
+        assert variant.bridges == "fold"
+        assert not variant.heal
+        return
+    plan = made.student.plan
+    assert {n: len(each.drop) for n, each in plan.towers.items()} == case.counts()
+    bridged = {each.kind for each in made.student.record.bridges}
+    assert bridged == ({variant.bridges} - {"none"})
+    if variant.rule == OURS and not variant.plan:
+        assert all(each.drop == usual[n].drop for n, each in plan.towers.items())
+        assert all(variant.tune_all == (each.tune == each.kept) for each in plan.towers.values())
+    assert any(each.graft for each in plan.towers.values()) == ("graft" in variant.plan)
+
+
+@pytest.mark.parametrize("name", [name for name, each in VARIANTS.items() if each.heal])
+def test_a_variant_of_healing_heals_by_its_settings(name: str, case: Case) -> None:
+    student = cut(case, plan_by(OURS, case), "none")
+    report = METHODS[name].heal(case, student)
+    wanted = case.settings.replace(**VARIANTS[name].heal)
+    assert {key: report.settings[key] for key in VARIANTS[name].heal} == VARIANTS[name].heal
+    assert bool(report.gates) == (wanted.gates != "none")
+    assert (report.num_samples, report.steps) == (8, 2)
+
+
+def test_a_variant_that_comes_to_the_same_takes_the_figures(bench: Bench) -> None:
+    case = bench.case("clip", 0.5, 0)
+    # at a half the neighbours of the cuts are all layers that stay
+    assert METHODS["ours_all_tuned"].make(case).same_as == OURS
+    bench._known["clip", OURS, 0.5, 0, "none"] = FIGURES
+    found = bench.retention("clip", "ours_all_tuned", 0.5, 0)
+    assert found == {**FIGURES, "note": f"the same student as `{OURS}`"}
+
+
+def test_stages_spend_the_samples_of_one_healing(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation, "OURS", "shortgpt")
+    made = METHODS["ours_two_stages"].make(case)
+    assert made.healed is not None
+    assert (made.healed.num_samples, made.healed.steps) == (8, 2)
+    usual = METHODS[OURS]
+    assert made.healed.tokens == usual.heal(case, usual.make(case).student).tokens
+    assert {name: len(each) for name, each in made.student.record.dropped.items()} == case.counts()
+
+
+def test_every_split_comes_to_the_share(bench: Bench) -> None:
+    case = bench.case("clip", 0.4, 0)
+    found = splits(case, "text")
+    assert {split.drop for split in found} == {0, 1, 2, 3, 4}
+    assert len({split.shares.heads for split in found}) > 2
+    wanted = case.parameters("text")
+    assert wanted == int(0.4 * 12 * 87136)
+    # two bundles of neurons of every layer, or the better part of a head
+    assert all(
+        split.drop * 87136 + split.shares.gone == pytest.approx(wanted, abs=25_000)
+        for split in found
+    )
+
+
+def test_the_split_with_the_lowest_loss_is_made(bench: Bench) -> None:
+    case = bench.case("clip", 0.4, 0)
+    made = METHODS["ours_total"].make(case)
+    for name, tower in made.student.plan.towers.items():
+        assert len(tower.drop) == 2
+        assert tower.cut
+        assert set(tower.tune) == set(tower.kept)
+        assert f"{name}: 2 layers" in made.note
+    assert gone(case, made.student) == pytest.approx({"text": 0.4, "vision": 0.4}, abs=0.02)
+    assert {each.kind for each in made.student.record.bridges} == {"fold"}
+    assert math.isfinite(case.shared.loss_of(made.student.model))
