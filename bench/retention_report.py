@@ -6,6 +6,15 @@ import statistics
 from typing import Any
 
 Row = dict[str, Any]
+# what columns are called, in their order
+COLUMNS = {
+    ("clip", "retrieval/image_to_text_r1"): "CLIP R@1, image to text",
+    ("clip", "retrieval/text_to_image_r1"): "CLIP R@1, text to image",
+    ("blip", "caption/cider"): "BLIP CIDEr",
+    ("blip", "caption/exact_match"): "BLIP exact caption",
+    ("qwen3-vl", "vqa/accuracy"): "Qwen3-VL questions",
+    ("qwen3-vl", "caption/cider"): "Qwen3-VL CIDEr",
+}
 # (fraction, label of the method, model)
 Key = tuple[float, str, str]
 
@@ -29,7 +38,7 @@ def by_method(rows: list[Row]) -> dict[Key, list[Row]]:
 def _retention(rows: list[Row], metric: str, dense: float) -> str:
     """Percent of the dense model: mean before -> mean after healing, half the range over seeds."""
     if not rows:
-        return ""
+        return "-"
     # a student that is healed while it is made has no figures before
     before, after = (
         [100 * row[stage][metric] / dense for row in rows if stage in row]
@@ -78,14 +87,17 @@ def table(rows: list[Row], against: str = "", *, sizes: bool = False) -> str:
         sizes: say how many parameters are gone, and speak of a share of them.
     """
     dense = dense_of(rows)
-    columns = [(name, metric) for name, metrics in dense.items() for metric in metrics]
+    there = [(name, metric) for name, metrics in dense.items() for metric in metrics]
+    columns = [each for each in COLUMNS if each in there]
+    columns += [each for each in there if each not in COLUMNS]
     cells = by_method(rows)
     whole = {row["cell"][0]: row for row in rows if row["cell"][1] == "dense"}
     lines = []
     for fraction in sorted({fraction for fraction, _, _ in cells}):
-        head = " | ".join(f"{name} {metric.split('/')[1]}" for name, metric in columns)
+        head = " | ".join(COLUMNS.get(each, " ".join(each)) for each in columns)
         full = " | ".join(f"{dense[name][metric]:.3f}" for name, metric in columns)
         lines += [
+            *([""] if lines else []),
             f"| {fraction:.0%} of the {'parameters' if sizes else 'layers'} | {head} |",
             "| --- " * (len(columns) + 1) + "|",
             f"| dense | {full} |",

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
-from interlace import cli
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -17,23 +15,6 @@ COMMANDS = (
     "score", "plan", "prune", "heal", "eval", "export", "run", "progressive", "demo", "ops",
     "doctor",
 )  # fmt: skip
-
-
-@pytest.fixture
-def interlace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run `interlace ...` in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["interlace", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -87,44 +68,6 @@ def test_the_steps_one_by_one(interlace, tmp_path: Path) -> None:
     step = interlace("export", student, copy, "--record", plan, "--record", report)
     assert step[0] == 0, step
     assert (copy / "README.md").exists()
-
-
-def test_heads_and_neurons_are_planned(interlace, tmp_path: Path) -> None:
-    scores, plan = tmp_path / "s.json", tmp_path / "p.json"
-    step = interlace(
-        "score", "bundled:qwen3-vl", "-o", scores, "--count", 4, "--tower", "text", "--metrics",
-        "similarity,head_norm,ffn_norm",
-    )  # fmt: skip
-    assert step[0] == 0, step
-    step = interlace(
-        "plan", scores, "-o", plan, "--num-drop", 2, "--heads", 0.5, "--ffn", "text=0.25",
-        "--spread", "global", "--graft", 0.5, "--width-metrics", "ffn=random",
-    )  # fmt: skip
-    assert step[0] == 0, step
-    made = json.loads(plan.read_text())
-    assert made["settings"]["heads"] == 0.5
-    assert made["settings"]["ffn"] == {"text": 0.25}
-    assert made["settings"]["width_metrics"] == {"ffn": "random"}
-    text = made["towers"]["text"]
-    assert len(text["drop"]) == 2
-    assert text["cut"]
-    assert text["graft"]
-    # widths alone drop nothing
-    step = interlace("plan", scores, "-o", plan, "--ffn", 0.25, "--overwrite")
-    assert step[0] == 0, step
-    assert json.loads(plan.read_text())["towers"]["text"]["drop"] == []
-
-
-def test_parts_of_layers_are_planned_and_taken_out(interlace, tmp_path: Path) -> None:
-    scores, plan, student = tmp_path / "s.json", tmp_path / "p.json", tmp_path / "out"
-    metrics = "similarity,attention_relevance,mlp_relevance"
-    assert interlace("score", "bundled:clip", "-o", scores, "--metrics", metrics)[0] == 0
-    shares = ("--attention-parts", "text=0.4,vision=0.4", "--ffn-parts", 0.4)
-    assert interlace("plan", scores, "-o", plan, *shares)[0] == 0
-    for tower in json.loads(plan.read_text())["towers"].values():
-        assert set(tower["parts"]) == {"self_attn", "mlp"}
-    assert interlace("prune", "bundled:clip", plan, "-o", student)[0] == 0
-    assert not json.loads((student / "interlace.json").read_text())["standard"]
 
 
 def test_a_fused_model_is_measured(interlace, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_earlier_results_are_read_and_continued(all_jobs: Any) -> None:
     rows = read(EARLIER)
     assert len(rows) == 123
     shown = table(rows)
-    assert "| 25% of the layers | clip image_to_text_r1 |" in shown
+    assert "| 25% of the layers | CLIP R@1, image to text |" in shown
     assert "`sleb` + fold" in shown
     known = {json.dumps(row["cell"]) for row in rows}
     wanted = {json.dumps(job.cell) for job in all_jobs("small", ("none", "fold"))}
@@ -191,7 +191,7 @@ def test_a_table_of_parameters_says_how_many_are_gone() -> None:
     left = {"parameters": 200, "nonzero_parameters": 150}
     cells = [dense, {"cell": ["m", "magnitude", 0.3, 0], "raw": {"t/x": 0.4}, **left}]
     shown = table(cells, sizes=True)
-    assert "| 30% of the parameters | m x |" in shown
+    assert "| 30% of the parameters | m t/x |" in shown
     assert "| `magnitude` (25.0 % gone) | 80.0 |" in shown
 
 
