@@ -88,7 +88,7 @@ PRESETS = {
     ),
     # the published budget: one percent of the training samples, one epoch
     "percent": Preset(
-        ("compensated", "sleb", "last", "shortgpt", "linearpatch", "width", "magnitude"),
+        (OURS, "interlace", "sleb", "last", "shortgpt", "linearpatch", "width", "magnitude"),
         (0.25, 0.334, 0.50),
         (0, 1, 2),
         Sizes(128, 0.01, 32, 256),
