@@ -154,7 +154,8 @@ def _panel(axes: Any, model: str, found: Any, ours: str, entries: dict[str, Any]
         1, 100, marker="+", ms=13, mew=2.2, color="black", ls="none", zorder=5
     )
     axes.axhline(100, color="0.85", lw=0.8, zorder=0)
-    axes.set_ylim(FLOOR, None)
+    # room for a marker above what is whole
+    axes.set_ylim(FLOOR, max(102.0, 1.0 + max(axes.dataLim.y1, FLOOR)))
     axes.set_title(f"{model} (below {FLOOR:.0f} %: {hidden})" if hidden else model, fontsize=11)
     axes.set_xlabel("measured speed-up")
     for side in ("top", "right"):

@@ -1,4 +1,4 @@
-"""The command `progressive`: the whole flow with the layers dropped in several stages."""
+"""The command `progressive`: the whole flow with repaired cuts, in one stage or several."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def progressive(
     drop_fraction: Annotated[
         float, typer.Option(help="Share of the layers to drop in all, 0..1.")
     ] = 0.25,
-    stages: Annotated[int, typer.Option(min=1, help="Number of stages.")] = 3,
+    stages: Annotated[int, typer.Option(min=1, help="Number of stages.")] = 1,
     rule: Annotated[
         str, typer.Option(help=f"How layers are chosen: {', '.join(rule_names())}.")
     ] = "compensated",
@@ -78,7 +78,7 @@ def progressive(
     trust_remote_code: Remote = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Drop layers a few at a time; each stage scores, heals and measures again.
+    """Drop layers with their cuts repaired, in one stage or several that heal and measure again.
 
     Run it again with the same options and it goes on where it stopped. A recipe with a section
     [progressive] for `interlace run` sets more.

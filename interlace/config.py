@@ -272,7 +272,9 @@ class ProgressiveSettings(Settings):
     """How to drop layers in several stages, each with scoring and healing of its own.
 
     Attributes:
-        stages: number of stages; one that would drop no further layer is merged into the next.
+        stages: number of stages; one that would drop no further layer is merged into the next. One
+            cut at once kept the most on the same tokens (docs/retention.md); more yield smaller
+            students as well, and let the guard stop in between.
         guard: what is measured after every stage, beside the dense model: "loss" (retention is the
             likelihood of the right answers, exp(dense loss - loss)), or "task/metric" such as
             "vqa/accuracy".
@@ -283,7 +285,7 @@ class ProgressiveSettings(Settings):
         export_stages: also export the student of every stage (`interlace run` only).
     """
 
-    stages: int = within(3, 1)
+    stages: int = within(1, 1)
     guard: str = "loss"
     min_retention: float | None = within(None, 0.0, 1.0)
     gate_importance: float | None = within(None, 0.0)
