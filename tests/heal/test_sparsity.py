@@ -2,20 +2,17 @@ from __future__ import annotations
 
 import copy
 import math
-import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from heal.toys import run_child, toy, toy_collate, toy_samples
-from safetensors.torch import load_file, save_file
+from heal.toys import assert_gated_runs_resume, toy, toy_collate, toy_samples
 from tiny import TINY, tiny_inputs
 from torch import nn
 
 from interlace.errors import ConfigError
 from interlace.heal import heal
 from interlace.heal.sparsity import Gates, find_branches, fold, importance
-from interlace.heal.trainer import HealTrainer
 from interlace.models.handle import VLM
 from interlace.models.registry import family_of
 
@@ -186,38 +183,6 @@ def test_gates_have_a_learning_rate_of_their_own() -> None:
                 assert gate == pytest.approx(1.0 - rate, rel=1e-3)
 
 
-def _gated_run(folder: Path, result: Path, kill_at: int | None) -> None:
-    plain = HealTrainer.training_step
-
-    def training_step(self: HealTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == kill_at:
-            signal.raise_signal(signal.SIGKILL)
-        return plain(self, *args, **kwargs)
-
-    HealTrainer.training_step = training_step
-    teacher, student = toy("llava")
-    heal(
-        student,
-        teacher=teacher,
-        data=toy_samples(6),
-        collate=toy_collate("llava", teacher.model),
-        output=folder,
-        resume=folder.exists(),
-        max_steps=4,
-        save_steps=1,
-        batch_size=2,
-        accumulation=2,
-        learning_rate=1e-2,
-        gates="hard_concrete",
-    )
-    save_file({n: p.detach().clone() for n, p in student.model.named_parameters()}, result)
-
-
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_killed_run_with_random_gates_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
-    assert run_child(_gated_run, tmp_path / "a", one, None) == 0
-    assert run_child(_gated_run, tmp_path / "b", other, 2) == -signal.SIGKILL
-    assert run_child(_gated_run, tmp_path / "b", other, None) == 0
-    left, right = load_file(one), load_file(other)
-    assert all(torch.equal(value, right[name]) for name, value in left.items())
+    assert_gated_runs_resume(tmp_path, max_steps=4, accumulation=2)

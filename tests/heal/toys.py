@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import PAD, TINY, tiny_inputs
 
 from interlace.config import HealSettings
 from interlace.data.samples import Sample, Turn
+from interlace.heal import heal
 from interlace.heal.anchors import find_anchors, tuned_parameters
 from interlace.heal.model import HealModel
 from interlace.heal.shell import make_shell
+from interlace.heal.trainer import HealTrainer
 from interlace.models.handle import VLM
 from interlace.models.registry import family_of
 from interlace.records import Plan, TowerPlan
@@ -21,6 +25,7 @@ from interlace.surgery import prune
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
+    from pathlib import Path
 
 IGNORED = -100
 
@@ -127,3 +132,43 @@ def run_child(target: Callable[..., None], *args: Any) -> int | None:
     child.join()
     code: int | None = child.exitcode
     return code
+
+
+def gated_run(folder: Path, result: Path, kill_at: int | None, settings: dict[str, Any]) -> None:
+    """Heal with random gates, from the last checkpoint where there is one; write the weights.
+
+    The process kills itself at the beginning of step `kill_at`.
+    """
+    plain = HealTrainer.training_step
+
+    def training_step(self: HealTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == kill_at:
+            signal.raise_signal(signal.SIGKILL)
+        return plain(self, *args, **kwargs)
+
+    HealTrainer.training_step = training_step
+    teacher, student = toy("llava")
+    heal(
+        student,
+        teacher=teacher,
+        data=toy_samples(6),
+        collate=toy_collate("llava", teacher.model),
+        output=folder,
+        resume=folder.exists(),
+        save_steps=1,
+        batch_size=2,
+        learning_rate=1e-2,
+        gates="hard_concrete",
+        **settings,
+    )
+    save_file({n: p.detach().clone() for n, p in student.model.named_parameters()}, result)
+
+
+def assert_gated_runs_resume(folder: Path, **settings: Any) -> None:
+    """Compare the weights of a whole run with those of one that was killed at step 2."""
+    one, other = folder / "one.safetensors", folder / "other.safetensors"
+    assert run_child(gated_run, folder / "a", one, None, settings) == 0
+    assert run_child(gated_run, folder / "b", other, 2, settings) == -signal.SIGKILL
+    assert run_child(gated_run, folder / "b", other, None, settings) == 0
+    left, right = load_file(one), load_file(other)
+    assert all(torch.equal(value, right[name]) for name, value in left.items())
