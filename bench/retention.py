@@ -86,12 +86,13 @@ PRESETS = {
     "parameters": Preset(
         ("ours_total", OURS, "width", "magnitude"), (0.30, 0.40, 0.50), (0, 1, 2), FULL, exact=True
     ),
-    # the published budget: one percent of the training samples, one epoch
+    # the published budget: one percent of the training samples, one epoch; more samples to fit on
+    # and more steps than in `full`
     "percent": Preset(
         (OURS, "interlace", "sleb", "last", "shortgpt", "linearpatch", "width", "magnitude"),
         (0.25, 0.334, 0.50),
         (0, 1, 2),
-        Sizes(128, 0.01, 32, 256),
+        Sizes(512, 0.01, 8, 256),
     ),
 }
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 BATCH_SIZE = 32
 # What a loss-greedy rule judges by; a pass over them is paid for every layer in every round.
 LOSS_SAMPLES = 64
+# What our own rule repairs students with and judges them by, half and half, as often.
+REPAIR_SAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Shared:
     @cached_property
     def repaired_loss(self) -> CompensatedLoss:
         """How far a student with folded cuts is from the dense model; what is known is kept."""
-        return CompensatedLoss(self.vlm, self.calibration, BATCH_SIZE, "fold")
+        return CompensatedLoss(self.vlm, self.calibration[:REPAIR_SAMPLES], BATCH_SIZE, "fold")
 
     @cached_property
     def _loss_batches(self) -> list[dict[str, Any]]:
