@@ -92,7 +92,7 @@ PRESETS = {
         (OURS, "interlace", "sleb", "last", "shortgpt", "linearpatch", "width", "magnitude"),
         (0.25, 0.334, 0.50),
         (0, 1, 2),
-        Sizes(512, 0.01, 8, 256),
+        Sizes(512, 0.01, 8, 256, contrastive_batch=32),
     ),
 }
 
@@ -139,9 +139,12 @@ class Bench:
 
     def case(self, name: str, fraction: float, seed: int, bridges: str = "none") -> Case:
         """Return what a method is given."""
+        batch = self.sizes.heal_batch
+        if SUBJECTS[name].objective == "contrastive":
+            batch = self.sizes.contrastive_batch or batch
         settings = HealSettings(
             epochs=1.0,
-            batch_size=max(1, self.sizes.heal_batch),
+            batch_size=max(1, batch),
             learning_rate=SUBJECTS[name].learning_rate,
             warmup_fraction=0.1,
             seed=seed,

@@ -41,12 +41,15 @@ class Sizes:
             measure before healing only.
         heal_batch: samples per step of healing.
         held_out: to measure on, per task.
+        contrastive_batch: the same where samples are compared within a batch, so that a smaller
+            one is an easier task; 0 for as many.
     """
 
     calibration: int
     heal_samples: float
     heal_batch: int
     held_out: int
+    contrastive_batch: int = 0
 
 
 class Shared:
