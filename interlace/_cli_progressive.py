@@ -37,7 +37,7 @@ def progressive(
     rule: Annotated[
         str, typer.Option(help=f"How layers are chosen: {', '.join(rule_names())}.")
     ] = "compensated",
-    bridges: Bridges = "fold",
+    bridges: Bridges = "refit",
     min_retention: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Roll back a stage that keeps less than this, 0..1."),

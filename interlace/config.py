@@ -180,8 +180,9 @@ class PruneSettings(Settings):
 
     Attributes:
         allow_pinned: also drop layers that the model's family pins, where surgery can.
-        bridges: what stands in for the removed layers: "none", "scale", "fold", "diagonal" or
-            "lowrank", or a table of them per tower. They are fitted on the calibration samples.
+        bridges: what stands in for the removed layers: "none", "scale", "fold", "refit",
+            "diagonal" or "lowrank", or a table of them per tower. They are fitted on the
+            calibration samples.
         rank: of low-rank bridges.
     """
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import interlace as il
 from interlace.config import PlanSettings, ScoreSettings
 from interlace.errors import PlanError
-from interlace.progressive.verb import HIDDEN_WEIGHT
+from interlace.progressive.verb import HIDDEN_WEIGHT, REPAIR
 from methods.case import BATCH_SIZE, LOSS_SAMPLES, Case, Made, Method
 from methods.ours import match_states
 from methods.rules import OURS, cut, plan_by, tune_all
@@ -27,7 +27,7 @@ class Variant:
         rule: that chooses the layers.
         metrics: what is scored.
         plan: options of `make_plan`.
-        bridges: at the cuts; the layers are chosen with folded ones all the same.
+        bridges: of the student; the layers are chosen with folded cuts all the same.
         tune_all: train all layers that stay, not the neighbours of the cuts alone.
         heal: settings of healing.
         timed: as of `Method`.
@@ -36,7 +36,7 @@ class Variant:
     rule: str = OURS
     metrics: tuple[str, ...] = ("similarity",)
     plan: Mapping[str, Any] = field(default_factory=dict)
-    bridges: str = "fold"
+    bridges: str = REPAIR
     tune_all: bool = False
     heal: Mapping[str, Any] = field(default_factory=dict)
     timed: str = "layers"
@@ -45,6 +45,7 @@ class Variant:
 VARIANTS = {
     # without a part
     "ours_no_bridges": Variant(bridges="none"),
+    "ours_fold_alone": Variant(bridges="fold"),
     "ours_chosen_unrepaired": Variant(rule="sleb"),
     "ours_chosen_by_cosine": Variant(rule="shortgpt"),
     "ours_chosen_by_triplets": Variant(rule="interlace"),
@@ -90,7 +91,7 @@ def make(variant: Variant, case: Case) -> Made:
         == (set(usual[name].drop), set(usual[name].tune), usual[name].graft)
         for name, each in plan.towers.items()
     )
-    if alike and variant.bridges == "fold" and not variant.heal:
+    if alike and variant.bridges == REPAIR and not variant.heal:
         return Made(None, same_as=OURS)
     return Made(cut(case, plan, variant.bridges))
 

@@ -1,10 +1,10 @@
-"""The package's own way: layers chosen with their cuts repaired, bridges folded, states matched."""
+"""The package's own way: layers chosen with cuts repaired, the rest refitted, states matched."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from interlace.progressive.verb import HIDDEN_WEIGHT
+from interlace.progressive.verb import HIDDEN_WEIGHT, REPAIR
 from methods.case import Case, Made, Method, heal
 from methods.rules import OURS, cut, plan_by
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def compensated(case: Case) -> Made:
-    """Drop what a repaired student misses least, and fold the repair into what stays."""
-    return Made(cut(case, plan_by(OURS, case), "fold"))
+    """Drop what a repaired student misses least, and refit what stays."""
+    return Made(cut(case, plan_by(OURS, case), REPAIR))
 
 
 def match_states(case: Case, student: Any, **overrides: Any) -> il.HealReport:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from interlace.progressive.verb import REPAIR
 from methods.case import Case, Made, Method
 from methods.ours import match_states
 from methods.rules import OURS, cut, plan_by, tune_all
@@ -81,6 +82,7 @@ def total(case: Case) -> Made:
     How much goes by what is decided, tower by tower, by what selects our layers: how far a student
     with folded cuts is from the dense model on calibration samples. Of the best split, heads and
     neurons are then also chosen over all layers, which end in different widths if that is better.
+    What stays is refitted.
 
     Raises:
         PlanError: a tower's heads or neurons cannot be cut.
@@ -103,8 +105,7 @@ def total(case: Case) -> Made:
     plan = next(iter(chosen.values()))
     towers = {name: each.towers[name] for name, each in chosen.items()}
     plan = replace(plan, towers=towers, standard=False)
-    bridges = "fold" if any(each.drop for each in towers.values()) else "none"
-    return Made(cut(case, plan, bridges), "; ".join(notes))
+    return Made(cut(case, plan, REPAIR), "; ".join(notes))
 
 
 def _loss(case: Case, split: Split) -> float:

@@ -165,14 +165,16 @@ class Plan(Record):
 
 @dataclass(frozen=True)
 class Bridge(Checked):
-    """What stands in for one run of adjacent removed layers; numbers count in the original model.
+    """What stands in for one run of adjacent removed layers, or what a kept layer was refitted to.
+
+    Numbers count in the original model.
 
     Attributes:
         tower: tower name.
         kind: name of the bridge, such as "fold"; "none" where there is none, and `note` says why.
-        dropped: the removed layers.
-        after: the kept layer before them; None where there is none.
-        error_before: squared distance of the student's hidden states behind the cut from those of
+        dropped: the removed layers; none where a kept layer was refitted.
+        after: the kept layer before them, which was changed; None where there is none.
+        error_before: squared distance of the student's hidden states behind it from those of
             the original model, over their squared size, on held-out samples, without this bridge.
         error_after: the same with it.
         settings: what was chosen for it, such as its "ridge" or "factor" (any JSON values).
@@ -204,7 +206,8 @@ class PruneRecord(Record):
         widths: what the config of a checkpoint that is not standard cannot state: tower ->
             original layer -> place in the layer -> query heads of every KV head, or the number of
             neurons; empty where the place was taken out whole.
-        bridges: what stands in for the removed layers, one entry per cut; empty without bridges.
+        bridges: what stands in for the removed layers, one entry per cut, and the refitted layers,
+            front to back; empty without bridges.
         notes: anything a user of the student should know.
     """
 

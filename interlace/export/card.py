@@ -159,7 +159,8 @@ def _bridges(bridges: Sequence[Bridge]) -> list[str]:
     ]
     head = ("tower", "in place of layers", "bridge", "behind layer", "error without", "error with")
     return [
-        "Bridges stand in for the removed layers. The errors are squared distances of the hidden "
+        "Bridges stand in for the removed layers; refitted layers correct what is left over. The "
+        "errors are squared distances of the hidden "
         "states there from those of the original model, over their squared size, on held-out "
         "samples, before any healing.",
         _table(head, rows),

@@ -19,7 +19,7 @@ from interlace.models.handle import check_vlm
 from interlace.plan.rules import USE_LOSS
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
-from interlace.surgery.bridges.names import check_bridges, has_bridges
+from interlace.surgery.bridges.names import FOLD, NONE, REFIT, check_bridges, has_bridges
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -185,11 +185,13 @@ class CompensatedLoss:
             InterlaceError: as `prune` raises it.
         """
         vlm, bridges = self._vlm, self._bridges
-        shortened = [name for name, tower in plan.towers.items() if tower.drop]
+        shortened = {name for name, tower in plan.towers.items() if tower.drop}
+        changed = shortened | {name for name, tower in plan.towers.items() if tower.losing()}
         if isinstance(bridges, dict):
-            bridges = {name: kind for name, kind in bridges.items() if name in shortened} or "none"
-        elif not shortened:
-            bridges = "none"
+            able = {name: changed if kind == REFIT else shortened for name, kind in bridges.items()}
+            bridges = {name: kind for name, kind in bridges.items() if name in able[name]} or NONE
+        elif not (changed if bridges == REFIT else shortened):
+            bridges = NONE
         data = self._fitted if has_bridges(bridges) else None
         student = prune(vlm, plan, bridges=bridges, data=data, batch_size=self._batch_size)
         measure = _Measure(
@@ -208,7 +210,7 @@ def layer_loss(
     rule: str = COMPENSATED,
     *,
     batch_size: int = 8,
-    bridges: str | dict[str, str] = "fold",
+    bridges: str | dict[str, str] = FOLD,
 ) -> Loss:
     """Make what a rule that chooses by the loss asks: `make_plan(..., rule=rule, loss=...)`.
 
@@ -245,6 +247,9 @@ def layer_loss(
 def recipe_loss(settings: _Sections, vlm: VLM, data: Sequence[Sample]) -> Loss | None:
     """Make the loss that the rule of a recipe asks for; None where it asks for none.
 
+    Students that will be refitted are judged with their cuts folded, which chooses as well at a
+    fraction of the cost: docs/decisions/0006-default-rule.md.
+
     Args:
         settings: with the sections of the stages.
         vlm: the model that the plan is for.
@@ -254,4 +259,12 @@ def recipe_loss(settings: _Sections, vlm: VLM, data: Sequence[Sample]) -> Loss |
     if rule not in USE_LOSS:
         return None
     size, bridges = settings.score.batch_size, settings.prune.bridges
+    if isinstance(bridges, dict):
+        bridges = {name: _judged_by(kind) for name, kind in bridges.items()}
+    else:
+        bridges = _judged_by(bridges)
     return layer_loss(vlm, data, rule, batch_size=size, bridges=bridges)
+
+
+def _judged_by(bridge: str) -> str:
+    return FOLD if bridge == REFIT else bridge

@@ -22,7 +22,7 @@ from interlace.plan.rules import find_rule
 from interlace.progressive.guard import check_guard, held_out_scenes
 from interlace.progressive.stages import Run, Setup, Stage
 from interlace.records import ProgressiveRecord, Provenance
-from interlace.surgery.bridges.names import RUN_TIME, check_bridges
+from interlace.surgery.bridges.names import REFIT, RUN_TIME, check_bridges
 
 if TYPE_CHECKING:
     import os
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 RECORD = "progressive.json"
 HELD_OUT = 256
 RECOMMENDED = "compensated"
-REPAIR = "fold"
-# With its cuts folded a student is near the dense model from the start, and the hidden states say
+REPAIR = REFIT
+# With its cuts repaired a student is near the dense model from the start, and the hidden states say
 # what is missing at every token: docs/decisions/0006-default-rule.md.
 HIDDEN_WEIGHT = 20.0
 
@@ -123,7 +123,7 @@ def progressive(
         score: how to score; default: `ScoreSettings()`. Its batch size is also that of the loss and
             of measuring.
         plan: what to drop in all and by what rule; default: a quarter by "compensated".
-        prune: how to cut; default: with the bridge "fold". Bridges are fitted on `calibration`,
+        prune: how to cut; default: with the bridge "refit". Bridges are fitted on `calibration`,
             each stage's on the student it cuts; those at run time are refused.
         heal: how to heal in all; default: `HealSettings(hidden_weight=20.0)`, which suits cuts that
             are repaired. With gates, all stages but the last learn them.
@@ -241,7 +241,8 @@ def _check_prune(settings: PruneSettings) -> None:
         if name in RUN_TIME:
             raise ConfigError(
                 f"The bridge '{name}' is a module at run time, and a student that has one cannot "
-                "be cut again by the next stage. Take 'fold' or 'scale', which go into the weights."
+                "be cut again by the next stage. Take 'refit', 'fold' or 'scale', which go into "
+                "the weights."
             )
 
 

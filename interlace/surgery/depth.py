@@ -91,8 +91,10 @@ def prune(
 
     Bridges stand in for the removed layers, fitted in closed form on calibration samples: "scale"
     gives the residual stream back its length, "fold" puts the effect of the removed layers into the
-    last projection before them. Both live in the weights of a standard checkpoint and cost nothing
-    at run time; weights that they change are the student's own, and train only where the plan says.
+    last projection before them, and "refit" also fits the last projections of all kept layers
+    from the first change of a tower on, narrowed ones too, to what these layers gave in the whole
+    model. All three live in the weights of a standard checkpoint and cost nothing at run time;
+    weights that they change are the student's own, and train only where the plan says.
     "diagonal" and "lowrank" are modules at the cuts whose parameters train when healing; such a
     student is saved by `export` and opened by `open_model`, not by plain transformers. A cut
     without a place for a bridge stays without one, and the manifest says why. See
@@ -103,8 +105,9 @@ def prune(
         plan: layers to drop and to tune, in original numbers. Towers that it does not name stay
             whole.
         allow_pinned: drop pinned layers too, where the family can express it.
-        bridges: "none", "scale", "fold", "diagonal" or "lowrank" for all towers that lose layers,
-            or tower name -> one of these; towers that it leaves out get none.
+        bridges: "none", "scale", "fold", "refit", "diagonal" or "lowrank" for all towers that lose
+            layers (with "refit" also those that lose heads, neurons or parts), or tower name -> one
+            of these; towers that it leaves out get none.
         data: what to fit bridges on, apart from the data to measure on: samples, which are fed with
             their answers, or ready batches that the model's forward takes as keyword arguments;
             they stay in memory. Default: 128 of the built-in scenes, which the manifest then notes.
@@ -137,7 +140,8 @@ def prune(
     for cut in cuts.values():
         check_cut(cut, allow_pinned)
     pruned = [name for name, cut in cuts.items() if cut.plan.drop]
-    wanted = bridges_by_tower(bridges, pruned, vlm.towers)
+    changed = [name for name, cut in cuts.items() if name in pruned or cut.plan.losing()]
+    wanted = bridges_by_tower(bridges, pruned, changed, vlm.towers)
     if data is not None and not wanted:
         raise ConfigError(
             f"prune reads data only to fit bridges, and bridges={bridges!r} asks for none in this "

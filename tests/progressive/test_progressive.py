@@ -135,7 +135,7 @@ def test_the_default_rule_needs_no_callback(vlm: Any, tmp_path: Path) -> None:
     )
     assert made.stages[0].healed is None
     assert made.record.settings["plan"]["rule"] == "compensated"
-    assert made.record.settings["prune"]["bridges"] == "fold"
+    assert made.record.settings["prune"]["bridges"] == "refit"
 
 
 def test_bridges_are_folded_in_every_stage(vlm: Any, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from interlace.models.bridges import DIAGONAL, LOWRANK
 from interlace.surgery.bridges.calibration import Calibration, default_data
 from interlace.surgery.bridges.fold import fit_fold
 from interlace.surgery.bridges.gaps import find_gaps
+from interlace.surgery.bridges.names import FOLD, REFIT
 from interlace.surgery.bridges.runtime import fit_run_time
 from interlace.surgery.bridges.scale import fit_scale
 
@@ -73,7 +74,8 @@ def fit_bridges(
         raise ConfigError(f"rank is {rank!r}; give a number of at least 1.")
     fits: dict[str, Callable[..., list[Bridge]]] = {
         "scale": fit_scale,
-        "fold": fit_fold,
+        FOLD: fit_fold,
+        REFIT: fit_fold,
         **{kind: partial(fit_run_time, kind=kind, rank=rank) for kind in (DIAGONAL, LOWRANK)},
     }
     notes: list[str] = []
@@ -87,7 +89,7 @@ def fit_bridges(
             stack.enter_context(inference(model))
             stack.enter_context(without_cache(model))
         for tower, weights in calibration.survey(names).items():
-            gaps, unread = find_gaps(cuts[tower])
+            gaps, unread = find_gaps(cuts[tower], refit=names[tower] == REFIT)
             notes += [
                 f"{tower} layers {', '.join(map(str, run))} are read by nothing, so no bridge "
                 "stands in for them"
@@ -99,7 +101,7 @@ def fit_bridges(
     notes += [
         f"{bridge.tower} layers {', '.join(map(str, bridge.dropped))} have no bridge: {bridge.note}"
         for bridge in bridges
-        if bridge.note
+        if bridge.note and bridge.dropped
     ]
     inputs = {"data": calibration.fingerprint} if calibration.fingerprint else {}
     return Fitted(tuple(bridges), tuple(notes), inputs)

@@ -1,5 +1,9 @@
 """`fold`: the effect of the removed layers, folded into the last projection before the cut.
 
+`refit` goes on with the kept layers behind: each one's last projection is fitted, in the same way,
+to what the same layer gives in the teacher, so that what a cut has left over does not grow on its
+way through them.
+
 With x the input of that projection W, o = W x + b what it adds to the residual stream, s the
 student's state behind the cut and t the teacher's, least squares finds the change of W (and of b
 where there is one) that explains what is missing:
@@ -24,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from interlace.errors import PlanError
 from interlace.records import Bridge
+from interlace.surgery.bridges.names import FOLD, NONE, REFIT
 from interlace.surgery.bridges.observe import observe
 from interlace.surgery.bridges.statistics import NormalEquations, choose
 from interlace.surgery.bridges.structure import (
@@ -47,6 +52,10 @@ if TYPE_CHECKING:
 _MAX_ROUNDS = 4
 # Channels whose norm weight is small against the others say little about what stands before it.
 _DAMPING = 0.1
+_NO_PLACE = (
+    "does not add its last linear projection to the residual stream as it is, nor straight before "
+    "a LayerNorm"
+)
 
 
 def fit_fold(
@@ -56,7 +65,7 @@ def fit_fold(
     calibration: Calibration,
     weights: TokenWeights,
 ) -> list[Bridge]:
-    """Fold a bridge into the student at every gap of one tower, front to back.
+    """Fit the projection before every gap of one tower, front to back.
 
     Each one is fitted on what the student computes with those before it in place. So it corrects
     what they left over, and its inputs are those that it will see.
@@ -64,7 +73,7 @@ def fit_fold(
     Args:
         teacher: the model before the cut; only read.
         student: the model after it; the projections get weights of their own.
-        gaps: the gaps of the tower, front to back.
+        gaps: the gaps of the tower, front to back; those of no layers refit the one before them.
         calibration: the batches.
         weights: of the tokens of this tower.
 
@@ -72,7 +81,7 @@ def fit_fold(
         What was done at each gap.
 
     Raises:
-        PlanError: the layer before a gap does not add its last projection to the residual stream.
+        PlanError: a layer to fold into does not add its last projection to the residual stream.
     """
     return [_fold(teacher, student, gap, calibration, weights) for gap in gaps]
 
@@ -88,15 +97,24 @@ def _fold(
         return _unbridged(gap, "no kept layer stands before it that could take it over")
     layers: Any = student.get_submodule(gap.path)
     layer = layers[gap.position - 1]
-    batch, projection = _projection(student, layer, gap, calibration)
-    if not gap.ends and read_elsewhere(
-        student, layer, layers[gap.position], partial(calibration.run, student, batch)
-    ):
-        return _unbridged(
-            gap,
-            f"the output of layer {gap.after} is also read by another part of the model, which "
-            "expects it as it is",
-        )
+    batch, projection = _projection(student, layer, calibration)
+    # whoever else reads a layer expects what the layer itself gives, which a refit aims at
+    if gap.dropped:
+        if projection is None:
+            raise PlanError(
+                f"Layer {gap.after} of the {gap.tower} tower ({type(layer).__name__}) {_NO_PLACE}, "
+                f"so nothing can be folded into it for {gap}. Use bridges='none' for this tower."
+            )
+        if not gap.ends and read_elsewhere(
+            student, layer, layers[gap.position], partial(calibration.run, student, batch)
+        ):
+            return _unbridged(
+                gap,
+                f"the output of layer {gap.after} is also read by another part of the model, which "
+                "expects it as it is",
+            )
+    if projection is None:
+        return _unbridged(gap, f"it {_NO_PLACE}")
     linear = projection.linear
     # held-out error before each round, and the weights it is the error of
     rounds: list[tuple[float, Weights]] = []
@@ -122,7 +140,7 @@ def _fold(
         return _unbridged(gap, "no change of the layer before it came closer on held-out samples")
     return Bridge(
         gap.tower,
-        "fold",
+        FOLD if gap.dropped else REFIT,
         gap.dropped,
         gap.after,
         error_before=rounds[0][0],
@@ -132,21 +150,14 @@ def _fold(
 
 
 def _projection(
-    student: nn.Module, layer: nn.Module, gap: Gap, calibration: Calibration
-) -> tuple[Mapping[str, Any], Projection]:
-    """Find the projection to fold into, and a batch that reaches its layer."""
+    student: nn.Module, layer: nn.Module, calibration: Calibration
+) -> tuple[Mapping[str, Any], Projection | None]:
+    """Find a batch that reaches a layer, and the projection of the layer to fit, if it has one."""
     for batch in calibration.batches:
         calls = record_calls([layer], partial(calibration.run, student, batch))
         if calls:
-            found = find_projection(calls[0])
-            if found is not None:
-                return batch, found
-            break
-    raise PlanError(
-        f"Layer {gap.after} of the {gap.tower} tower ({type(layer).__name__}) does not add its "
-        "last linear projection to the residual stream as it is, nor straight before a LayerNorm, "
-        f"so nothing can be folded into it for {gap}. Use bridges='none' for this tower."
-    )
+            return batch, find_projection(calls[0])
+    return {}, None
 
 
 def _equations(
@@ -199,4 +210,4 @@ def _change(projection: Projection, change: torch.Tensor) -> None:
 
 
 def _unbridged(gap: Gap, why: str) -> Bridge:
-    return Bridge(gap.tower, "none", gap.dropped, gap.after, note=why)
+    return Bridge(gap.tower, NONE, gap.dropped, gap.after, note=why)

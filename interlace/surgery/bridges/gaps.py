@@ -1,4 +1,7 @@
-"""Gaps: the places of a tower where removed layers stood, one per run of adjacent ones."""
+"""Gaps: the places of a tower where removed layers stood, one per run of adjacent ones.
+
+Where kept layers are refitted too, there is one behind each of them, of no layers.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gap:
-    """One run of adjacent removed layers.
+    """One run of adjacent removed layers, or the place behind a kept layer to be refitted.
 
     Attributes:
         tower: tower name.
         path: dotted path of the tower's layers, the same in both models.
-        dropped: original numbers of the removed layers.
+        dropped: original numbers of the removed layers; none behind a layer to be refitted.
         after: original number of the kept layer before them; None where there is none.
         position: student position of the layer behind the gap; the student's depth where it is the
             end of the tower.
@@ -35,15 +38,19 @@ class Gap:
 
     def __str__(self) -> str:
         """Name the place in messages and notes."""
-        numbers = ", ".join(map(str, self.dropped))
+        numbers = ", ".join(map(str, self.dropped or [self.after]))
         return f"{self.tower} layer{'s' if len(self.dropped) > 1 else ''} {numbers}"
 
 
-def find_gaps(cut: Cut) -> tuple[list[Gap], list[tuple[int, ...]]]:
+def find_gaps(cut: Cut, *, refit: bool = False) -> tuple[list[Gap], list[tuple[int, ...]]]:
     """Find the gaps of a cut tower, front to back.
 
     Removed layers whose output nothing reads (above LLaVA's `vision_feature_layer`) are left out at
     the end of a run: what is read there is the state before them.
+
+    Args:
+        cut: of the tower.
+        refit: also give the places behind all kept layers from the first change of the tower on.
 
     Returns:
         The gaps, and the runs of unread layers that need no bridge (original numbers).
@@ -51,6 +58,8 @@ def find_gaps(cut: Cut) -> tuple[list[Gap], list[tuple[int, ...]]]:
     tower = cut.tower
     gaps, unread = [], []
     kept = (*cut.kept, tower.num_layers)
+    narrowed = cut.plan.losing() | set(cut.plan.graft)
+    changed = False
     for position, behind in enumerate(kept):
         first = kept[position - 1] + 1 if position else 0
         read = behind
@@ -58,8 +67,10 @@ def find_gaps(cut: Cut) -> tuple[list[Gap], list[tuple[int, ...]]]:
             read -= 1
         if read < behind:
             unread.append(tower.original[read:behind])
-        if read > first:
-            after = tower.original[first - 1] if first else None
+        after = tower.original[first - 1] if first else None
+        changed = changed or behind > first or after in narrowed
+        wanted = refit and changed and after is not None and after not in tower.unread
+        if read > first or wanted:
             dropped = tower.original[first:read]
             ends = all(layer in tower.unread for layer in tower.original[read:])
             gaps.append(Gap(tower.name, tower.path, dropped, after, position, read, ends))

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from interlace.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
-NONE = "none"
+NONE, FOLD, REFIT = "none", "fold", "refit"
 # Name -> what it is, in the words that records and cards use.
 FOLDED = {
     "scale": "one factor per cut, folded into the weights behind it",
-    "fold": "the effect of the removed layers, folded into the layer before the cut",
+    FOLD: "the effect of the removed layers, folded into the layer before the cut",
+    REFIT: "the same, and all kept layers behind the first cut fitted to what they should give",
 }
 RUN_TIME = {
     "diagonal": "one factor per channel at every cut, at run time",
@@ -45,37 +46,43 @@ def check_bridges(bridges: Any) -> None:
             raise ConfigError(unknown_name("bridge", name, BRIDGES))
 
 
-def has_bridges(bridges: str | Mapping[str, str]) -> bool:
-    """Tell whether a choice of bridges asks for any."""
+def has_bridges(bridges: str | Mapping[str, str], but: Collection[str] = ()) -> bool:
+    """Tell whether a choice of bridges asks for any, or for any but some."""
     names = bridges.values() if isinstance(bridges, Mapping) else [bridges]
-    return any(name != NONE for name in names)
+    return any(name != NONE and name not in but for name in names)
 
 
 def bridges_by_tower(
-    bridges: str | Mapping[str, str], pruned: Iterable[str], towers: Iterable[str]
+    bridges: str | Mapping[str, str],
+    shortened: Iterable[str],
+    changed: Iterable[str],
+    towers: Iterable[str],
 ) -> dict[str, str]:
     """Return the bridge of every pruned tower that gets one.
 
     Args:
         bridges: a name for all pruned towers, or tower name -> name; towers it leaves out get none.
-        pruned: towers that lose layers.
+        shortened: towers that lose layers, which all bridges can stand in for.
+        changed: towers that lose anything, which can be refitted.
         towers: all towers of the model.
 
     Raises:
-        ConfigError: an unknown bridge or tower, or a bridge for a tower that loses no layer.
+        ConfigError: an unknown bridge or tower, or a bridge for a tower that it can do nothing for.
     """
     check_bridges(bridges)
-    pruned, towers = list(pruned), list(towers)
+    shortened, changed, towers = list(shortened), list(changed), list(towers)
     if isinstance(bridges, str):
+        pruned = changed if bridges == REFIT else shortened
         return {} if bridges == NONE else dict.fromkeys(pruned, bridges)
     for tower in bridges:
         if tower not in towers:
             raise ConfigError(unknown_name("tower", tower, towers))
     wanted = {tower: name for tower, name in bridges.items() if name != NONE}
     for tower, name in wanted.items():
+        pruned, lost = (changed, "nothing") if name == REFIT else (shortened, "no layer")
         if tower not in pruned:
             raise ConfigError(
-                f"bridges asks for '{name}' in the {tower} tower, which loses no layer by this "
-                f"plan. Towers that lose layers: {', '.join(pruned) or 'none'}."
+                f"bridges asks for '{name}' in the {tower} tower, which loses {lost} by this plan. "
+                f"Towers that can have it: {', '.join(pruned) or 'none'}."
             )
     return wanted

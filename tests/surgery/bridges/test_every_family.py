@@ -52,35 +52,45 @@ def _values(model: Any, inputs: Any) -> list[torch.Tensor]:
     return [v for v in output.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
 
 
+@pytest.mark.parametrize("kind", ["fold", "refit"])
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_fold_reaches_every_tower_and_reloads_in_plain_transformers(
-    name: str, tmp_path: Path
+def test_weights_that_are_fitted_reach_every_tower_and_reload_in_plain_transformers(
+    name: str, kind: str, tmp_path: Path
 ) -> None:
     vlm = _dense(name)
     data = _data(vlm)
     before, outputs = vlm.fingerprint, _values(vlm.model, data[0])
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in vlm.model.modules()]
     drop = _middle(vlm)
-    student = prune(vlm, _plan(vlm, drop), bridges="fold", data=data)
+    student = prune(vlm, _plan(vlm, drop), bridges=kind, data=data)
     assert vlm.fingerprint == before
     assert all(map(torch.equal, _values(vlm.model, data[0]), outputs))
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in vlm.model.modules()]
     assert {bridge.tower for bridge in student.record.bridges} == set(vlm.towers)
     for bridge in student.record.bridges:
-        assert bridge.dropped == drop[bridge.tower]
-        if bridge.kind == "fold":
+        if bridge.kind != "none":
             assert bridge.error_after < bridge.error_before
-        else:
+        elif bridge.dropped:
             assert any(bridge.note in note for note in student.record.notes)
-    # random weights leave little to learn, but a family that folds nowhere is a mistake
-    assert any(bridge.kind == "fold" for bridge in student.record.bridges)
+    behind = {
+        tower: [layer for layer in student.towers[tower].original if layer > max(gone)]
+        for tower, gone in drop.items()
+    }
+    for tower, gone in drop.items():
+        found = [b for b in student.record.bridges if b.tower == tower]
+        assert [b.dropped for b in found if b.dropped] == [gone]
+        unread = vlm.towers[tower].unread
+        expected = [each for each in behind[tower] if each not in unread] if kind == "refit" else []
+        assert [b.after for b in found if not b.dropped] == expected
+    # random weights leave little to learn, but a family that is fitted nowhere is a mistake
+    assert any(bridge.kind != "none" for bridge in student.record.bridges)
 
     shared = {parameter.data_ptr() for parameter in vlm.model.parameters()}
     own = [n for n, p in student.model.named_parameters() if p.data_ptr() not in shared]
     places = {
         f"{vlm.towers[b.tower].path}.{student.towers[b.tower].position(b.after)}."
         for b in student.record.bridges
-        if b.kind == "fold"
+        if b.kind != "none"
     }
     assert {n for n in own if not n.startswith(tuple(places))} == set()
     assert len({n.rpartition(".")[0] for n in own}) == len(places)

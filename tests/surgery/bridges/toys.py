@@ -84,8 +84,11 @@ def tower(
     return made.double().requires_grad_(False)
 
 
-def without(dense: Tower, drop: Sequence[int]) -> tuple[Tower, list[Gap]]:
-    """The tower without some layers, over the same weights, and its gaps."""
+def without(dense: Tower, drop: Sequence[int], *, refit: bool = False) -> tuple[Tower, list[Gap]]:
+    """The tower without some layers, over the same weights, and its gaps.
+
+    With `refit` also the places behind the kept layers after the first gap.
+    """
     shared: Any = {id(parameter): parameter for parameter in dense.parameters()}
     student = copy.deepcopy(dense, shared)
     kept = [i for i in range(len(dense.layers)) if i not in drop]
@@ -93,7 +96,7 @@ def without(dense: Tower, drop: Sequence[int]) -> tuple[Tower, list[Gap]]:
     gaps = []
     for position, behind in enumerate((*kept, len(dense.layers))):
         first = kept[position - 1] + 1 if position else 0
-        if behind > first:
+        if behind > first or (refit and gaps):
             gone, after = tuple(range(first, behind)), first - 1 if first else None
             ends = behind == len(dense.layers)
             gaps.append(Gap("text", "layers", gone, after, position, behind, ends))
