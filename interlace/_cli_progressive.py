@@ -60,7 +60,7 @@ def progressive(
     data: Data = "scenes",
     root: Root = None,
     split: Split = "train",
-    calibration_count: Count = 256,
+    calibration_count: Count = 512,
     heal_count: Count = 4096,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of healing.")] = 1e-5,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per pass of healing.")] = 16,

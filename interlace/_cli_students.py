@@ -107,7 +107,7 @@ def heal(
     """Cut the dense model by the plan, train the tuned layers, and save the result.
 
     Checkpoints go to OUTPUT.healing beside the result; `--resume` goes on from the newest. Bridges
-    are fitted on the first 128 samples of the data.
+    are fitted on the first 512 samples of the data.
     """
     from interlace.config import HealSettings
     from interlace.export import export as run_export

@@ -58,7 +58,7 @@ class DataSettings(Settings):
         root: folder that relative image paths start from; images outside are refused.
         split: part of the data to score and heal with.
         tasks: only samples of these tasks; default: all.
-        calibration_count: samples to score with.
+        calibration_count: samples to score with, and to fit bridges on.
         heal_count: samples to heal with; default: all, or 4096 of the unlimited "scenes".
         seed: seed of the choice of samples.
         max_bad_fraction: share of unreadable samples that is skipped before it is an error.
@@ -68,7 +68,7 @@ class DataSettings(Settings):
     root: str | None = None
     split: str = "train"
     tasks: tuple[Literal["chat", "vqa", "caption", "retrieval"], ...] | None = None
-    calibration_count: int = within(256, 1)
+    calibration_count: int = within(512, 1)
     heal_count: int | None = within(None, 1)
     seed: int = within(0, 0)
     max_bad_fraction: float = within(0.01, 0.0, 1.0)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     Batches = Sequence[Mapping[str, Any]]
 
+# What the rules of recipes and progressive runs look at, at most.
+LOSS_SAMPLES = 128
 # The rule that judges students with repaired cuts.
 COMPENSATED = "compensated"
 
@@ -247,8 +249,9 @@ def layer_loss(
 def recipe_loss(settings: _Sections, vlm: VLM, data: Sequence[Sample]) -> Loss | None:
     """Make the loss that the rule of a recipe asks for; None where it asks for none.
 
-    Students that will be refitted are judged with their cuts folded, which chooses as well at a
-    fraction of the cost: docs/decisions/0006-default-rule.md.
+    It looks at the first 128 samples, since a rule asks it very often, and judges students that
+    will be refitted with their cuts folded, which chose the same layers at half the cost:
+    docs/decisions/0006-default-rule.md.
 
     Args:
         settings: with the sections of the stages.
@@ -263,7 +266,7 @@ def recipe_loss(settings: _Sections, vlm: VLM, data: Sequence[Sample]) -> Loss |
         bridges = {name: _judged_by(kind) for name, kind in bridges.items()}
     else:
         bridges = _judged_by(bridges)
-    return layer_loss(vlm, data, rule, batch_size=size, bridges=bridges)
+    return layer_loss(vlm, data[:LOSS_SAMPLES], rule, batch_size=size, bridges=bridges)
 
 
 def _judged_by(bridge: str) -> str:

@@ -23,7 +23,7 @@ RUN_TIME = {
 }
 BRIDGES = (NONE, *FOLDED, *RUN_TIME)
 # How many samples bridges are fitted on where nobody says another number.
-BRIDGE_SAMPLES = 128
+BRIDGE_SAMPLES = 512
 
 
 def check_bridges(bridges: Any) -> None:
