@@ -12,7 +12,9 @@ import torch
 from interlace.errors import ShapeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str) -> torch.Tensor:
@@ -51,3 +53,17 @@ def layer_output(output: Any, name: str) -> torch.Tensor:
         f"A layer of the tower '{name}' gives {type(output).__name__}; a tensor or a tuple that "
         "begins with one is expected."
     )
+
+
+def shift_input(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Set a hook that replaces the hidden states a layer is given; returns its handle."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = layer_input(args, kwargs, type(module).__name__)
+        changed = change(hidden)
+        return (
+            tuple(changed if each is hidden else each for each in args),
+            {key: changed if each is hidden else each for key, each in kwargs.items()},
+        )
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from interlace.errors import PlanError
 from interlace.records import Bridge
 from interlace.surgery.bridges.names import FOLD, NONE, REFIT
-from interlace.surgery.bridges.observe import observe
+from interlace.surgery.bridges.observe import Reached, observe
 from interlace.surgery.bridges.statistics import NormalEquations, choose
 from interlace.surgery.bridges.structure import (
     Projection,
@@ -83,7 +83,8 @@ def fit_fold(
     Raises:
         PlanError: a layer to fold into does not add its last projection to the residual stream.
     """
-    return [_fold(teacher, student, gap, calibration, weights) for gap in gaps]
+    reached = Reached()
+    return [_fold(teacher, student, gap, calibration, weights, reached) for gap in gaps]
 
 
 def _fold(
@@ -92,6 +93,7 @@ def _fold(
     gap: Gap,
     calibration: Calibration,
     weights: TokenWeights,
+    reached: Reached,
 ) -> Bridge:
     if gap.after is None:
         return _unbridged(gap, "no kept layer stands before it that could take it over")
@@ -120,7 +122,7 @@ def _fold(
     rounds: list[tuple[float, Weights]] = []
     ridge = math.inf
     while True:
-        both = _equations(teacher, student, gap, calibration, weights, projection)
+        both = _equations(teacher, student, gap, calibration, weights, projection, reached)
         # through a norm the held-out samples decide how long it goes on, so they stay apart
         solution = choose(*both, refit=projection.norm is None)
         better = not rounds or solution.before < rounds[-1][0]
@@ -167,6 +169,7 @@ def _equations(
     calibration: Calibration,
     weights: TokenWeights,
     projection: Projection,
+    reached: Reached,
 ) -> tuple[NormalEquations, NormalEquations]:
     """Stream the normal equations of the samples to fit on, and of the held-out ones."""
     linear, norm = projection.linear, projection.norm
@@ -182,7 +185,7 @@ def _equations(
         )
         for _ in range(2)
     )
-    for seen in observe(teacher, student, gap, calibration, weights, modules):
+    for seen in observe(teacher, student, gap, calibration, weights, modules, reached):
         goal, weight = seen.goal.double(), seen.weight
         missing = goal - seen.state.double()
         if norm is not None:

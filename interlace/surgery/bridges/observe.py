@@ -6,13 +6,14 @@ Legend: N tokens that count, D width.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from interlace.errors import DataError, ShapeError
 from interlace.models.states import layer_input, layer_output
+from interlace.surgery.bridges.resting import Start, idling, starting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -42,6 +43,28 @@ class Seen:
     held: torch.Tensor
 
 
+@dataclass
+class Reached:
+    """Up to where the two models are known at all batches; they begin at the next gap from there.
+
+    Attributes:
+        teacher: at the goal of the last gap.
+        student: at the layer before it, which may have been changed since.
+    """
+
+    teacher: Start = field(default_factory=Start)
+    student: Start = field(default_factory=Start)
+
+    def move(
+        self, gap: Gap, goals: list[torch.Tensor], before: list[torch.Tensor], depth: int
+    ) -> None:
+        """Take over what was seen at a gap of a teacher of some depth."""
+        if gap.goal < depth:
+            self.teacher = Start(gap.goal, goals)
+        if gap.position:
+            self.student = Start(gap.position - 1, before)
+
+
 @contextlib.contextmanager
 def watching(
     layers: nn.ModuleList, position: int, name: str, into: list[torch.Tensor]
@@ -65,40 +88,6 @@ def watching(
         hook.remove()
 
 
-@contextlib.contextmanager
-def idling(layers: Iterable[nn.Module], name: str) -> Iterator[None]:
-    """Let layers hand on the hidden states that they are given: nobody looks at what they make.
-
-    Each runs once as it is, to show in which form it gives its output.
-    """
-
-    def idle(layer: nn.Module) -> None:
-        forward = layer.forward
-        shown: list[Any] = []
-
-        def hand_on(*args: Any, **kwargs: Any) -> Any:
-            if not shown:
-                shown.append(forward(*args, **kwargs))
-                return shown[0]
-            states = layer_input(args, kwargs, f"A layer of the tower '{name}'")
-            (output,) = shown
-            return (states, *output[1:]) if isinstance(output, tuple | list) else states
-
-        layer.forward = hand_on
-
-    kept = [(layer, vars(layer).get("forward")) for layer in layers]
-    try:
-        for layer, _ in kept:
-            idle(layer)
-        yield
-    finally:
-        for layer, own in kept:
-            if own is None:
-                del layer.forward
-            else:
-                layer.forward = own
-
-
 def observe(
     teacher: nn.Module,
     student: nn.Module,
@@ -106,6 +95,7 @@ def observe(
     calibration: Calibration,
     weights: TokenWeights,
     modules: Mapping[str, nn.Module] | None = None,
+    reached: Reached | None = None,
 ) -> Iterator[Seen]:
     """Run both models over all batches.
 
@@ -116,6 +106,7 @@ def observe(
         calibration: the batches.
         weights: of the tokens of this tower.
         modules: modules of the student whose inputs are wanted too, by any name.
+        reached: where both models may begin; moved to this gap by a look at all batches.
 
     Raises:
         ShapeError: the two do not run the tower over the same tokens.
@@ -123,22 +114,28 @@ def observe(
     """
     goals: list[torch.Tensor] = []
     states: list[torch.Tensor] = []
+    before: list[torch.Tensor] = []
+    known = reached or Reached()
+    passed: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in modules or {}}
     weights.restart()
     with contextlib.ExitStack() as stack:
-        for model, position, into in (
-            (teacher, gap.goal, goals),
-            (student, gap.position, states),
+        for model, position, into, start in (
+            (teacher, gap.goal, goals, known.teacher),
+            (student, gap.position, states, known.student),
         ):
             layers: Any = model.get_submodule(gap.path)
+            stack.enter_context(starting(layers, start, gap.tower))
             stack.enter_context(watching(layers, position, gap.tower, into))
             stack.enter_context(idling(layers[position:], gap.tower))
+        if gap.position:
+            stack.enter_context(watching(layers, gap.position - 1, gap.tower, before))
         for name, module in (modules or {}).items():
             keep = inputs[name]
             hook = module.register_forward_pre_hook(lambda _, args, keep=keep: keep.append(args[0]))
             stack.callback(hook.remove)
         for batch in calibration.batches:
-            for each in (goals, states, *inputs.values()):
+            for each in (goals, states, before, *inputs.values()):
                 each.clear()
             calibration.run(teacher, batch)
             calibration.run(student, batch)
@@ -151,6 +148,12 @@ def observe(
             for run, (goal, state) in enumerate(zip(goals, states, strict=True)):
                 caught = {name: each[run] for name, each in inputs.items()}
                 yield _select(gap, goal, state, caught, *weights.of(batch, goal))
+            if reached is not None:
+                for kept, new in zip(passed, (goals, before), strict=True):
+                    kept += [each.cpu() for each in new]
+    if reached is not None:
+        whole: Any = teacher.get_submodule(gap.path)
+        reached.move(gap, *passed, depth=len(whole))
 
 
 def _select(

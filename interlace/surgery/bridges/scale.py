@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from interlace.errors import PlanError
+from interlace.models.states import shift_input
 from interlace.records import Bridge
 from interlace.surgery.bridges.observe import observe
 from interlace.surgery.bridges.structure import (
@@ -29,7 +30,6 @@ from interlace.surgery.bridges.structure import (
     find_writers,
     predictions,
     record_calls,
-    shift_input,
 )
 from interlace.surgery.bridges.weights import Weights, changed, put_weights, weights_of
 

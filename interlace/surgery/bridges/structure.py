@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from interlace.models.states import layer_input, layer_output
+from interlace.models.states import layer_input, layer_output, shift_input
 from interlace.surgery.bridges.observe import check_finite
 
 if TYPE_CHECKING:
@@ -255,20 +255,6 @@ def read_elsewhere(model: nn.Module, layer: nn.Module, behind: nn.Module, run: A
         for hook in hooks:
             hook.remove()
     return not all(map(agree, found, expected))
-
-
-def shift_input(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Set a hook that replaces the hidden states a layer is given; returns its handle."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = layer_input(args, kwargs, type(module).__name__)
-        changed = change(hidden)
-        return (
-            tuple(changed if each is hidden else each for each in args),
-            {key: changed if each is hidden else each for key, each in kwargs.items()},
-        )
-
-    return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def predictions(output: Any) -> list[torch.Tensor]:

@@ -20,9 +20,10 @@ from surgery.bridges.toys import (
 from torch import nn
 
 from interlace.errors import PlanError
+from interlace.models.states import shift_input
 from interlace.surgery.bridges.observe import observe
 from interlace.surgery.bridges.scale import fit_scale
-from interlace.surgery.bridges.structure import Call, find_writers, shift_input
+from interlace.surgery.bridges.structure import Call, find_writers
 
 
 def _fit(dense: Any, student: Any, gaps: Any) -> Any:
