@@ -24,6 +24,7 @@ from interlace._cli import (
     say,
     split_names,
 )
+from interlace._recommended import RECOMMENDED_HEAL, RECOMMENDED_PLAN, RECOMMENDED_PRUNE
 from interlace.plan.rules import rule_names
 
 
@@ -36,8 +37,8 @@ def progressive(
     stages: Annotated[int, typer.Option(min=1, help="Number of stages.")] = 1,
     rule: Annotated[
         str, typer.Option(help=f"How layers are chosen: {', '.join(rule_names())}.")
-    ] = "compensated",
-    bridges: Bridges = "refit",
+    ] = RECOMMENDED_PLAN.rule,
+    bridges: Bridges = str(RECOMMENDED_PRUNE.bridges),
     min_retention: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Roll back a stage that keeps less than this, 0..1."),
@@ -66,7 +67,7 @@ def progressive(
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per pass of healing.")] = 16,
     hidden_weight: Annotated[
         float, typer.Option(min=0.0, help="Weight of the hidden states' distillation in healing.")
-    ] = 20.0,
+    ] = RECOMMENDED_HEAL.hidden_weight,
     save_steps: Annotated[
         int | None, typer.Option(min=1, help="Steps between checkpoints of healing.")
     ] = None,

@@ -8,11 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import interlace as il
+from interlace._recommended import RECOMMENDED_HEAL
 from interlace.config import PlanSettings, ScoreSettings
 from interlace.errors import PlanError
-from interlace.progressive.verb import HIDDEN_WEIGHT, REPAIR
 from methods.case import BATCH_SIZE, LOSS_SAMPLES, Case, Made, Method
-from methods.ours import match_states
+from methods.ours import REPAIR, match_states
 from methods.rules import OURS, cut, plan_by, tune_all
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def in_stages(case: Case) -> Made:
                 towers=shared.subject.towers,
                 seed=shared.seed,
             ),
-            heal=case.settings.replace(hidden_weight=HIDDEN_WEIGHT),
+            heal=case.settings.replace(hidden_weight=RECOMMENDED_HEAL.hidden_weight),
         )
     reports = [stage.healed for stage in made.stages if stage.healed is not None]
     if not reports:

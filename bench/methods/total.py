@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from interlace.progressive.verb import REPAIR
 from methods.case import Case, Made, Method
-from methods.ours import match_states
+from methods.ours import REPAIR, match_states
 from methods.rules import OURS, cut, plan_by, tune_all
 from methods.width import Shares, options, shapes_of, widths
 

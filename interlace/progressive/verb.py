@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interlace._files import check_place
+from interlace._recommended import RECOMMENDED_HEAL, RECOMMENDED_PLAN, RECOMMENDED_PRUNE
 from interlace._stages import STATE, Stages
 from interlace.config import (
     HealSettings,
@@ -22,7 +23,7 @@ from interlace.plan.rules import find_rule
 from interlace.progressive.guard import check_guard, held_out_scenes
 from interlace.progressive.stages import Run, Setup, Stage
 from interlace.records import ProgressiveRecord, Provenance
-from interlace.surgery.bridges.names import REFIT, RUN_TIME, check_bridges
+from interlace.surgery.bridges.names import RUN_TIME, check_bridges
 
 if TYPE_CHECKING:
     import os
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
 
 RECORD = "progressive.json"
 HELD_OUT = 256
-RECOMMENDED = "compensated"
-REPAIR = REFIT
-# With its cuts repaired a student is near the dense model from the start, and the hidden states say
-# what is missing at every token: docs/decisions/0006-default-rule.md.
-HIDDEN_WEIGHT = 20.0
 
 
 @dataclass(frozen=True)
@@ -146,16 +142,16 @@ def progressive(
     for name, data in (("calibration", calibration), ("healing", healing)):
         _check_samples(name, data)
     chosen = _given(settings or ProgressiveSettings(), stages=stages, min_retention=min_retention)
-    planned = plan or PlanSettings(rule=RECOMMENDED)
+    planned = plan or RECOMMENDED_PLAN
     if drop_fraction is not None:
         planned = planned.replace(drop_fraction=drop_fraction, num_drop=None)
     planned = _given(planned, rule=rule)
     find_rule(planned.rule)
     check_depth_only(planned)
-    cut = prune or PruneSettings(bridges=REPAIR)
+    cut = prune or RECOMMENDED_PRUNE
     _check_prune(cut)
     check_guard(chosen.guard, vlm)
-    healed = heal or HealSettings(hidden_weight=HIDDEN_WEIGHT)
+    healed = heal or RECOMMENDED_HEAL
     if held_out is None:
         held_out = held_out_scenes(vlm, chosen.guard, count=HELD_OUT, seed=1, split="test")
     _check_samples("held_out", held_out)

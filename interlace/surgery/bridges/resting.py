@@ -82,7 +82,9 @@ def starting(layers: Any, start: Start, name: str) -> Iterator[None]:
         return
     known = iter(start.given)
     with idling(layers[: start.position], name, read=True):
-        hook = shift_input(layers[start.position], lambda hidden: next(known).to(hidden.device))
+        hook = shift_input(
+            layers[start.position], lambda hidden: next(known).to(hidden.device, copy=True)
+        )
         try:
             yield
         finally:
