@@ -23,6 +23,7 @@ projection itself is fitted, which holds that map as the special case M = T W.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +53,6 @@ if TYPE_CHECKING:
 _MAX_ROUNDS = 4
 # Channels whose norm weight is small against the others say little about what stands before it.
 _DAMPING = 0.1
-_NO_PLACE = (
-    "does not add its last linear projection to the residual stream as it is, nor straight before "
-    "a LayerNorm"
-)
 
 
 def fit_fold(
@@ -83,46 +80,31 @@ def fit_fold(
     Raises:
         PlanError: a layer to fold into does not add its last projection to the residual stream.
     """
-    reached = Reached()
-    return [_fold(teacher, student, gap, calibration, weights, reached) for gap in gaps]
+    tower = _Tower(teacher, student, calibration, weights, Reached())
+    return [_fold(tower, gap) for gap in gaps]
 
 
-def _fold(
-    teacher: nn.Module,
-    student: nn.Module,
-    gap: Gap,
-    calibration: Calibration,
-    weights: TokenWeights,
-    reached: Reached,
-) -> Bridge:
-    if gap.after is None:
-        return _unbridged(gap, "no kept layer stands before it that could take it over")
-    layers: Any = student.get_submodule(gap.path)
-    layer = layers[gap.position - 1]
-    batch, projection = _projection(student, layer, calibration)
-    # whoever else reads a layer expects what the layer itself gives, which a refit aims at
-    if gap.dropped:
-        if projection is None:
-            raise PlanError(
-                f"Layer {gap.after} of the {gap.tower} tower ({type(layer).__name__}) {_NO_PLACE}, "
-                f"so nothing can be folded into it for {gap}. Use bridges='none' for this tower."
-            )
-        if not gap.ends and read_elsewhere(
-            student, layer, layers[gap.position], partial(calibration.run, student, batch)
-        ):
-            return _unbridged(
-                gap,
-                f"the output of layer {gap.after} is also read by another part of the model, which "
-                "expects it as it is",
-            )
-    if projection is None:
-        return _unbridged(gap, f"it {_NO_PLACE}")
+@dataclass(frozen=True)
+class _Tower:
+    """What all fits of a tower share: the arguments of `fit_fold`, and how far they have come."""
+
+    teacher: nn.Module
+    student: nn.Module
+    calibration: Calibration
+    weights: TokenWeights
+    reached: Reached
+
+
+def _fold(tower: _Tower, gap: Gap) -> Bridge:
+    projection = _place(tower, gap)
+    if isinstance(projection, str):
+        return Bridge(gap.tower, NONE, gap.dropped, gap.after, note=projection)
     linear = projection.linear
     # held-out error before each round, and the weights it is the error of
     rounds: list[tuple[float, Weights]] = []
     ridge = math.inf
     while True:
-        both = _equations(teacher, student, gap, calibration, weights, projection, reached)
+        both = _equations(tower, gap, projection)
         # through a norm the held-out samples decide how long it goes on, so they stay apart
         solution = choose(*both, refit=projection.norm is None)
         better = not rounds or solution.before < rounds[-1][0]
@@ -139,7 +121,8 @@ def _fold(
     error, best = rounds[-1]
     put_weights(linear, best)
     if len(rounds) == 1:
-        return _unbridged(gap, "no change of the layer before it came closer on held-out samples")
+        note = "no change of the layer before it came closer on held-out samples"
+        return Bridge(gap.tower, NONE, gap.dropped, gap.after, note=note)
     return Bridge(
         gap.tower,
         FOLD if gap.dropped else REFIT,
@@ -151,25 +134,47 @@ def _fold(
     )
 
 
-def _projection(
-    student: nn.Module, layer: nn.Module, calibration: Calibration
-) -> tuple[Mapping[str, Any], Projection | None]:
-    """Find a batch that reaches a layer, and the projection of the layer to fit, if it has one."""
-    for batch in calibration.batches:
-        calls = record_calls([layer], partial(calibration.run, student, batch))
+def _place(tower: _Tower, gap: Gap) -> Projection | str:
+    """Find the projection before a gap, or say why there is none to be changed.
+
+    Raises:
+        PlanError: there is none, and removed layers would have to be folded into it.
+    """
+    if gap.after is None:
+        return "no kept layer stands before it that could take it over"
+    layers: Any = tower.student.get_submodule(gap.path)
+    layer = layers[gap.position - 1]
+    batch: Mapping[str, Any] = {}
+    found = None
+    for batch in tower.calibration.batches:
+        calls = record_calls([layer], partial(tower.calibration.run, tower.student, batch))
         if calls:
-            return batch, find_projection(calls[0])
-    return {}, None
+            found = find_projection(calls[0])
+            break
+    if found is None:
+        why = (
+            "does not add its last linear projection to the residual stream as it is, nor straight "
+            "before a LayerNorm"
+        )
+        if not gap.dropped:
+            return f"it {why}"
+        raise PlanError(
+            f"Layer {gap.after} of the {gap.tower} tower ({type(layer).__name__}) {why}, so "
+            f"nothing can be folded into it for {gap}. Use bridges='none' for this tower."
+        )
+    # others that read a layer expect what it gave in the teacher, which is what a refit aims at
+    if gap.dropped and not gap.ends:
+        run = partial(tower.calibration.run, tower.student, batch)
+        if read_elsewhere(tower.student, layer, layers[gap.position], run):
+            return (
+                f"the output of layer {gap.after} is also read by another part of the model, which "
+                "expects it as it is"
+            )
+    return found
 
 
 def _equations(
-    teacher: nn.Module,
-    student: nn.Module,
-    gap: Gap,
-    calibration: Calibration,
-    weights: TokenWeights,
-    projection: Projection,
-    reached: Reached,
+    tower: _Tower, gap: Gap, projection: Projection
 ) -> tuple[NormalEquations, NormalEquations]:
     """Stream the normal equations of the samples to fit on, and of the held-out ones."""
     linear, norm = projection.linear, projection.norm
@@ -185,7 +190,15 @@ def _equations(
         )
         for _ in range(2)
     )
-    for seen in observe(teacher, student, gap, calibration, weights, modules, reached):
+    for seen in observe(
+        tower.teacher,
+        tower.student,
+        gap,
+        tower.calibration,
+        tower.weights,
+        modules,
+        tower.reached,
+    ):
         goal, weight = seen.goal.double(), seen.weight
         missing = goal - seen.state.double()
         if norm is not None:
@@ -210,7 +223,3 @@ def _change(projection: Projection, change: torch.Tensor) -> None:
     weight = changed(linear.weight, lambda value: value + change[:features].T)
     bias = changed(linear.bias, lambda value: value + change[features])
     put_weights(linear, (weight, bias))
-
-
-def _unbridged(gap: Gap, why: str) -> Bridge:
-    return Bridge(gap.tower, NONE, gap.dropped, gap.after, note=why)
