@@ -299,10 +299,11 @@ def read_samples(
     vlm: VLM, data: str, root: str | None, split: str, count: int, seed: int, max_bad: float
 ) -> Samples:
     """Read samples for a model as the options say."""
-    from interlace.data.samples import samples
+    from interlace.data.samples import samples, scenes_tasks
 
     return samples(
         data,
+        tasks=scenes_tasks(vlm.family.objective) if data == "scenes" else None,
         root=root,
         split=split,
         count=count,

@@ -57,7 +57,8 @@ class DataSettings(Settings):
         source: "scenes", a .json or .jsonl file, a folder, or the name of a data set.
         root: folder that relative image paths start from; images outside are refused.
         split: part of the data to score and heal with.
-        tasks: only samples of these tasks; default: all.
+        tasks: only samples of these tasks; default: all, of the built-in scenes those that the
+            model can learn from.
         calibration_count: samples to score with, and to fit bridges on.
         heal_count: samples to heal with; default: all, or 4096 of the unlimited "scenes".
         seed: seed of the choice of samples.

@@ -18,7 +18,7 @@ from interlace._fused_evaluation import evaluate_fused
 from interlace._recipe_checks import check_names, check_towers
 from interlace._stages import STATE, Stages
 from interlace.config import DataSettings, EvalSettings, Recipe
-from interlace.data.samples import Samples, samples
+from interlace.data.samples import Samples, samples, scenes_tasks
 from interlace.errors import ConfigError, PlanError
 from interlace.evaluate import evaluate
 from interlace.evaluate.selection import check_models
@@ -73,7 +73,9 @@ class RunResult:
 
 def _samples(settings: DataSettings, vlm: VLM, **choice: Any) -> Samples:
     """Read samples from the recipe's source; `choice` says which and how many, or where else."""
-    place = {"source": settings.source, "root": settings.root} | choice
+    place = {"source": settings.source, "root": settings.root, "tasks": settings.tasks} | choice
+    if place["source"] == "scenes" and place["tasks"] is None:
+        place["tasks"] = scenes_tasks(vlm.family.objective)
     return samples(
         place.pop("source"),
         processor=vlm.processor,
@@ -83,7 +85,7 @@ def _samples(settings: DataSettings, vlm: VLM, **choice: Any) -> Samples:
 
 
 def _calibration(settings: DataSettings, vlm: VLM) -> Samples:
-    choice = {"split": settings.split, "tasks": settings.tasks, "seed": settings.seed}
+    choice = {"split": settings.split, "seed": settings.seed}
     return _samples(settings, vlm, count=settings.calibration_count, **choice)
 
 
@@ -92,7 +94,7 @@ def _healing(settings: DataSettings, vlm: VLM) -> Samples:
     if count is None and settings.source == "scenes":
         count = SCENES_HEAL_COUNT
     # healing must not see the scenes that chose the layers once more
-    choice = {"split": settings.split, "tasks": settings.tasks, "seed": settings.seed + 1}
+    choice = {"split": settings.split, "seed": settings.seed + 1}
     return _samples(settings, vlm, count=count, **choice)
 
 
@@ -100,7 +102,13 @@ def _measured(data: DataSettings, settings: EvalSettings, vlm: VLM) -> dict[str,
     place = {} if settings.source is None else {"source": settings.source, "root": settings.root}
     if place.get("source", data.source) == "scenes":
         return None
-    choice = {"count": settings.count, "split": settings.split, "seed": settings.seed}
+    # whatever the layers are chosen by, a task takes the samples that it can measure
+    choice = {
+        "count": settings.count,
+        "split": settings.split,
+        "seed": settings.seed,
+        "tasks": None,
+    }
     held_out = _samples(data, vlm, **choice, **place)
     return dict.fromkeys(settings.tasks, held_out)
 

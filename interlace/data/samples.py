@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TASKS = ("chat", "vqa", "caption", "retrieval")
 IMAGE_PLACEHOLDER = "<image>"
+_SCENES_TASKS = {"chat": ("vqa", "caption"), "vqa": ("vqa",), "caption": ("caption",)}
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,11 @@ def _scenes(
         raise ConfigError("The built-in scenes have no end; say how many samples with count=.")
     chosen = scenes_split(split)
     return make_scenes(count, tasks=tuple(tasks or ("vqa", "caption")), seed=seed, split=chosen)
+
+
+def scenes_tasks(objective: str) -> tuple[str, ...]:
+    """Return the tasks of the built-in scenes that a model of some objective can learn from."""
+    return _SCENES_TASKS.get(objective, ("retrieval",))
 
 
 def scenes_split(name: str) -> Literal["train", "test"]:

@@ -6,15 +6,19 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from interlace._cli import read_samples
+from interlace.config import DataSettings
 from interlace.data.images import BytesImage, FileImage, MemoryImage, decode
 from interlace.data.samples import Sample, Samples, Turn, samples
 from interlace.errors import ConfigError, DataError
+from interlace.pipeline import _calibration
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -234,3 +238,23 @@ def test_images_open_upright_rgb_from_any_mode(tmp_path: Path) -> None:
         assert MemoryImage(Image.new(mode, (3, 3))).open().mode == "RGB"
     data = (tmp_path / "deep.png").read_bytes()
     assert BytesImage(data).identity == FileImage(tmp_path / "deep.png").identity
+
+
+@pytest.mark.parametrize(
+    ("objective", "tasks"),
+    [
+        ("chat", {"vqa", "caption"}),
+        ("vqa", {"vqa"}),
+        ("caption", {"caption"}),
+        ("contrastive", {"retrieval"}),
+    ],
+)
+def test_commands_and_recipes_take_scenes_that_the_model_can_learn_from(
+    objective: str, tasks: set[str]
+) -> None:
+    vlm: Any = SimpleNamespace(family=SimpleNamespace(objective=objective), processor=None)
+    given = read_samples(vlm, "scenes", None, "train", 4, 0, 0.0)
+    assert {each.task for each in given} == tasks
+    assert {each.task for each in _calibration(DataSettings(calibration_count=4), vlm)} == tasks
+    named = DataSettings(calibration_count=4, tasks=("chat",))
+    assert {each.task for each in _calibration(named, vlm)} == {"chat"}

@@ -12,7 +12,7 @@ import torch
 
 from interlace._torch_utils import FORWARD_REFUSALS, accepts, to_device
 from interlace.data import Collator
-from interlace.data.samples import Sample, samples
+from interlace.data.samples import Sample, samples, scenes_tasks
 from interlace.errors import ConfigError, DataError
 from interlace.models.states import layer_input
 from interlace.models.tokens import token_units
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from interlace.models.handle import VLM
 
-_SCENES_TASKS = {"chat": ("vqa", "caption"), "vqa": ("vqa",), "caption": ("caption",)}
 # Every so manieth sample is held out.
 HELD_OUT_EVERY = 4
 
@@ -40,7 +39,7 @@ def default_data(vlm: VLM) -> tuple[Sequence[Sample], str]:
             "could read any. Give data= as batches of the model's inputs, or open the model with "
             "its processor."
         )
-    tasks = _SCENES_TASKS.get(vlm.family.objective, ("retrieval",))
+    tasks = scenes_tasks(vlm.family.objective)
     made = samples("scenes", count=BRIDGE_SAMPLES, seed=0, tasks=tasks, processor=vlm.processor)
     note = (
         f"no data was given for the bridges, so they were fitted on {BRIDGE_SAMPLES} built-in "
