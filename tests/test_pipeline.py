@@ -79,6 +79,17 @@ def test_bridges_are_fitted_on_the_calibration_samples(tmp_path: Path) -> None:
     assert other.skipped == ("scores", "plan")
 
 
+def test_a_recipe_that_only_narrows_layers_can_refit_them(tmp_path: Path) -> None:
+    text = "[export]\nverify = false\n" + RECIPE.replace('["fidelity", "vqa"]', '["fidelity"]')
+    text = text.replace("max_steps = 2", "max_steps = 0") + '[prune]\nbridges = "refit"\n'
+    text = text.replace("towers =", 'metrics = ["ffn_norm"]\ntowers =')
+    made = il.run(_recipe(tmp_path, text.replace("drop_fraction", "ffn")), tmp_path / "out")
+    student = il.open_model(made.folder)
+    assert [bridge.after for bridge in student.record.bridges] == list(range(16))
+    assert student.record.bridges[0].kind == "refit"
+    assert not any(bridge.dropped for bridge in student.record.bridges)
+
+
 @pytest.mark.parametrize("rule", ["sleb", "compensated"])
 def test_rules_that_ask_for_the_loss_need_no_code(rule: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
