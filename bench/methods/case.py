@@ -14,7 +14,7 @@ import interlace as il
 from interlace._torch_utils import inference, to_device
 from interlace.data.collate import Collator
 from interlace.errors import PlanError
-from interlace.models.states import layer_input
+from interlace.models.states import layer_input, standing_in
 from interlace.progressive.loss import CompensatedLoss
 
 if TYPE_CHECKING:
@@ -141,13 +141,8 @@ def skipping(layers: list[Any]) -> Iterator[None]:
     def hand_on(*args: Any, **kwargs: Any) -> torch.Tensor:
         return layer_input(args, kwargs, "A skipped layer")
 
-    for layer in layers:
-        layer.forward = hand_on
-    try:
+    with standing_in(layers, lambda _: hand_on):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Legend: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from interlace.errors import ShapeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import nn
 
@@ -67,3 +68,26 @@ def shift_input(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]
         )
 
     return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@contextlib.contextmanager
+def standing_in(
+    modules: Iterable[nn.Module], make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Let something else run in the place of modules.
+
+    Args:
+        modules: the modules; each gets its own forward back.
+        make: makes what runs in the place of a forward.
+    """
+    own = [(module, vars(module).get("forward")) for module in modules]
+    try:
+        for module, _ in own:
+            module.forward = make(module.forward)
+        yield
+    finally:
+        for module, forward in own:
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward

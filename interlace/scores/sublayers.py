@@ -10,16 +10,16 @@ Attention includes cross-attention.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from interlace.models.states import layer_input
+from interlace.models.states import layer_input, standing_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from torch import nn
 
@@ -71,22 +71,11 @@ def _handed_on(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 _WAYS: tuple[Change, ...] = (_zeros, _handed_on)
 
 
-@contextlib.contextmanager
-def _changed(modules: list[nn.Module], way: Change) -> Iterator[None]:
+def _changed(modules: list[nn.Module], way: Change) -> AbstractContextManager[None]:
     def stand_in(forward: Forward) -> Callable[..., Any]:
         return lambda *args, **kwargs: way(forward, args, kwargs)
 
-    own = [(module, vars(module).get("forward")) for module in modules]
-    for module in modules:
-        module.forward = stand_in(module.forward)
-    try:
-        yield
-    finally:
-        for module, forward in own:
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
+    return standing_in(modules, stand_in)
 
 
 def without(layer: nn.Module, part: Part, way: Change) -> Change:

@@ -128,7 +128,7 @@ def observe(
             stack.enter_context(starting(layers, start, gap.tower))
             stack.enter_context(watching(layers, position, gap.tower, into))
             stack.enter_context(idling(layers[position:], gap.tower))
-        if gap.position:
+        if reached is not None and gap.position:
             stack.enter_context(watching(layers, gap.position - 1, gap.tower, before))
         for name, module in (modules or {}).items():
             keep = inputs[name]

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from interlace.models.states import layer_input, shift_input
+from interlace.models.states import layer_input, shift_input, standing_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -27,34 +27,23 @@ def idling(layers: Iterable[nn.Module], name: str, *, read: bool = False) -> Ite
         read: others go by what the layers give beside hidden states (T5's position bias). If they
             give any such thing, all of them run.
     """
-    shown: dict[nn.Module, Any] = {}
+    shown: dict[Any, Any] = {}
 
-    def idle(layer: nn.Module) -> None:
-        forward = layer.forward
-
+    def idle(forward: Any) -> Any:
         def hand_on(*args: Any, **kwargs: Any) -> Any:
-            if layer not in shown:
-                shown[layer] = forward(*args, **kwargs)
-                return shown[layer]
+            if hand_on not in shown:
+                shown[hand_on] = forward(*args, **kwargs)
+                return shown[hand_on]
             if read and any(map(_gives_more, shown.values())):
                 return forward(*args, **kwargs)
             states = layer_input(args, kwargs, f"A layer of the tower '{name}'")
-            output = shown[layer]
+            output = shown[hand_on]
             return (states, *output[1:]) if isinstance(output, tuple | list) else states
 
-        layer.forward = hand_on
+        return hand_on
 
-    kept = [(layer, vars(layer).get("forward")) for layer in layers]
-    try:
-        for layer, _ in kept:
-            idle(layer)
+    with standing_in(layers, idle):
         yield
-    finally:
-        for layer, own in kept:
-            if own is None:
-                del layer.forward
-            else:
-                layer.forward = own
 
 
 def _gives_more(output: Any) -> bool:
