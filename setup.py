@@ -164,8 +164,9 @@ class BuildExtension(build_ext):
             sysconfig.get_path("platinclude"),
         ]
         (folder / "build.ninja").write_text(_rules(ext, toolkit, folder, target, includes))
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), *jobs]
+        jobs = os.environ.get("MAX_JOBS")
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder)]
+        command += ["-j", jobs] if jobs else []
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         sys.stderr.write(result.stdout + result.stderr)
         if result.returncode != 0:
@@ -183,6 +184,7 @@ def _rules(
     cxx = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -pthread -Wno-psabi"
     shared = "-bundle -undefined dynamic_lookup" if apple else "-shared -pthread -ldl"
     env = {name: os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")}
+    jobs = os.environ.get("MAX_JOBS")
     lines = [
         f"cxx = {os.environ.get('CXX') or 'c++'}",
         f"cxxflags = {cxx} {include} {env['CXXFLAGS']}",
@@ -199,7 +201,8 @@ def _rules(
         host = "-fPIC,-fvisibility=hidden,-pthread"
         lines += [
             f"nvcc = {_quoted(toolkit.nvcc)}",
-            f"nvccflags = -std=c++17 -O3 -Xcompiler={host} -cudart=static "
+            # as many architectures of a file at once as there are processors
+            f"nvccflags = -std=c++17 -O3 -Xcompiler={host} -cudart=static --threads={jobs or 0} "
             f"-diag-suppress=177 {include} {' '.join(toolkit.flags())}",
             "rule nvcc",
             "  command = $nvcc $nvccflags -MD -MF $out.d -c $in -o $out",
