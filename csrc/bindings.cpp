@@ -221,7 +221,7 @@ void ragged_decode_cuda(int dtype, std::uintptr_t q, const Strides& q_strides, s
                         std::int64_t table_stride, int block_size, const std::vector<int>& q_start,
                         int num_sequences, int num_tokens, int width, int capacity, int window,
                         int num_splits, double scale, std::uintptr_t gate, std::uintptr_t out,
-                        std::uintptr_t parts, int device, std::uintptr_t stream) {
+                        std::uintptr_t parts, int device, std::uintptr_t stream, bool overlap) {
   interlace::DecodeHeads heads{};
   for (std::size_t j = 0; j + 1 < q_start.size(); ++j) {
     if (q_start[j] == q_start[j + 1]) continue;
@@ -262,6 +262,7 @@ void ragged_decode_cuda(int dtype, std::uintptr_t q, const Strides& q_strides, s
       as_pointer<float>(parts),
       device,
       as_pointer<void>(stream),
+      overlap,
   };
   interlace::ragged_decode_cuda(args, heads);
 }
@@ -296,8 +297,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("scale"), py::arg("gate"), py::arg("out"), py::arg("num_threads"),
              py::arg("max_lanes"), py::call_guard<py::gil_scoped_release>());
 #if defined(INTERLACE_CUDA)
-  define_bridge_norm<int, std::uintptr_t>(module, "bridge_norm_cuda", &interlace::bridge_norm_cuda,
-                                          "device", "stream");
+  define_bridge_norm<int, std::uintptr_t, bool>(
+      module, "bridge_norm_cuda", &interlace::bridge_norm_cuda, "device", "stream", "overlap");
   module.def("layer_similarity_cuda", &layer_similarity_cuda, py::kw_only(), py::arg("states"),
              py::arg("row_strides"), py::arg("dtype"), py::arg("groups"), py::arg("num_tokens"),
              py::arg("width"), py::arg("num_groups"), py::arg("max_offset"), py::arg("sums"),
@@ -309,6 +310,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("table_stride"), py::arg("block_size"), py::arg("q_start"),
              py::arg("num_sequences"), py::arg("num_tokens"), py::arg("width"), py::arg("capacity"),
              py::arg("window"), py::arg("num_splits"), py::arg("scale"), py::arg("gate"),
-             py::arg("out"), py::arg("parts"), py::arg("device"), py::arg("stream"));
+             py::arg("out"), py::arg("parts"), py::arg("device"), py::arg("stream"),
+             py::arg("overlap"));
 #endif
 }

@@ -21,6 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from interlace.triton_kernels._overlap import enter
+
 # sizes that differ from call to call are no reason to compile again
 SIZES = ("num_tokens", "batch_tokens", "q_heads", "k_heads")
 PROGRAMS = ("q_programs", "k_programs")
@@ -192,7 +194,9 @@ def forward_kernel(
     SHAPE: tl.constexpr,
     LAYOUT: tl.constexpr,
     ALIGN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    enter(OVERLAP)
     # a group of tokens that both tilings divide: its queries, then its keys, so that their tables
     # are still in the cache
     GROUP: tl.constexpr = max(Q_TILE[1], K_TILE[1])

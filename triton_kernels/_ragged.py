@@ -131,6 +131,13 @@ def fits_tma(tensor: Tensor) -> bool:
     return tensor.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps)
 
 
+def for_tma(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if TMA can fetch its tiles from that but not from here."""
+    if fits_tma(tensor) or tensor.shape[-1] * tensor.element_size() % 16:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def launch_on(device: torch.device, run: Callable[[], None]) -> None:
     """Launch kernels on a device, with memory for the TMA descriptors that they make."""
 

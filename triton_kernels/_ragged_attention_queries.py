@@ -127,18 +127,20 @@ def queries_kernel(
             high = tl.minimum(high, first + BLOCK_M + behind)
             full_high = tl.minimum(full_high, first + behind)
         if TMA:
+            # a descriptor of no rows would be an illegal instruction
+            kv_rows = tl.maximum(kv_length, 1)
             k_source = tl.make_tensor_descriptor(
-                head_k, [kv_length, HEAD_DIM], [stride_kt, 1], [BLOCK_N, PART]
+                head_k, [kv_rows, HEAD_DIM], [stride_kt, 1], [BLOCK_N, PART]
             )
             v_source = tl.make_tensor_descriptor(
-                head_v, [kv_length, HEAD_DIM], [stride_vt, 1], [BLOCK_N, PART]
+                head_v, [kv_rows, HEAD_DIM], [stride_vt, 1], [BLOCK_N, PART]
             )
             if REST > 0:
                 k_rest_source = tl.make_tensor_descriptor(
-                    head_k, [kv_length, HEAD_DIM], [stride_kt, 1], [BLOCK_N, REST]
+                    head_k, [kv_rows, HEAD_DIM], [stride_kt, 1], [BLOCK_N, REST]
                 )
                 v_rest_source = tl.make_tensor_descriptor(
-                    head_v, [kv_length, HEAD_DIM], [stride_vt, 1], [BLOCK_N, REST]
+                    head_v, [kv_rows, HEAD_DIM], [stride_vt, 1], [BLOCK_N, REST]
                 )
         for key in range(low, high, BLOCK_N):
             if RELOAD:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
+from interlace.triton_kernels._overlap import options
 from interlace.triton_kernels._qk_norm_rope import (
     PROGRAMS,
     add_partials_kernel,
@@ -84,6 +85,7 @@ def forward(
             ALIGN=_align(strides, table_strides),
             num_warps=_WARPS,
             **UNFUSED,
+            **options(q.device),
         )
     return q_out, k_out
 
@@ -323,6 +325,8 @@ def _variant(
     align = (math.gcd(16, width), math.gcd(16, half))
     constants = _tiling_of((norm, norm), num_heads, width, half, tile)
     constants = {**constants, "LAYOUT": layout, "ALIGN": align}
+    if is_forward:
+        constants["OVERLAP"] = False
     types = {}
     for name in kernel.arg_names:
         if name in ("cos_ptr", "sin_ptr", "partial_ptr"):

@@ -28,6 +28,7 @@ from interlace.triton_kernels._ragged import (
     Launch,
     choose,
     fits_tma,
+    for_tma,
     head_map,
     interpreted,
     launch_on,
@@ -106,22 +107,26 @@ def _forward(
         block = tl.where(block < num_blocks, num_blocks - 1 - block, block)
     kv_head = tl.load(heads + head).to(tl.int64)
     row = block * BLOCK_M
-    q += q_begin * stride_qt + head * stride_qh
+    # an empty sequence may begin where the memory ends
+    q += tl.where(q_length > 0, q_begin, 0) * stride_qt + head * stride_qh
     k += kv_begin * stride_kt + kv_head * stride_kh
     v += kv_begin * stride_vt + kv_head * stride_vh
     scale_log2 = scale * LOG2_E
 
     acc = tl.zeros([BLOCK_M, PART], tl.float32)
     if TMA:
-        # made per program, so that rows beyond the sequence read as zeros
+        # made per program, so that rows beyond the sequence read as zeros; one of no rows at all
+        # would be an illegal instruction
+        q_rows = tl.maximum(q_length, 1)
+        kv_rows = tl.maximum(kv_length, 1)
         query = tl.make_tensor_descriptor(
-            q, [q_length, HEAD_DIM], [stride_qt, 1], [BLOCK_M, PART]
+            q, [q_rows, HEAD_DIM], [stride_qt, 1], [BLOCK_M, PART]
         ).load([row, 0])
         key_source = tl.make_tensor_descriptor(
-            k, [kv_length, HEAD_DIM], [stride_kt, 1], [BLOCK_N, PART]
+            k, [kv_rows, HEAD_DIM], [stride_kt, 1], [BLOCK_N, PART]
         )
         value_source = tl.make_tensor_descriptor(
-            v, [kv_length, HEAD_DIM], [stride_vt, 1], [BLOCK_N, PART]
+            v, [kv_rows, HEAD_DIM], [stride_vt, 1], [BLOCK_N, PART]
         )
     else:
         query = load_tile(q, stride_qt, row, q_length, HEAD_DIM, BLOCK_M, 0, PART, True, UPCAST)
@@ -129,13 +134,13 @@ def _forward(
         acc_rest = tl.zeros([BLOCK_M, REST], tl.float32)
         if TMA:
             query_rest = tl.make_tensor_descriptor(
-                q, [q_length, HEAD_DIM], [stride_qt, 1], [BLOCK_M, REST]
+                q, [q_rows, HEAD_DIM], [stride_qt, 1], [BLOCK_M, REST]
             ).load([row, PART])
             key_rest_source = tl.make_tensor_descriptor(
-                k, [kv_length, HEAD_DIM], [stride_kt, 1], [BLOCK_N, REST]
+                k, [kv_rows, HEAD_DIM], [stride_kt, 1], [BLOCK_N, REST]
             )
             value_rest_source = tl.make_tensor_descriptor(
-                v, [kv_length, HEAD_DIM], [stride_vt, 1], [BLOCK_N, REST]
+                v, [kv_rows, HEAD_DIM], [stride_vt, 1], [BLOCK_N, REST]
             )
         else:
             query_rest = load_tile(
@@ -264,6 +269,8 @@ def forward(
     if out.numel() == 0:
         return out, lse
     q, k, v = map(side_by_side, (q, k, v))
+    if on_hopper(q):
+        q, k, v = map(for_tma, (q, k, v))
     launch = launch or launch_for(q, k, v)
     num_sequences = len(cu_seqlens_q) - 1
     num_slots, per_sequence = slots(num_tokens, num_sequences, max_seqlen_q, launch.block_m)

@@ -26,6 +26,7 @@ from interlace.triton_kernels._ragged import (
     by_group,
     choose,
     fits_tma,
+    for_tma,
     head_map,
     interpreted,
     launch_on,
@@ -201,13 +202,15 @@ def _keys(
         q += q_begin * stride_qt
         grad_out += q_begin * stride_gt
         if TMA:
+            # a descriptor of nothing would be an illegal instruction
+            heads_there = tl.maximum(last_head, 1)
             score_source = tl.make_tensor_descriptor(
-                score_start, [last_head, stride_sh], [stride_sh, 1], [1, BLOCK_M]
+                score_start, [heads_there, stride_sh], [stride_sh, 1], [1, BLOCK_M]
             )
             grad_score_source = tl.make_tensor_descriptor(
-                grad_start, [last_head, stride_sh], [stride_sh, 1], [1, BLOCK_M]
+                grad_start, [heads_there, stride_sh], [stride_sh, 1], [1, BLOCK_M]
             )
-            bounds = [q_length, last_head, HEAD_DIM]
+            bounds = [tl.maximum(q_length, 1), heads_there, HEAD_DIM]
             q_source = tl.make_tensor_descriptor(
                 q, bounds, [stride_qt, stride_qh, 1], [BLOCK_M, 1, PART]
             )
@@ -400,6 +403,8 @@ def backward(
         return (*zeros, torch.zeros(gates, dtype=torch.float32, device=device))
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
     grad_out, out, q, k, v = map(side_by_side, (grad_out, out, q, k, v))
+    if on_hopper(q):
+        grad_out, q, k, v = map(for_tma, (grad_out, q, k, v))
     lse = lse.contiguous()
     num_sequences = len(cu_seqlens_q) - 1
     num_blocks = num_tokens // ROWS + num_sequences

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from interlace.ops import _ragged_decode_plan as planning
+from interlace.triton_kernels._overlap import enter, options
 from interlace.triton_kernels._variants import Variant
 
 if TYPE_CHECKING:
@@ -88,8 +89,10 @@ def attend_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile of rows against one split of the keys."""
+    enter(OVERLAP)
     program = tl.program_id(0)
     # blocks of rows that share their keys run side by side
     row_block = program % num_row_blocks
@@ -202,8 +205,10 @@ def join_kernel(
     BLOCK_D: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One row of the output from its splits."""
+    enter(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     b = row // (num_heads * num_tokens)
     begin, end, _ = _keys_of(lengths, starts, window, b, num_tokens, capacity)
@@ -346,6 +351,7 @@ def ragged_decode(
         UPCAST=triton.knobs.runtime.interpret,
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
+        **options(q.device),
     )
     if num_splits > 1:
         join_kernel[(batch * num_tokens * num_heads,)](
@@ -367,6 +373,7 @@ def ragged_decode(
             MAX_SPLITS=planning.MAX_SPLITS,
             BLOCK_S=_JOIN_BLOCK,
             num_warps=4,
+            **options(q.device),
         )
     return out
 
@@ -418,6 +425,7 @@ def _attend_variant(
         "BLOCK_N": sizes.block_n,
         "BLOCK_D": sizes.block_d,
         "UPCAST": False,
+        "OVERLAP": False,
     }
     if page:
         types["block_table"] = "*i32"
@@ -449,6 +457,7 @@ def _join_variant(width: int) -> Variant:
         "BLOCK_D": sizes.block_d,
         "MAX_SPLITS": planning.MAX_SPLITS,
         "BLOCK_S": _JOIN_BLOCK,
+        "OVERLAP": False,
     }
     return Variant(
         f"join, head {width}", join_kernel, types, constants, aligned=("out", "parts", "stats")

@@ -66,6 +66,7 @@ __device__ __forceinline__ float row_sum(float value, const Layout& layout, floa
 template <class Element, int kPacks>
 __global__ void __launch_bounds__(kMaxThreads)
     bridge_norm_kernel(const BridgeNormArgs args, const Layout layout) {
+  enter();
   constexpr int kSize = Pack<Element>::kSize;
   __shared__ float partial[2][kMaxWarps];
   const int place = threadIdx.x % layout.threads;
@@ -168,39 +169,39 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 template <class Element, int kPacks>
-void launch(const BridgeNormArgs& args, int threads, cudaStream_t stream) {
+void launch(const BridgeNormArgs& args, int threads, cudaStream_t stream, bool overlap) {
   const int rows_per_block = threads == kWarp ? kShortRowThreads / kWarp : 1;
   const Layout layout{threads, rows_per_block, static_cast<int>(args.width / Pack<Element>::kSize)};
   const int64_t blocks = (args.num_rows + rows_per_block - 1) / rows_per_block;
-  bridge_norm_kernel<Element, kPacks>
-      <<<static_cast<unsigned>(blocks), threads * rows_per_block, 0, stream>>>(args, layout);
+  launch_kernel(bridge_norm_kernel<Element, kPacks>, static_cast<unsigned>(blocks),
+                threads * rows_per_block, stream, overlap, args, layout);
 }
 
 template <class Element>
-void launch_for(const BridgeNormArgs& args, cudaStream_t stream) {
+void launch_for(const BridgeNormArgs& args, cudaStream_t stream, bool overlap) {
   const int num_packs = static_cast<int>(args.width / Pack<Element>::kSize);
   const auto threads = [&](int packs) {
     return (num_packs + packs * kWarp - 1) / (packs * kWarp) * kWarp;
   };
-  if (num_packs <= kWarp) return launch<Element, 1>(args, kWarp, stream);
-  if (num_packs <= 2 * kWarp) return launch<Element, 2>(args, kWarp, stream);
-  if (num_packs <= 4 * kWarp) return launch<Element, 4>(args, kWarp, stream);
-  if (num_packs <= 2 * kMaxThreads) return launch<Element, 2>(args, threads(2), stream);
-  if (num_packs <= 4 * kMaxThreads) return launch<Element, 4>(args, threads(4), stream);
+  if (num_packs <= kWarp) return launch<Element, 1>(args, kWarp, stream, overlap);
+  if (num_packs <= 2 * kWarp) return launch<Element, 2>(args, kWarp, stream, overlap);
+  if (num_packs <= 4 * kWarp) return launch<Element, 4>(args, kWarp, stream, overlap);
+  if (num_packs <= 2 * kMaxThreads) return launch<Element, 2>(args, threads(2), stream, overlap);
+  if (num_packs <= 4 * kMaxThreads) return launch<Element, 4>(args, threads(4), stream, overlap);
   if constexpr (8 * Pack<Element>::kSize <= kMaxElements) {
-    if (num_packs <= 8 * kMaxThreads) return launch<Element, 8>(args, threads(8), stream);
+    if (num_packs <= 8 * kMaxThreads) return launch<Element, 8>(args, threads(8), stream, overlap);
   }
   throw std::runtime_error("bridge_norm_cuda: rows are too long");
 }
 
 }  // namespace
 
-void bridge_norm_cuda(const BridgeNormArgs& args, int device, std::uintptr_t stream) {
+void bridge_norm_cuda(const BridgeNormArgs& args, int device, std::uintptr_t stream, bool overlap) {
   if (args.num_rows == 0) return;
   const DeviceGuard guard(device);
   dispatch(args.dtype, [&](auto* null) {
     using Element = std::remove_pointer_t<decltype(null)>;
-    launch_for<Element>(args, reinterpret_cast<cudaStream_t>(stream));
+    launch_for<Element>(args, reinterpret_cast<cudaStream_t>(stream), overlap);
   });
   check(cudaGetLastError(), "bridge_norm_cuda");
 }

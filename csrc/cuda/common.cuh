@@ -95,6 +95,31 @@ __device__ inline float warp_max(float value) {
   return value;
 }
 
+// First thing in a kernel that may overlap the one before it: lets the next kernel start, and waits
+// until those before have ended. Where nothing overlaps it does nothing.
+__device__ inline void enter() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Launches a kernel that begins with `enter`, on Hopper or later before those in front have ended.
+template <class... Parameters, class... Args>
+void launch_kernel(void (*kernel)(Parameters...), unsigned blocks, int threads, cudaStream_t stream,
+                   bool overlap, const Args&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, args...), "a launch");
+}
+
 // Calls visit with a null pointer of the C++ type that stands for a dtype.
 template <class Visit>
 void dispatch(DType dtype, const Visit& visit) {

@@ -70,6 +70,7 @@ template <class Element, int kRows, int kTeam>
 __global__ void __launch_bounds__(kThreads, kResident)
     attend_kernel(const __grid_constant__ RaggedDecodeCudaArgs args,
                   const __grid_constant__ DecodeHeads heads) {
+  enter();
   using Sizes = Shape<Element, kRows, kTeam>;
   constexpr int kPack = Sizes::kPack, kAhead = Sizes::kAhead, kWidth = kTeam * kPack;
   __shared__ __align__(16) float queries[kRows][kWidth];
@@ -228,6 +229,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 template <class Element>
 __global__ void __launch_bounds__(kThreads)
     join_kernel(const __grid_constant__ RaggedDecodeCudaArgs args, int step) {
+  enter();
   static_assert(kThreads >= kMaxDecodeSplits, "a thread per split");
   __shared__ float weights[kMaxDecodeSplits], warp_top[kWarps], warp_total[kWarps];
   const int64_t row = blockIdx.x;
@@ -264,15 +266,13 @@ template <class Element, int kRows, int kTeam>
 void launch(const RaggedDecodeCudaArgs& args, const DecodeHeads& heads) {
   const auto stream = static_cast<cudaStream_t>(args.stream);
   const unsigned tiles = static_cast<unsigned>(args.num_sequences) * heads.count;
-  attend_kernel<Element, kRows, kTeam>
-      <<<tiles * args.num_splits, kThreads, 0, stream>>>(args, heads);
-  check(cudaGetLastError(), "ragged_decode");
+  launch_kernel(attend_kernel<Element, kRows, kTeam>, tiles * args.num_splits, kThreads, stream,
+                args.overlap, args, heads);
   if (args.num_splits == 1) return;
   const unsigned num_rows =
       static_cast<unsigned>(args.num_sequences) * args.num_tokens * args.num_heads;
   constexpr int kStep = Shape<Element, kRows, kTeam>::kStep;
-  join_kernel<Element><<<num_rows, kThreads, 0, stream>>>(args, kStep);
-  check(cudaGetLastError(), "ragged_decode, joining the splits");
+  launch_kernel(join_kernel<Element>, num_rows, kThreads, stream, args.overlap, args, kStep);
 }
 
 template <class Element, int kTeam>

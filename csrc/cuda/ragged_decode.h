@@ -43,6 +43,7 @@ struct RaggedDecodeCudaArgs {
   float* parts;       // with several splits: B * N * Hq * S * (D + 2) floats, to work with
   int device;
   void* stream;
+  bool overlap;  // the kernels may start before those in front of them have ended
 };
 
 // Kv heads that serve query heads: handed over by value, so that nothing has to be copied before.

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers.activations import SiLUActivation
 
+from interlace import ops
 from interlace.models.parts import is_absent
 from interlace.nn.norms import add_and_norm, add_before
-from interlace.nn.routes import needs_grad
+from interlace.nn.routes import activation_op_serves, needs_grad
+from interlace.nn.stepping import project_by, project_gated
 from interlace.nn.swap import Fused, autocasting, collected, listened_to
 
 if TYPE_CHECKING:
@@ -137,16 +139,23 @@ class FusedGatedMLP(Fused, nn.Module):
         if autocasting(x) or not merged.serves((self.gate_proj, self.up_proj)):
             stock: Tensor = super().forward(x)
             return stock
+        is_silu = isinstance(self.act_fn, nn.SiLU | SiLUActivation)
+        both = project_gated(x, merged.weight, merged.bias) if is_silu else None
+        if both is None:
+            both = self._activated(x, is_silu=is_silu)
+        return project_by(self.down_proj, both)
+
+    def _activated(self, x: Tensor, *, is_silu: bool) -> Tensor:
+        merged = self.interlace_state.merged
         if x.device.type == "cpu" and x.numel() > _FEW_ROWS * x.shape[-1]:
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
             gate, up = torch.split(merged(x), merged.sizes, dim=-1)
+        if is_silu and activation_op_serves(gate):
+            return ops.silu_mul(gate, up)
         if needs_grad(gate):
-            gate = self.act_fn(gate) * up
-        elif isinstance(self.act_fn, nn.SiLU | SiLUActivation):
+            return self.act_fn(gate) * up
+        if is_silu:
             # in place: fresh memory of this size costs more than the activation
-            gate = silu(gate, inplace=True).mul_(up)
-        else:
-            gate = self.act_fn(gate).mul_(up)
-        out: Tensor = self.down_proj(gate)
-        return out
+            return silu(gate, inplace=True).mul_(up)
+        return self.act_fn(gate).mul_(up)

@@ -12,9 +12,7 @@ from interlace.errors import ConfigError
 from interlace.models import VLM
 from interlace.models.parts import is_absent
 from interlace.nn import backends
-from interlace.nn import graphs as recording
 from interlace.nn.attention import NAME, head_groups
-from interlace.nn.block_graphs import BlockGraph, Shelf
 from interlace.nn.blocks import (
     BlockState,
     FusedBlock,
@@ -23,9 +21,12 @@ from interlace.nn.blocks import (
     arguments,
     first_read,
 )
-from interlace.nn.layers import QKV, CallerState, FusedAttention, FusedCaller
+from interlace.nn.ends import FusedHead, FusedPatchEmbed, patches_why_not
+from interlace.nn.graphs import remove
+from interlace.nn.layers import QKV, CallerState, FusedCaller
 from interlace.nn.norms import FusedNorm, rms_why_not
 from interlace.nn.projections import Merged
+from interlace.nn.recording import record
 from interlace.nn.report import FuseEntry, FuseReport
 from interlace.nn.shapes import (
     ATTENTIONS,
@@ -34,6 +35,7 @@ from interlace.nn.shapes import (
     GATED_MLPS,
     OTHER_ATTENTIONS,
     OTHER_BLOCKS,
+    PATCH_EMBEDDINGS,
     RMS_NORMS,
 )
 from interlace.nn.swap import Fused, restore, stock_class, swap
@@ -66,6 +68,7 @@ def fuse(
     norms: bool = True,
     mlp: bool = True,
     rope: bool = True,
+    ends: bool = True,
     graphs: bool | Literal["auto"] = "auto",
 ) -> FuseReport:
     """Swap the modules of a model for fused ones, in place; `unfuse` swaps them back.
@@ -82,6 +85,8 @@ def fuse(
         norms: RMSNorms in one pass, and residual add and norm by `bridge_norm`.
         mlp: gated feed-forward parts with gate and up in one product.
         rope: norm and rotary embedding of heads by `qk_norm_rope`; only with `attention`.
+        ends: patches of images embedded by a product instead of a convolution, and a head over
+            words that reads the last tokens of a batch as one matrix.
         graphs: replay as CUDA graphs the steps of text decoders where `generate` decodes against a
             static cache (`cache_implementation="static"`; its memory is kept for the next text),
             and blocks on shapes that they have seen. "auto" does so on a GPU; True insists.
@@ -115,6 +120,8 @@ def fuse(
         entries += _fuse_attention(target, names, rope=rope)
     if mlp:
         entries += _fuse_mlps(target, names)
+    if ends:
+        entries += _fuse_ends(target, names)
     if norms:
         entries += _fuse_blocks(target, names)
     entries += [
@@ -124,7 +131,7 @@ def fuse(
     ]
     order = {name: place for place, name in enumerate(names.values())}
     entries.sort(key=lambda entry: order[entry.module])
-    entries += _record_steps(target, names, graphs)
+    entries += record(target, names, graphs)
     report = FuseReport(type(target).__name__, str(first.device), str(first.dtype), tuple(entries))
     target.__dict__[_KEPT] = _Fusion(report, chosen)
     if not report.fused:
@@ -150,7 +157,7 @@ def unfuse(model: VLM | PreTrainedModel) -> None:
     fusion = target.__dict__.pop(_KEPT, None)
     if fusion is None:
         raise ConfigError(f"{type(target).__name__} is not fused, so there is nothing to undo.")
-    recording.remove(target)
+    remove(target)
     for module in target.modules():
         if isinstance(module, Fused):
             merged = getattr(module.interlace_state, "merged", None)
@@ -289,6 +296,24 @@ def _fuse_mlps(target: nn.Module, names: dict[int, str]) -> list[FuseEntry]:
     return entries
 
 
+def _fuse_ends(target: PreTrainedModel, names: dict[int, str]) -> list[FuseEntry]:
+    entries = []
+    for path, module, kind in _named(target, names):
+        if kind not in PATCH_EMBEDDINGS:
+            continue
+        reason = patches_why_not(module)
+        if reason is None:
+            swap(module, FusedPatchEmbed, None)
+            entries.append(FuseEntry(path, kind, "patches", True, "torch, one product"))
+        else:
+            entries.append(FuseEntry(path, kind, "patches", False, reason=reason))
+    head = target.get_output_embeddings()
+    if type(head) is nn.Linear:
+        swap(head, FusedHead, None)
+        entries.append(FuseEntry(names[id(head)], "Linear", "head", True, "torch, rows in one"))
+    return entries
+
+
 def _fuse_blocks(target: nn.Module, names: dict[int, str]) -> list[FuseEntry]:
     entries = []
     for path, module, kind in _named(target, names):
@@ -310,63 +335,6 @@ def _fuse_blocks(target: nn.Module, names: dict[int, str]) -> list[FuseEntry]:
     for stack in target.modules():
         _join(stack)
     return entries
-
-
-def text_decoders(target: nn.Module) -> list[nn.Module]:
-    """Find the models in a fused model that decode token by token, in fused blocks alone."""
-    found = []
-    for module in target.modules():
-        stacks = [each for each in module.children() if isinstance(each, nn.ModuleList)]
-        if isinstance(module, PreTrainedModel) and len(stacks) == 1:
-            blocks = list(stacks[0])
-            layers = [getattr(each, "self_attn", None) for each in blocks]
-            fused = all(isinstance(each, FusedBlock) for each in blocks)
-            if fused and all(
-                isinstance(each, FusedAttention) and hasattr(each, "layer_idx") for each in layers
-            ):
-                found.append(module)
-    return found
-
-
-def record_blocks(target: nn.Module, recorder: recording.Recorder) -> list[BlockGraph]:
-    """Let the fused blocks of a model record and replay passes of many tokens.
-
-    Args:
-        target: a fused model.
-        recorder: of its device.
-
-    Returns:
-        What records, one for every block.
-    """
-    shelf, found = Shelf(recorder), []
-    for stack in target.modules():
-        if isinstance(stack, nn.ModuleList):
-            blocks = [each for each in stack if isinstance(each, FusedBlock)]
-            for block in blocks:
-                graph = BlockGraph(shelf, is_last=block is blocks[-1])
-                block.interlace_state.graph = graph
-                found.append(graph)
-    return found
-
-
-def _record_steps(target: nn.Module, names: dict[int, str], graphs: bool | str) -> list[FuseEntry]:
-    decoders = text_decoders(target)
-    on_gpu = next(target.parameters()).is_cuda
-    if graphs and on_gpu:
-        recording.install(target, decoders, recording.CudaRecorder())
-        record_blocks(target, recording.CudaRecorder())
-    reason = "there are CUDA graphs on a GPU only" if graphs else "graphs=False"
-    return [
-        FuseEntry(
-            names[id(decoder)],
-            type(decoder).__name__,
-            "graphs",
-            bool(graphs and on_gpu),
-            "CUDA graphs of steps with a static cache, and of blocks" if graphs and on_gpu else "",
-            "" if graphs and on_gpu else reason,
-        )
-        for decoder in decoders
-    ]
 
 
 def _join(owner: nn.Module) -> None:

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from interlace.nn import preparing
 from interlace.nn.cache_memory import CacheMemory, memory_of
 from interlace.nn.masks import Pattern, attach, pattern_of
+from interlace.nn.stepping import stepping
 from interlace.nn.swap import autocasting, listened_to
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ class _Recording:
         self._result: Tensor | None = None
 
     def _step(self) -> Tensor:
-        out = self._stock(**self._inputs, **self._others, past_key_values=self.cache())
+        cache = self.cache()
+        with stepping(cache):
+            out = self._stock(**self._inputs, **self._others, past_key_values=cache)
         for mask in self._masks.values():
             _move_on(mask)
         result: Tensor = out.last_hidden_state

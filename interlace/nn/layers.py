@@ -16,6 +16,7 @@ from interlace import ops
 from interlace.nn.attention import NAME, interlace_attention
 from interlace.nn.heads import norm_and_rotate
 from interlace.nn.routes import packed_op_serves
+from interlace.nn.stepping import cached, project_by
 from interlace.nn.swap import Fused, autocasting, hooked
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class FusedAttention(_Attention):
             )
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = cached(past_key_values, key, value, self.layer_idx)
         out, weights = interlace_attention(
             self,
             query,
@@ -128,7 +129,7 @@ class FusedAttention(_Attention):
             **others,
         )
         out = out.reshape(*hidden_states.shape[:-1], -1)
-        return getattr(self, state.out)(out), weights
+        return project_by(getattr(self, state.out), out), weights
 
 
 class FusedVisionAttention(_Attention):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from interlace.nn.stepping import project
 from interlace.nn.swap import hooked
 
 if TYPE_CHECKING:
@@ -110,4 +110,4 @@ class Merged:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Project: [..., inputs] -> [..., sum of outputs]."""
-        return linear(x, self.weight, self.bias)
+        return project(x, self.weight, self.bias)

@@ -63,6 +63,12 @@ def rope_op_serves(heads: Tensor) -> bool:
     return _serves("qk_norm_rope", heads.device, heads.numel() >= _ROPE_ELEMENTS)
 
 
+def activation_op_serves(gate: Tensor) -> bool:
+    """Tell whether silu_mul activates a feed-forward part."""
+    # on the CPU torch does it in place
+    return _serves("silu_mul", gate.device, worth=False)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Tell whether a gradient will be asked of a function of the tensors."""
     return torch.is_grad_enabled() and any(

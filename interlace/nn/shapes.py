@@ -74,6 +74,7 @@ ATTENTIONS: dict[str, tuple[type, AttentionState]] = {
     ),
 }
 
+PATCH_EMBEDDINGS = frozenset({"PatchEmbed", "Qwen2_5_VisionPatchEmbed", "Qwen3VLVisionPatchEmbed"})
 GATED_MLPS = frozenset(
     {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen2_5_VLMLP", "Qwen3MLP", "Qwen3VLTextMLP"}
 )

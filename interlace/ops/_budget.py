@@ -24,10 +24,11 @@ class Budget:
     """What an op allows beyond twice the reference's own error.
 
     Attributes:
-        ulps: units in the last place of the output's dtype, at the output's largest magnitude.
+        ulps: units in the last place of the output's dtype, at the output's largest magnitude. A
+            sum in another order is off by a few of them where the reference's happens to be exact.
     """
 
-    ulps: float = 2.0
+    ulps: float = 4.0
 
     def excess(self, actual: Tensor, reference: Tensor, truth: Tensor) -> str | None:
         """Say how an output breaks the budget; None if it keeps it.

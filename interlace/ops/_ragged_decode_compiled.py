@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from interlace.ops import _extension
+from interlace.ops import _extension, _overlap
 from interlace.ops import _ragged_decode_plan as planning
 
 # in the order of csrc/common/dtype.h
@@ -113,6 +113,7 @@ def cuda(
         parts=_address(parts),
         device=q.device.index,
         stream=torch._C._cuda_getCurrentRawStream(q.device.index),
+        overlap=_overlap.allowed(q.device),
     )
     return out
 

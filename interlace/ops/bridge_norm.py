@@ -17,7 +17,7 @@ from torch import Tensor
 from interlace.errors import ShapeError
 from interlace.ops import _bridge_norm_reference as meaning
 from interlace.ops import _bridge_norm_samples as samples
-from interlace.ops import _extension
+from interlace.ops import _extension, _overlap
 from interlace.ops._autograd import Backward
 from interlace.ops._registry import Backend, Op
 
@@ -315,6 +315,7 @@ def _cuda(
         *(x, residual, weight, bias, eps, kind, scale),
         device=index,
         stream=torch._C._cuda_getCurrentRawStream(index),
+        overlap=_overlap.allowed(x.device),
     )
 
 

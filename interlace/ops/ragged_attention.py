@@ -20,6 +20,7 @@ from torch import Tensor
 from interlace.errors import ShapeError
 from interlace.ops import _ragged_attention_compiled as compiled
 from interlace.ops._autograd import Backward
+from interlace.ops._budget import Budget
 from interlace.ops._ragged_reference import backward_reference, num_visible, reference
 from interlace.ops._ragged_samples import backward_samples, not_finite, samples
 from interlace.ops._registry import Backend, Op, OpSample
@@ -308,6 +309,9 @@ BACKWARD = Op(
             why_not=_why_not,
         ),
     ),
+    # tensor cores cut sums of 16-bit products off instead of rounding them, so that all lean toward
+    # zero, and a gate's gradient adds up every one of them (docs/decisions/0007)
+    budget=Budget(ulps=8.0),
 )
 OP = Op(
     "ragged_attention",

@@ -17,8 +17,8 @@ from transformers.cache_utils import StaticLayer
 
 import interlace as il
 from interlace.nn import block_graphs, graphs
-from interlace.nn.fusing import record_blocks, text_decoders
 from interlace.nn.norms import bear, borne_by
+from interlace.nn.recording import record_blocks, text_decoders
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,7 +1,4 @@
-"""Recorded decoding, with a recorder for the CPU that keeps to the rules of CUDA graphs.
-
-As a graph does, it reads nothing but the memory it was recorded with, and fills one result.
-"""
+"""Recorded decoding, with a recorder for the CPU that keeps to the rules of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -10,29 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from recorders import Replayer
 from transformers import StaticCache
 
 import interlace as il
 from interlace.errors import ConfigError
 from interlace.nn import graphs, masks
 from interlace.nn.blocks import FusedBlock
-from interlace.nn.fusing import text_decoders
+from interlace.nn.recording import text_decoders
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-
-
-class Replayer:
-    """Records a function by keeping it."""
-
-    def warm_up(self, step: Callable[[], torch.Tensor]) -> None:
-        step()
-
-    def record(self, step: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor]:
-        result = torch.empty_like(step())
-        return lambda: result.copy_(step()), result
 
 
 class Failing(Replayer):

@@ -1,0 +1,109 @@
+"""A step of a decoder while it is recorded: what may be left out because only a replay runs it.
+
+A recorded step knows that its cache is static and has room for one token, and that nobody writes
+weights. So keys and values go into the cache by one kernel, the lengths of all layers grow at once,
+kernels overlap, and products of a few rows have their weights on the way before their inputs are
+there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from interlace import ops
+from interlace.nn.swap import hooked
+from interlace.ops import _overlap
+from interlace.ops.skinny_linear import MAX_ROWS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(eq=False)
+class _Step:
+    """The step that is being recorded.
+
+    Attributes:
+        cache: a static cache.
+        grown: lengths of its layers that got a token.
+    """
+
+    cache: Any
+    grown: list[Tensor] = field(default_factory=list)
+
+
+_STEP: ContextVar[_Step | None] = ContextVar("interlace_step", default=None)
+
+
+@contextlib.contextmanager
+def stepping(cache: Any) -> Iterator[None]:
+    """Run one step against a static cache, in a form that is worth recording."""
+    step = _Step(cache)
+    token = _STEP.set(step)
+    try:
+        with _overlap.overlapping():
+            yield
+    finally:
+        _STEP.reset(token)
+    if step.grown:
+        torch._foreach_add_(step.grown, 1)
+
+
+def cached(cache: Any, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    """Put keys and values into a cache, and return what it holds for a layer.
+
+    Args:
+        cache: of transformers.
+        key: [B, Hkv, T, D].
+        value: [B, Hkv, T, D].
+        layer_idx: the layer.
+    """
+    step = None if torch.compiler.is_compiling() else _STEP.get()
+    if step is None or step.cache is not cache:
+        found: tuple[Tensor, Tensor] = cache.update(key, value, layer_idx)
+        return found
+    layer = cache.layers[layer_idx]
+    length = layer.cumulative_length
+    if key.is_cuda:
+        from interlace.triton_kernels.cache_append import append
+
+        append(key, value, layer.keys, layer.values, length)
+    else:
+        place = length.reshape(1)
+        layer.keys.index_copy_(2, place, key)
+        layer.values.index_copy_(2, place, value)
+    step.grown.append(length)
+    return layer.keys, layer.values
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x weight^T + bias: [..., K] -> [..., N]."""
+    if _is_skinny(x):
+        return ops.skinny_linear(x, weight, bias)
+    return linear(x, weight, bias)
+
+
+def project_gated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Return silu(gate) * up of both projections in one weight; None where one op cannot."""
+    return ops.skinny_linear(x, weight, bias, gated=True) if _is_skinny(x) else None
+
+
+def project_by(module: nn.Module, x: Tensor) -> Tensor:
+    """Call a projection, or compute what it does."""
+    if type(module) is nn.Linear and _is_skinny(x) and not hooked(module):
+        return ops.skinny_linear(x, module.weight, module.bias)
+    out: Tensor = module(x)
+    return out
+
+
+def _is_skinny(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not _overlap.allowed(x.device):
+        return False
+    return x.numel() <= MAX_ROWS * x.shape[-1]
