@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 # bytes of one load of a thread
 _LOAD = 16
+# programs up to which all run at once, with registers for long steps: five on each of Hopper's 132
+# multiprocessors
+_FEW = 660
+_EVICTION = {False: "", True: "evict_first"}
 
 
 @triton.jit
@@ -140,5 +144,138 @@ class Config:
 
 
 def config(rows: int, n: int, k: int, *, gated: bool, element_size: int) -> Config:
-    """Choose the sizes for M, N, K, and bytes of an element."""
-    return Config(2 if gated else 4, 2048 // element_size, 4)
+    """Choose the sizes for M, N, K, and bytes of an element.
+
+    A step is a multiple of what the threads of all warps take with one load each: then no element
+    of x has to go from one thread to another. What hides the latency of memory is bytes asked for
+    and not yet there: tiles of all programs of a multiprocessor, 64 KB or so.
+    """
+    block_n = 2 if gated else 4
+    step = 32 * _LOAD // element_size
+    num_programs = triton.cdiv(n, 4)
+    if rows == 1 and num_programs <= _FEW and k > 4 * step:
+        # all of them run at once, and have registers to spare
+        return Config(block_n, 8 * step, 4)
+    num_warps = 2 if k % (4 * step) and k % (2 * step) == 0 else 4
+    return Config(block_n, num_warps * step, num_warps)
+
+
+def skinny_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, launch: Config | None = None
+) -> Tensor:
+    """Run the kernel; arguments as those of the op's reference, and sizes other than the chosen."""
+    n, k = weight.shape
+    outputs = n // 2 if gated else n
+    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    # a copy of x is made in front of this kernel, which waits for it; one of a weight would not do
+    x = x.reshape(-1, k)
+    x = x if x.stride(1) == 1 or k == 1 else x.contiguous()
+    size = x.element_size()
+    sizes = launch or config(len(x), n, k, gated=gated, element_size=size)
+    skinny_linear_kernel[(triton.cdiv(outputs, sizes.block_n),)](
+        out,
+        x,
+        weight,
+        bias,
+        len(x),
+        outputs,
+        k,
+        x.stride(0),
+        weight.stride(0),
+        0 if bias is None else bias.stride(0),
+        ROWS=triton.next_power_of_2(len(x)),
+        GATED=gated,
+        EVEN_K=k % sizes.block_k == 0,
+        PACK=_LOAD // size,
+        BLOCK_N=sizes.block_n,
+        BLOCK_K=sizes.block_k,
+        EVICTION=_EVICTION[sizes.evict_first],
+        num_warps=sizes.num_warps,
+        num_stages=sizes.num_stages,
+        enable_fp_fusion=True,
+        **_overlap.options(x.device),
+    )
+    return out
+
+
+def variants() -> list[Variant]:
+    """What a token of decoding compiles to in models of 4096 and 2560 dimensions, and more rows."""
+    names = {False: "", True: ", overlapping"}
+    found = [
+        _variant(f"bf16, 1 row{name}", overlap=overlap) for overlap, name in names.items()
+    ]
+    found += [
+        _variant(f"bf16, 1 row, gated{name}", n=24576, gated=True, overlap=overlap)
+        for overlap, name in names.items()
+    ]
+    found += [
+        _variant(f"bf16, 4 rows, bias{name}", rows=4, biased=True, overlap=overlap)
+        for overlap, name in names.items()
+    ]
+    return [
+        *found,
+        _variant("bf16, 1 row, few outputs", n=2560),
+        _variant("bf16, 1 row, few outputs, odd steps", n=2560, k=9728),
+        _variant("bf16, 1 row, half steps", k=2560),
+        _variant("bf16, 1 row, half steps, gated", n=19456, k=2560, gated=True),
+        _variant("bf16, 1 row, odd steps", k=11008),
+        _variant("bf16, 2 rows", rows=2),
+        _variant("bf16, 2 rows, gated", n=24576, rows=2, gated=True),
+        _variant("bf16, 4 rows, gated, bias", n=24576, rows=4, gated=True, biased=True),
+        _variant("fp16, 1 row", element="fp16"),
+        _variant("fp32, 1 row", element="fp32"),
+    ]
+
+
+def _variant(
+    name: str,
+    *,
+    rows: int = 1,
+    n: int = 6144,
+    k: int = 4096,
+    gated: bool = False,
+    biased: bool = False,
+    element: str = "bf16",
+    overlap: bool = False,
+) -> Variant:
+    size = 4 if element == "fp32" else 2
+    sizes = config(rows, n, k, gated=gated, element_size=size)
+    counts = ("outputs", "k", "x_stride", "weight_stride")
+    types = dict.fromkeys(("out", "x", "weight"), f"*{element}") | dict.fromkeys(counts, "i32")
+    constants = {
+        "ROWS": triton.next_power_of_2(rows),
+        "GATED": gated,
+        "EVEN_K": k % sizes.block_k == 0,
+        "PACK": _LOAD // size,
+        "BLOCK_N": sizes.block_n,
+        "BLOCK_K": sizes.block_k,
+        "EVICTION": _EVICTION[sizes.evict_first],
+        "OVERLAP": overlap,
+        # Triton takes a 1 as a constant by itself, and so do we
+        "bias_stride": 1,
+    }
+    if rows == 1:
+        constants["num_rows"] = 1
+    else:
+        types["num_rows"] = "i32"
+    if biased:
+        types["bias"] = f"*{element}"
+    else:
+        constants["bias"] = None
+    # 16 bytes of the weight to a thread, and of x, whose loads have no policy
+    expects = ["L2::cache_hint.v4.b32", "ld.global.v4.b32"]
+    if overlap:
+        expects += ["griddepcontrol.launch_dependents", "griddepcontrol.wait"]
+    return Variant(
+        name,
+        skinny_linear_kernel,
+        types,
+        constants,
+        aligned=("out", "x", "weight", *counts),
+        num_warps=sizes.num_warps,
+        num_stages=sizes.num_stages,
+        capabilities=(90, 100) if overlap else (80, 90, 100),
+        expects=dict.fromkeys((80, 90, 100), tuple(expects)),
+    )
