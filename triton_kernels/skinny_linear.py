@@ -37,22 +37,29 @@ _EVICTION = {False: "", True: "evict_first"}
 
 @triton.jit
 def _tile(
-    rows,
-    first,
-    k,
-    PACK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    EVICTION: tl.constexpr,
+    rows, first, k, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVICTION: tl.constexpr
 ):
-    """Elements first..first + BLOCK_K - 1 of rows [.., .., 1, 1], as [.., .., BLOCK_K / P, P]."""
-    packs = tl.arange(0, BLOCK_K // PACK)[None, None, :, None]
-    at = first + packs * PACK + tl.arange(0, PACK)[None, None, None, :]
+    """Elements first..first + BLOCK_K - 1 of rows [.., .., 1], as [.., .., BLOCK_K]."""
+    at = first + tl.arange(0, BLOCK_K)[None, None, :]
     if EVEN_K:
         tile = tl.load(rows + at, eviction_policy=EVICTION)
     else:
         tile = tl.load(rows + at, mask=at < k, other=0.0, eviction_policy=EVICTION)
     return tile
+
+
+@triton.jit
+def _products(tile, values, PACK: tl.constexpr):
+    """Weights [1, N, BLOCK_K] and x [M, 1, BLOCK_K]: sums over P neighbours [M, N, BLOCK_K / P]."""
+    products = tile.to(tl.float32) * values.to(tl.float32)
+    # neighbours are those of one load, so a thread has them all
+    shape: tl.constexpr = (
+        products.shape[0],
+        products.shape[1],
+        products.shape[2] // PACK,
+        PACK,
+    )
+    return tl.sum(tl.reshape(products, shape), 3)
 
 
 @triton.jit
@@ -91,24 +98,24 @@ def skinny_linear_kernel(
     else:
         n = tl.minimum(first_output + tl.arange(0, BLOCK_N), outputs - 1)
     # rows beyond the last are the last once more: they cost no mask, and are not stored
-    weight_rows = weight + (n.to(tl.int64) * weight_stride)[None, :, None, None]
-    tile = _tile(weight_rows, 0, k, PACK, BLOCK_K, EVEN_K, EVICTION)
+    weight_rows = weight + (n.to(tl.int64) * weight_stride)[None, :, None]
+    tile = _tile(weight_rows, 0, k, BLOCK_K, EVEN_K, EVICTION)
     if bias is not None:
         shift = tl.load(bias + n.to(tl.int64) * bias_stride).to(tl.float32)
     if OVERLAP:
         # nothing but weights is read before, and nothing is written
         gdc_wait()
     m = tl.arange(0, ROWS)
-    x_rows = x + (tl.minimum(m, num_rows - 1).to(tl.int64) * x_stride)[:, None, None, None]
+    x_rows = x + (tl.minimum(m, num_rows - 1).to(tl.int64) * x_stride)[:, None, None]
 
     sums = tl.zeros([ROWS, n.shape[0], BLOCK_K // PACK], tl.float32)
     for first in range(BLOCK_K, k, BLOCK_K):
-        following = _tile(weight_rows, first, k, PACK, BLOCK_K, EVEN_K, EVICTION)
-        values = _tile(x_rows, first - BLOCK_K, k, PACK, BLOCK_K, EVEN_K, "")
-        sums += tl.sum(tile.to(tl.float32) * values.to(tl.float32), 3)
+        following = _tile(weight_rows, first, k, BLOCK_K, EVEN_K, EVICTION)
+        values = _tile(x_rows, first - BLOCK_K, k, BLOCK_K, EVEN_K, "")
+        sums += _products(tile, values, PACK)
         tile = following
-    values = _tile(x_rows, (k - 1) // BLOCK_K * BLOCK_K, k, PACK, BLOCK_K, EVEN_K, "")
-    sums += tl.sum(tile.to(tl.float32) * values.to(tl.float32), 3)
+    values = _tile(x_rows, (k - 1) // BLOCK_K * BLOCK_K, k, BLOCK_K, EVEN_K, "")
+    sums += _products(tile, values, PACK)
 
     result = tl.sum(sums, 2)
     if bias is not None:
