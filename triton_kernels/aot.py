@@ -19,7 +19,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import interlace.triton_kernels as kernels
 from interlace.triton_kernels._variants import SHARED_LIMIT, Variant
@@ -74,8 +74,8 @@ def variants(op: str) -> list[Variant]:
     return found
 
 
-def compile_variant(op: str, variant: Variant, capability: int) -> Resources:
-    """Compile one variant for one GPU generation."""
+def build(op: str, variant: Variant, capability: int) -> Any:
+    """Compile one variant for one GPU generation; triton's compiled kernel, with its `asm`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -94,7 +94,7 @@ def compile_variant(op: str, variant: Variant, capability: int) -> Resources:
         constexprs=dict(variant.constants),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
     )
-    compiled = triton.compile(
+    return triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
         options={
@@ -103,6 +103,11 @@ def compile_variant(op: str, variant: Variant, capability: int) -> Resources:
             "enable_fp_fusion": variant.fp_fusion,
         },
     )
+
+
+def compile_variant(op: str, variant: Variant, capability: int) -> Resources:
+    """Compile one variant for one GPU generation, and say what it uses."""
+    compiled = build(op, variant, capability)
     registers, stack = _usage(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     return Resources(

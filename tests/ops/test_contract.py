@@ -26,6 +26,7 @@ EXPECTED = {
         "ragged_attention": {"cpp", "torch"},
         "ragged_attention_bwd": {"torch"},
         "ragged_decode": {"cpp", "torch"},
+        "skinny_linear": {"torch"},
     },
     "cuda": {
         "bridge_norm": {"cuda", "triton", "torch"},
@@ -36,6 +37,7 @@ EXPECTED = {
         "ragged_attention": {"triton", "torch"},
         "ragged_attention_bwd": {"triton", "torch"},
         "ragged_decode": {"cuda", "triton", "torch"},
+        "skinny_linear": {"triton", "torch"},
     },
 }
 
