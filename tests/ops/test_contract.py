@@ -26,6 +26,8 @@ EXPECTED = {
         "ragged_attention": {"cpp", "torch"},
         "ragged_attention_bwd": {"torch"},
         "ragged_decode": {"cpp", "torch"},
+        "silu_mul": {"torch"},
+        "silu_mul_bwd": {"torch"},
     },
     "cuda": {
         "bridge_norm": {"cuda", "triton", "torch"},
@@ -36,6 +38,8 @@ EXPECTED = {
         "ragged_attention": {"triton", "torch"},
         "ragged_attention_bwd": {"triton", "torch"},
         "ragged_decode": {"cuda", "triton", "torch"},
+        "silu_mul": {"triton", "torch"},
+        "silu_mul_bwd": {"triton", "torch"},
     },
 }
 
