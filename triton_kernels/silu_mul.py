@@ -37,7 +37,9 @@ def _place(width, BLOCK: tl.constexpr, EVEN: tl.constexpr):
     row = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     column = tl.arange(0, BLOCK)
-    return row, start, column, None if EVEN else column < width - start
+    # the compiler drops a mask that is true throughout
+    mask = tl.full((BLOCK,), True, tl.int1) if EVEN else column < width - start
+    return row, start, column, mask
 
 
 @triton.jit
