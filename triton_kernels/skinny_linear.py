@@ -36,9 +36,7 @@ _EVICTION = {False: "", True: "evict_first"}
 
 
 @triton.jit
-def _tile(
-    rows, first, k, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVICTION: tl.constexpr
-):
+def _tile(rows, first, k, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVICTION: tl.constexpr):
     """Elements first..first + BLOCK_K - 1 of rows [.., .., 1], as [.., .., BLOCK_K]."""
     at = first + tl.arange(0, BLOCK_K)[None, None, :]
     if EVEN_K:
@@ -210,9 +208,7 @@ def skinny_linear(
 def variants() -> list[Variant]:
     """What a token of decoding compiles to in models of 4096 and 2560 dimensions, and more rows."""
     names = {False: "", True: ", overlapping"}
-    found = [
-        _variant(f"bf16, 1 row{name}", overlap=overlap) for overlap, name in names.items()
-    ]
+    found = [_variant(f"bf16, 1 row{name}", overlap=overlap) for overlap, name in names.items()]
     found += [
         _variant(f"bf16, 1 row, gated{name}", n=24576, gated=True, overlap=overlap)
         for overlap, name in names.items()

@@ -21,6 +21,7 @@ from interlace.ops.layer_similarity import layer_similarity
 from interlace.ops.qk_norm_rope import qk_norm_rope
 from interlace.ops.ragged_attention import q_start_of, ragged_attention
 from interlace.ops.ragged_decode import ragged_decode
+from interlace.ops.silu_mul import silu_mul
 from interlace.ops.skinny_linear import skinny_linear
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "ragged_attention",
     "ragged_decode",
     "rope_tables",
+    "silu_mul",
     "skinny_linear",
     "table",
 ]

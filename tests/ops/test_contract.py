@@ -26,6 +26,8 @@ EXPECTED = {
         "ragged_attention": {"cpp", "torch"},
         "ragged_attention_bwd": {"torch"},
         "ragged_decode": {"cpp", "torch"},
+        "silu_mul": {"torch"},
+        "silu_mul_bwd": {"torch"},
         "skinny_linear": {"torch"},
     },
     "cuda": {
@@ -37,6 +39,8 @@ EXPECTED = {
         "ragged_attention": {"triton", "torch"},
         "ragged_attention_bwd": {"triton", "torch"},
         "ragged_decode": {"cuda", "triton", "torch"},
+        "silu_mul": {"triton", "torch"},
+        "silu_mul_bwd": {"triton", "torch"},
         "skinny_linear": {"triton", "torch"},
     },
 }

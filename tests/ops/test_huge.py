@@ -75,6 +75,24 @@ def test_qk_norm_rope() -> None:
         assert torch.equal(one[-LAST:], other)
 
 
+@pytest.mark.parametrize("merged", [True, False])
+def test_silu_mul(merged: bool) -> None:
+    width = 4096
+    rows = MANY // width + LAST
+    if merged:
+        gate, up = huge(rows, 2 * width).chunk(2, dim=-1)
+    else:
+        gate = up = huge(rows, width)
+    found = ops.silu_mul(gate, up, backend="triton")
+    tail = gate[-LAST:].clone(), up[-LAST:].clone()
+    expected = ops.silu_mul(*tail, backend="triton")
+    assert torch.equal(found[-LAST:], expected)
+    backward = OPS["silu_mul_bwd"]
+    gradients = backward(found, gate, up, backend="triton")
+    for one, other in zip(gradients, backward(expected, *tail, backend="triton"), strict=True):
+        assert torch.equal(one[-LAST:], other)
+
+
 def test_ragged_attention() -> None:
     heads, size, length = 64, 128, 128
     q = huge((MANY // (heads * size) // length + 1) * length, heads, size, last=length)
