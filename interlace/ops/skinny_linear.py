@@ -76,9 +76,7 @@ def skinny_linear(
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
     """The meaning: a linear map in full precision, the gate before anything is rounded."""
     exact = torch.promote_types(x.dtype, torch.float32)
-    out = functional.linear(
-        x.to(exact), weight.to(exact), None if bias is None else bias.to(exact)
-    )
+    out = functional.linear(x.to(exact), weight.to(exact), None if bias is None else bias.to(exact))
     if gated:
         gate, up = out.chunk(2, -1)
         out = functional.silu(gate) * up
@@ -102,7 +100,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool) -> No
             "for the gate as for the up projection."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ShapeError(f"bias is {_spell(bias)}; expected [{weight.shape[0]}] as weight has rows.")
+        raise ShapeError(
+            f"bias is {_spell(bias)}; expected [{weight.shape[0]}] as weight has rows."
+        )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and (tensor.dtype, tensor.device) != (x.dtype, x.device):
             raise ShapeError(
