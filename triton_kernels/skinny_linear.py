@@ -3,9 +3,9 @@
 Letters: M rows of x, N rows of the weight, K columns of it, P elements in 16 bytes.
 
 A program owns a few rows of the weight and goes through all of K; the next tile of the weight is on
-its way, in registers, while the current one is worked on. Tiles are [M, N, K / P, P], and the
-last axis, the 16 bytes of one load, is summed up within a thread. So threads keep one sum for each
-pair of rows, and only the end of a program adds up over threads.
+its way, in registers, while the current one is worked on. The P elements of one load are summed up
+within a thread, so threads keep one sum for each pair of rows, and only the end of a program adds
+up over threads.
 
 Weights do not change while decoding: the first tile is asked for before the kernel waits for those
 before it (`interlace/ops/_overlap.py`).
@@ -38,11 +38,13 @@ _EVICTION = {False: "", True: "evict_first"}
 @triton.jit
 def _tile(rows, first, k, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVICTION: tl.constexpr):
     """Elements first..first + BLOCK_K - 1 of rows [.., .., 1], as [.., .., BLOCK_K]."""
-    at = first + tl.arange(0, BLOCK_K)[None, None, :]
+    step = tl.arange(0, BLOCK_K)[None, None, :]
+    at = first + step
     if EVEN_K:
         tile = tl.load(rows + at, eviction_policy=EVICTION)
     else:
-        tile = tl.load(rows + at, mask=at < k, other=0.0, eviction_policy=EVICTION)
+        # compared with what is left of K, which costs fewer registers than `at < k`
+        tile = tl.load(rows + at, mask=step < k - first, other=0.0, eviction_policy=EVICTION)
     return tile
 
 

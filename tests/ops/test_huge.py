@@ -125,3 +125,11 @@ def test_ragged_decode(backend: str) -> None:
     scale = size**-0.5
     args = (q[-1:], tail, tail, lengths[-1:], None, None, list(q_start), None, scale, None)
     assert_in_budget("ragged_decode", found[-1:], *args)
+
+
+def test_skinny_linear() -> None:
+    width = 4096
+    weight = huge(MANY // width + LAST, width)
+    x = torch.randn(2, width, dtype=torch.bfloat16, device="cuda")
+    found = ops.skinny_linear(x, weight, backend="triton")
+    assert_in_budget("skinny_linear", found[:, -LAST:], x, weight[-LAST:].clone(), None, False)
