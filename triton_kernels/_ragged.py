@@ -131,11 +131,24 @@ def fits_tma(tensor: Tensor) -> bool:
     return tensor.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps)
 
 
-def for_tma(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if TMA can fetch its tiles from that but not from here."""
-    if fits_tma(tensor) or tensor.shape[-1] * tensor.element_size() % 16:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+def fetchable(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """On Hopper, tensors [tokens, heads, D] of 16 bits whose tiles TMA can fetch; else as they are.
+
+    What TMA cannot fetch is copied, with zeros up to a D of whole 16 bytes.
+    """
+    size, head_dim = tensors[0].element_size(), tensors[0].shape[-1]
+    if size != 2 or not on_hopper(tensors[0]):
+        return tensors
+    width = -(-head_dim * size // 16) * 16 // size
+    return tuple(
+        each if width == head_dim and fits_tma(each) else _widened(each, width) for each in tensors
+    )
+
+
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    wide = tensor.new_zeros((*tensor.shape[:-1], width))
+    wide[..., : tensor.shape[-1]] = tensor
+    return wide
 
 
 def launch_on(device: torch.device, run: Callable[[], None]) -> None:

@@ -27,8 +27,8 @@ from interlace.triton_kernels._ragged import (
     LOG2_E,
     Launch,
     choose,
+    fetchable,
     fits_tma,
-    for_tma,
     head_map,
     interpreted,
     launch_on,
@@ -263,14 +263,15 @@ def forward(
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel; arguments as in interlace/ops/ragged_attention.py."""
-    num_tokens, num_heads, head_dim = q.shape
+    num_tokens, num_heads, asked = q.shape
+    q, k, v = map(side_by_side, (q, k, v))
+    if launch is None:
+        q, k, v = fetchable(q, k, v)
+    head_dim = q.shape[2]
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    q, k, v = map(side_by_side, (q, k, v))
-    if on_hopper(q):
-        q, k, v = map(for_tma, (q, k, v))
     launch = launch or launch_for(q, k, v)
     num_sequences = len(cu_seqlens_q) - 1
     num_slots, per_sequence = slots(num_tokens, num_sequences, max_seqlen_q, launch.block_m)
@@ -296,7 +297,7 @@ def forward(
         )
 
     launch_on(q.device, run)
-    return out, lse
+    return out if head_dim == asked else out[..., :asked].contiguous(), lse
 
 
 _POINTERS = ("q", "k", "v", "gate", "cu_seqlens_q", "cu_seqlens_kv", "heads", "out", "lse")

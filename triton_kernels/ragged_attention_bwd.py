@@ -25,8 +25,8 @@ from interlace.triton_kernels._ragged import (
     Table,
     by_group,
     choose,
+    fetchable,
     fits_tma,
-    for_tma,
     head_map,
     interpreted,
     launch_on,
@@ -394,17 +394,18 @@ def backward(
     launch_queries: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the kernels; arguments as in interlace/ops/ragged_attention.py."""
-    num_tokens, num_heads, head_dim = q.shape
+    num_tokens, num_heads, asked = q.shape
     num_keys, num_kv_heads, _ = k.shape
     device, size = q.device, q.element_size()
     if q.numel() == 0 or k.numel() == 0:
         gates = 0 if gate is None else num_heads
         zeros = (torch.zeros(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
         return (*zeros, torch.zeros(gates, dtype=torch.float32, device=device))
-    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
     grad_out, out, q, k, v = map(side_by_side, (grad_out, out, q, k, v))
-    if on_hopper(q):
-        grad_out, q, k, v = map(for_tma, (grad_out, q, k, v))
+    if launch_keys is None and launch_queries is None:
+        grad_out, out, q, k, v = fetchable(grad_out, out, q, k, v)
+    head_dim = q.shape[2]
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
     lse = lse.contiguous()
     num_sequences = len(cu_seqlens_q) - 1
     num_blocks = num_tokens // ROWS + num_sequences
@@ -473,6 +474,9 @@ def backward(
 
     launch_on(device, run)
     # shares in a fixed order, not atomics
+    grads = (grad_q, grad_k, grad_v)
+    if head_dim != asked:
+        grad_q, grad_k, grad_v = (each[..., :asked].contiguous() for each in grads)
     return grad_q, grad_k, grad_v, grad_gate.sum(1)
 
 
