@@ -2,10 +2,11 @@
 
 Letters: M rows of x, N rows of the weight, K columns of it, P elements in 16 bytes.
 
-A program owns a few rows of the weight and goes through all of K; the next tile of the weight is on
-its way, in registers, while the current one is worked on. The P elements of one load are summed up
-within a thread, so threads keep one sum for each pair of rows, and only the end of a program adds
-up over threads.
+A program owns a few rows of the weight and goes through all of K, and asks for tiles of the weight
+a step ahead. Compilers move that to the end of a step, where it takes no registers beside those of
+the current tile; then more programs fit on a multiprocessor, and what is on its way is theirs
+together. The P elements of one load are summed up within a thread, so threads keep one sum for each
+pair of rows, and only the end of a program adds up over threads.
 
 Weights do not change while decoding: the first tile is asked for before the kernel waits for those
 before it (`interlace/ops/_overlap.py`).
