@@ -70,6 +70,7 @@ def fuse(
     rope: bool = True,
     ends: bool = True,
     graphs: bool | Literal["auto"] = "auto",
+    overlap: bool = False,
 ) -> FuseReport:
     """Swap the modules of a model for fused ones, in place; `unfuse` swaps them back.
 
@@ -90,6 +91,9 @@ def fuse(
         graphs: replay as CUDA graphs the steps of text decoders where `generate` decodes against a
             static cache (`cache_implementation="static"`; its memory is kept for the next text),
             and blocks on shapes that they have seen. "auto" does so on a GPU; True insists.
+        overlap: in recorded steps, kernels start before those in front of them have ended, and
+            products of up to 4 rows have their weights on the way by then (`skinny_linear`); on
+            Hopper or later, elsewhere nothing changes. Not yet measured.
 
     Returns:
         What was replaced by what, and what was left alone and why; print it.
@@ -131,7 +135,7 @@ def fuse(
     ]
     order = {name: place for place, name in enumerate(names.values())}
     entries.sort(key=lambda entry: order[entry.module])
-    entries += record(target, names, graphs)
+    entries += record(target, names, graphs, overlap=overlap)
     report = FuseReport(type(target).__name__, str(first.device), str(first.dtype), tuple(entries))
     target.__dict__[_KEPT] = _Fusion(report, chosen)
     if not report.fused:

@@ -79,7 +79,10 @@ class CudaRecorder:
 class _Recording:
     """One step of a decoder against one cache, and the memory that it reads."""
 
-    def __init__(self, decoder: Any, stock: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, decoder: Any, stock: Callable[..., Any], kwargs: dict[str, Any], *, overlap: bool
+    ) -> None:
+        self._overlap = overlap
         self.cache = weakref.ref(kwargs["past_key_values"])
         self._kept = memory_of(kwargs["past_key_values"])
         self.shapes = _shapes(kwargs)
@@ -103,7 +106,7 @@ class _Recording:
 
     def _step(self) -> Tensor:
         cache = self.cache()
-        with stepping(cache):
+        with stepping(cache, overlap=self._overlap):
             out = self._stock(**self._inputs, **self._others, past_key_values=cache)
         for mask in self._masks.values():
             _move_on(mask)
@@ -170,9 +173,10 @@ class GraphedForward:
         num_replays: how often one was replayed.
     """
 
-    def __init__(self, decoder: nn.Module, recorder: Recorder) -> None:
+    def __init__(self, decoder: nn.Module, recorder: Recorder, *, overlap: bool = False) -> None:
         self._decoder = decoder
         self._recorder = recorder
+        self._overlap = overlap
         self._recording: _Recording | None = None
         self._memory = CacheMemory()
         self._hooks = -1
@@ -184,7 +188,8 @@ class GraphedForward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
         """Let a copy of the decoder record for itself."""
-        return GraphedForward(memo.get(id(self._decoder), self._decoder), self._recorder)
+        decoder = memo.get(id(self._decoder), self._decoder)
+        return GraphedForward(decoder, self._recorder, overlap=self._overlap)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder; arguments and result are those of its class."""
@@ -269,7 +274,7 @@ class GraphedForward:
         if listened_to(each for each in self._decoder.modules() if each is not self._decoder):
             # hooks do not run in a replay; they may be gone by the next text
             return None
-        recording = _Recording(self._decoder, _bound(self._decoder), kwargs)
+        recording = _Recording(self._decoder, _bound(self._decoder), kwargs, overlap=self._overlap)
         try:
             recording.record(self._recorder)
         except RuntimeError as error:
@@ -287,7 +292,7 @@ class GraphedForward:
 
 
 def install(
-    target: nn.Module, decoders: Sequence[nn.Module], recorder: Recorder
+    target: nn.Module, decoders: Sequence[nn.Module], recorder: Recorder, *, overlap: bool = False
 ) -> list[GraphedForward]:
     """Let decoders record and replay their steps.
 
@@ -295,10 +300,11 @@ def install(
         target: the model that generates; it no longer compiles its forward by itself.
         decoders: text decoders in it.
         recorder: of their device.
+        overlap: kernels of a step may start before those in front of them have ended.
     """
     forwards = []
     for decoder in decoders:
-        forwards.append(GraphedForward(decoder, recorder))
+        forwards.append(GraphedForward(decoder, recorder, overlap=overlap))
         decoder.__dict__["forward"] = forwards[-1]
     if hasattr(type(target), _COMPILES):
         target.__dict__[_COMPILES] = functools.partial(_compiles, target)

@@ -54,13 +54,16 @@ def record_blocks(target: nn.Module, recorder: Recorder) -> list[BlockGraph]:
     return found
 
 
-def record(target: nn.Module, names: dict[int, str], graphs: bool | str) -> list[FuseEntry]:
+def record(
+    target: nn.Module, names: dict[int, str], graphs: bool | str, *, overlap: bool
+) -> list[FuseEntry]:
     """Let the decoders and the blocks of a fused model record, where there are CUDA graphs.
 
     Args:
         target: a fused model.
         names: paths of its modules by their id.
         graphs: as `fuse` takes it.
+        overlap: likewise.
 
     Returns:
         One entry per decoder.
@@ -68,7 +71,7 @@ def record(target: nn.Module, names: dict[int, str], graphs: bool | str) -> list
     decoders = text_decoders(target)
     on_gpu = next(target.parameters()).is_cuda
     if graphs and on_gpu:
-        install(target, decoders, CudaRecorder())
+        install(target, decoders, CudaRecorder(), overlap=overlap)
         record_blocks(target, CudaRecorder())
     reason = "there are CUDA graphs on a GPU only" if graphs else "graphs=False"
     return [

@@ -1,9 +1,9 @@
 """A step of a decoder while it is recorded: what may be left out because only a replay runs it.
 
 A recorded step knows that its cache is static and has room for one token, and that nobody writes
-weights. So keys and values go into the cache by one kernel, the lengths of all layers grow at once,
-kernels overlap, and products of a few rows have their weights on the way before their inputs are
-there.
+weights. So keys and values go into the cache by one kernel, and the lengths of all layers grow at
+once. Where it was asked for, kernels overlap, and products of a few rows have their weights on the
+way before their inputs are there.
 """
 
 from __future__ import annotations
@@ -43,12 +43,17 @@ _STEP: ContextVar[_Step | None] = ContextVar("interlace_step", default=None)
 
 
 @contextlib.contextmanager
-def stepping(cache: Any) -> Iterator[None]:
-    """Run one step against a static cache, in a form that is worth recording."""
+def stepping(cache: Any, *, overlap: bool = False) -> Iterator[None]:
+    """Run one step against a static cache, in a form that is worth recording.
+
+    Args:
+        cache: of transformers.
+        overlap: kernels may start before those in front of them have ended.
+    """
     step = _Step(cache)
     token = _STEP.set(step)
     try:
-        with _overlap.overlapping():
+        with _overlap.overlapping() if overlap else contextlib.nullcontext():
             yield
     finally:
         _STEP.reset(token)

@@ -56,7 +56,7 @@ def test_another_cache_is_updated_as_ever() -> None:
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl"])
-def test_steps_with_skinny_products_give_the_same_tokens(
+def test_overlapping_steps_give_the_same_tokens(
     name: str, kit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = kit.build(name)
@@ -72,7 +72,7 @@ def test_steps_with_skinny_products_give_the_same_tokens(
     monkeypatch.setattr(_overlap, "allowed", lambda device: _overlap._ALLOWED.get())
     il.fuse(model)
     decoders = text_decoders(model)
-    forward = graphs.install(model, decoders, Replayer())[0]
+    forward = graphs.install(model, decoders, Replayer(), overlap=True)[0]
     assert torch.equal(kit.generate(model, name, cache_implementation="static"), plain)
     assert forward.num_recordings == 1
     layers = sum(path.rsplit(".", 1)[-1] == "self_attn" for path, _ in decoders[0].named_modules())
