@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from interlace.ops import _ragged_decode_plan as planning
+from interlace.triton_kernels import _cache_append
 from interlace.triton_kernels._overlap import enter, options
 from interlace.triton_kernels._variants import Variant
 
@@ -392,7 +393,8 @@ def variants() -> list[Variant]:
         _attend_variant("bf16, head 128, prompt", rows=64, width=128, split=False),
         _attend_variant("fp32, head 128, splits", rows=4, width=128, element="fp32"),
     ]
-    return [*found, *(_join_variant(width) for width in (64, 80, 128))]
+    joins = (_join_variant(width) for width in (64, 80, 128))
+    return [*found, *joins, *_cache_append.variants()]
 
 
 def _attend_variant(

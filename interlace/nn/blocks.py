@@ -154,7 +154,8 @@ class FusedGatedMLP(Fused, nn.Module):
         if is_silu and activation_op_serves(gate):
             return ops.silu_mul(gate, up)
         if needs_grad(gate):
-            return self.act_fn(gate) * up
+            out: Tensor = self.act_fn(gate) * up
+            return out
         if is_silu:
             # in place: fresh memory of this size costs more than the activation
             return silu(gate, inplace=True).mul_(up)

@@ -92,6 +92,8 @@ class _Attention(Fused, nn.Module):
 class FusedAttention(_Attention):
     """Self-attention with projections q_proj, k_proj and v_proj: text decoders, CLIP, SigLIP."""
 
+    layer_idx: int
+
     def forward(
         self,
         hidden_states: Tensor,

@@ -9,6 +9,7 @@ way before their inputs are there.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch.nn.functional import linear
 
 from interlace import ops
 from interlace.nn.swap import hooked
-from interlace.ops import _overlap
+from interlace.ops import _availability, _overlap
 from interlace.ops.skinny_linear import MAX_ROWS
 
 if TYPE_CHECKING:
@@ -76,16 +77,20 @@ def cached(cache: Any, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tens
         return found
     layer = cache.layers[layer_idx]
     length = layer.cumulative_length
-    if key.is_cuda:
-        from interlace.triton_kernels.cache_append import append
-
-        append(key, value, layer.keys, layer.values, length)
+    new, kept = (key, value), (layer.keys, layer.values)
+    if _by_kernel(*new, *kept):
+        kernel = importlib.import_module("interlace.triton_kernels._cache_append")
+        kernel.append(*new, *kept, length)
     else:
-        place = length.reshape(1)
-        layer.keys.index_copy_(2, place, key)
-        layer.values.index_copy_(2, place, value)
+        for source, target in zip(new, kept, strict=True):
+            target.index_copy_(2, length.reshape(1), source)
     step.grown.append(length)
     return layer.keys, layer.values
+
+
+def _by_kernel(*tensors: Tensor) -> bool:
+    on_gpu = tensors[0].is_cuda and all(each.stride(-1) == 1 for each in tensors)
+    return on_gpu and _availability.why_not("triton", "ragged_decode", tensors[0].device) is None
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

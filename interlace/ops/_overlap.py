@@ -11,6 +11,8 @@ Source: CUDA programming guide, "Programmatic Dependent Launch and Synchronizati
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -36,9 +38,11 @@ def overlapping() -> Iterator[None]:
 
 def allowed(device: torch.device) -> bool:
     """Tell whether kernels on a device are to overlap."""
-    return (
-        _ALLOWED.get()
-        and device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= _CAPABILITY
-    )
+    return _ALLOWED.get() and device.type == "cuda" and _can(device)
+
+
+@functools.cache
+def _can(device: torch.device) -> bool:
+    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= _CAPABILITY

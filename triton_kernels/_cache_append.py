@@ -93,7 +93,7 @@ def variants() -> list[Variant]:
     constants = {"KEY_WIDTH": 128, "VALUE_WIDTH": 128, "BLOCK": 128}
     return [
         Variant(
-            name=f"head 128{', overlapping' if overlap else ''}",
+            name=f"append, head 128{', overlapping' if overlap else ''}",
             kernel=append_kernel,
             types=types,
             constants=constants | {"OVERLAP": overlap},

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from interlace.triton_kernels.cache_append import append
+from interlace.triton_kernels._cache_append import append
 
 
 @pytest.mark.skipif(
