@@ -48,13 +48,14 @@ if TYPE_CHECKING:
     from e2e_models import Inputs, Size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# what a contender does: attention of transformers, static cache, torch.compile, fused
-WAYS = {
-    "sdpa": ("sdpa", False, False),
-    "fused": (None, False, True),
-    "fused static": (None, True, True),
-    "sdpa static compile": ("sdpa", True, False),
-    "eager": ("eager", False, False),
+# what a contender does: attention of transformers, static cache, and options of fuse or None
+WAYS: dict[str, tuple[str, bool, dict[str, Any] | None]] = {
+    "sdpa": ("sdpa", False, None),
+    "fused": ("sdpa", False, {}),
+    "fused static": ("sdpa", True, {}),
+    "fused static overlap": ("sdpa", True, {"overlap": True}),
+    "sdpa static compile": ("sdpa", True, None),
+    "eager": ("eager", False, None),
 }
 BASELINE = ("dense", "sdpa")
 
@@ -91,7 +92,14 @@ PRESETS = {
         32,
         1,
         3,
-        ("sdpa", "fused static", "sdpa static compile", "fused", "eager"),
+        (
+            "sdpa",
+            "fused static",
+            "fused static overlap",
+            "sdpa static compile",
+            "fused",
+            "eager",
+        ),
     ),
 }
 
@@ -120,12 +128,11 @@ class Contender:
     def readied(self) -> Iterator[None]:
         """Put the model into this way, and back."""
         attention, _, fused = WAYS[self.way]
-        if not fused:
-            self.model.set_attn_implementation(attention)
+        self.model.set_attn_implementation(attention)
+        if fused is None:
             yield
             return
-        self.model.set_attn_implementation("sdpa")
-        il.fuse(self.model)
+        il.fuse(self.model, **fused)
         try:
             yield
         finally:
