@@ -90,7 +90,7 @@ PRESETS = {
     # and more steps than in `full`
     "percent": Preset(
         (OURS, "interlace", "sleb", "last", "shortgpt", "linearpatch", "width", "magnitude"),
-        (0.25, 0.334, 0.50),
+        (0.10, 0.15, 0.20, 0.25, 0.334, 0.50),
         (0, 1, 2),
         Sizes(512, 0.01, 8, 256, contrastive_batch=32),
     ),
