@@ -142,13 +142,14 @@ def test_graphs_are_of_a_gpu(kit: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "pruned", "ragged"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_cuda_graphs_give_the_same_tokens(name: str, kind: str, kit: Any) -> None:
+def test_cuda_graphs_give_the_same_tokens(name: str, kind: str, overlap: bool, kit: Any) -> None:
     model, stock = kit.variant(name, kind)
     plain = kit.generate(stock.cuda(), name)
     model = model.cuda()
-    report = il.fuse(model)
+    report = il.fuse(model, overlap=overlap)
     assert any(entry.part == "graphs" and entry.fused for entry in report.entries)
     assert torch.equal(kit.generate(model, name), plain)
     for _ in range(4):
