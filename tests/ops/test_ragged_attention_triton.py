@@ -139,23 +139,10 @@ def test_every_form_of_launch_on_a_gpu(
     q, k, v, *others = (x.cuda() if isinstance(x, torch.Tensor) else x for x in drawn)
     args = (q.to(dtype), k.to(dtype), v.to(dtype), *others, causal, window, head_dim**-0.5)
     truth, plain = reference(*in_fp64(args)), reference(*args)
-    hopper = torch.cuda.get_device_capability()[0] == 9
-    # on Hopper everything of 16 bits comes by TMA
-    table = ragged_attention.HOPPER if hopper else ragged_attention.POINTERS
-    for launch in {
-        launch for (size, most), launch in table.items() if size == 2 and head_dim <= most
-    }:
-        found = ragged_attention.forward(*args, launch=launch)
-        assert_in_budget("ragged_attention", found, plain, truth)
+    assert_in_budget("ragged_attention", ragged_attention.forward(*args), plain, truth)
     args = (torch.randn_like(plain[0]) + 4 * plain[0], *plain, *args)
     truth, plain = backward_reference(*in_fp64(args)), backward_reference(*args)
-    blackwell = torch.cuda.get_device_capability()[0] == 10
-    keys, queries = ragged_attention_bwd.tables(hopper, blackwell, gated or window is not None)
-    found = ragged_attention_bwd.backward(
-        *args,
-        launch_keys=ragged_attention_bwd.choose(keys, 2, head_dim),
-        launch_queries=ragged_attention_bwd.choose(queries, 2, head_dim),
-    )
+    found = ragged_attention_bwd.backward(*args)
     assert_in_budget("ragged_attention_bwd", found, plain, truth)
 
 
