@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from e2e_gate import MOST, STEPS, logits_error
 from e2e_models import (
     SIZES,
     build,
@@ -115,6 +116,7 @@ class Contender:
         first: seconds to the first token, one entry per call: of the clock, and of processors.
         rest: seconds for the tokens after it, likewise.
         peak_bytes: most memory that was given out at a time; None on the CPU.
+        logits: of the first tokens, [B, V] each.
     """
 
     pruned: str
@@ -123,6 +125,7 @@ class Contender:
     first: list[tuple[float, float]] = field(default_factory=list)
     rest: list[tuple[float, float]] = field(default_factory=list)
     peak_bytes: int | None = None
+    logits: list[torch.Tensor] = field(default_factory=list)
 
     @contextlib.contextmanager
     def readied(self) -> Iterator[None]:
@@ -138,13 +141,13 @@ class Contender:
         finally:
             il.unfuse(self.model)
 
-    def call(self, inputs: Inputs, tokens: int) -> None:
-        """Generate, or run the forward of a model that cannot."""
+    def call(self, inputs: Inputs, tokens: int, *, keep: bool = False) -> None:
+        """Generate, or run the forward of a model that cannot; the logits are kept if asked for."""
         if not self.model.can_generate():
-            self.model(**inputs)
+            self.logits = [self.model(**inputs).logits_per_image]
             return
         _, static, _ = WAYS[self.way]
-        self.model.generate(
+        made = self.model.generate(
             **inputs,
             do_sample=False,
             num_beams=1,
@@ -155,7 +158,11 @@ class Contender:
             cache_implementation="static" if static else None,
             # on a GPU transformers compiles by itself where the cache is static
             disable_compile=self.way != "sdpa static compile" or None,
+            return_dict_in_generate=keep,
+            output_logits=keep,
         )
+        if keep:
+            self.logits = list(made.logits[:STEPS])
 
     def turn(self, inputs: Inputs, preset: Preset) -> None:
         """Time some calls."""
@@ -163,7 +170,7 @@ class Contender:
         counts = (1, 1 + preset.tokens) if self.model.can_generate() else (1,)
         # what comes in the same shape again is recorded the second time
         for count in counts * (2 if device.type == "cuda" else 1):
-            self.call(inputs, count)
+            self.call(inputs, count, keep=count > 1)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         for _ in range(preset.repeats):
@@ -215,12 +222,17 @@ def time_model(
             try:
                 with torch.no_grad(), each.readied():
                     each.turn(inputs, preset)
+                error = logits_error(each.logits, _stock(each, contenders).logits)
+                if error > MOST:
+                    raise ValueError(f"logits are {error:.3g} off")
             # the other contenders are still worth timing
             except Exception as error:  # noqa: BLE001
                 left_out[name] = f"raised {first_line(error)}"
                 each.first.clear()
     timed = [each for each in contenders if each.first]
-    rows = [_figures(each, inputs, batch, preset, bench) for each in timed]
+    rows = [
+        _figures(each, _stock(each, contenders), inputs, batch, preset, bench) for each in timed
+    ]
     # on a GPU the processors only wait
     clock = "processor" if device.type == "cpu" else "wall"
     base = next((row for row in rows if (row["pruned"], row["way"]) == BASELINE), None)
@@ -232,8 +244,14 @@ def time_model(
     return {"prompt_tokens": inputs["input_ids"].shape[1], "rows": rows, "left_out": left_out}
 
 
+def _stock(each: Contender, contenders: list[Contender]) -> Contender:
+    """The same model run by transformers with SDPA, if it had its turn; else the contender."""
+    ways = (one for one in contenders if (one.pruned, one.way) == (each.pruned, "sdpa"))
+    return next((one for one in ways if one.logits), each)
+
+
 def _figures(
-    each: Contender, inputs: Inputs, batch: int, preset: Preset, bench: Bench
+    each: Contender, stock: Contender, inputs: Inputs, batch: int, preset: Preset, bench: Bench
 ) -> dict[str, Any]:
     first, rest = _medians(each.first), _medians(each.rest)
     flops = 2 * parameters_at_work(each.model, inputs)
@@ -249,6 +267,7 @@ def _figures(
         "decode_processor_ms": None,
         "decode_tokens_per_s": None,
         "percent_of_copy": None,
+        "logits_error": logits_error(each.logits, stock.logits),
         "peak_gb": None if each.peak_bytes is None else each.peak_bytes / 1e9,
     }
     if each.rest:

@@ -9,7 +9,9 @@ import e2e
 import e2e_models
 import pytest
 import torch
+from e2e_gate import logits_error
 
+import interlace as il
 from micro import results
 from micro.timing import Effort
 
@@ -69,6 +71,7 @@ def test_every_model_and_way_is_timed(tmp_path: Path) -> None:
             assert row["ttft_ratio_to_dense_sdpa"] == pytest.approx(ratio, rel=1e-4)
             assert (row["decode_tokens_per_s"] is None) == (name == "clip-l")
             assert row["entries"] == 2
+            assert row["logits_error"] < 1e-5
     assert sum(each["kind"] == "report" for each in records) == len(TINY)
 
 
@@ -83,6 +86,34 @@ def test_what_fails_or_does_not_fit_is_told(
     status, records = _run(tmp_path, "--models", "clip-l")
     assert (status, records[-1]["kind"]) == (1, "left_out")
     assert "no kernel" in records[-1]["reason"]
+
+
+@pytest.mark.usefixtures("tiny_sizes")
+def test_what_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = il.fuse
+
+    def wrong(model: Any, **options: Any) -> Any:
+        report = stock(model, **options)
+        model.logit_scale.mul_(-1)
+        return report
+
+    monkeypatch.setattr(e2e.il, "fuse", wrong, raising=False)
+    _, records = _run(tmp_path, "--models", "clip-l", "--ways", "sdpa", "fused")
+    for record in records[2:]:
+        assert {row["way"] for row in record["rows"]} == {"sdpa"}
+        assert all("logits are" in reason for reason in record["left_out"].values())
+        assert record["left_out"]
+
+
+def test_errors_count_until_the_tokens_differ() -> None:
+    one = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    assert logits_error([one, one], [one, one]) == 0
+    assert logits_error([one * 1.1, one], [one, one]) == pytest.approx(0.1, rel=1e-5)
+    # the second row goes on from another token
+    other = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+    first = logits_error([other], [one])
+    assert logits_error([other, one * torch.tensor([[1.0], [9.0]])], [one, one]) == first
+    assert logits_error([one * float("nan")], [one]) == float("inf")
 
 
 @pytest.mark.usefixtures("tiny_sizes")
