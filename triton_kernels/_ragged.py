@@ -134,13 +134,13 @@ def fits_tma(tensor: Tensor) -> bool:
 def fetchable(*tensors: Tensor) -> tuple[Tensor, ...]:
     """On Hopper, tensors [tokens, heads, D] of 16 bits whose tiles TMA can fetch; else as they are.
 
-    What TMA cannot fetch is copied, with zeros up to a D of whole 32 bytes: where the last tile of
-    a head reached beyond it, the last columns came out wrong on an H200, for a reason not found.
+    What TMA cannot fetch is copied, with zeros up to a D of whole 16 bytes. Pointers would do, but
+    they give wrong numbers there: docs/decisions/0008.
     """
     size, head_dim = tensors[0].element_size(), tensors[0].shape[-1]
     if size != 2 or not on_hopper(tensors[0]):
         return tensors
-    width = -(-head_dim // 16) * 16
+    width = -(-head_dim // 8) * 8
     return tuple(
         each if width == head_dim and fits_tma(each) else _widened(each, width) for each in tensors
     )

@@ -14,14 +14,13 @@ import importlib
 import json
 import pkgutil
 import re
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import interlace.triton_kernels as kernels
+from interlace.triton_kernels import _machine_code
 from interlace.triton_kernels._variants import SHARED_LIMIT, Variant
 
 if TYPE_CHECKING:
@@ -42,6 +41,7 @@ class Resources:
         stack: bytes per thread; 0 unless registers were spilled.
         shared: bytes of shared memory per block.
         missing: expected instructions that the PTX lacks.
+        unwritten: machine instructions of matrix products for Hopper that read what none writes.
     """
 
     op: str
@@ -51,10 +51,12 @@ class Resources:
     stack: int
     shared: int
     missing: tuple[str, ...]
+    unwritten: tuple[str, ...]
 
     def faults(self) -> list[str]:
         """Say in words what is wrong with it; empty if nothing is."""
         found = [f"its PTX has no {part}" for part in self.missing]
+        found += [f"its machine code reads what it never wrote: {each}" for each in self.unwritten]
         if self.stack:
             found.append(f"it spills {self.stack} bytes of registers")
         if self.shared > SHARED_LIMIT[self.capability]:
@@ -108,8 +110,10 @@ def build(op: str, variant: Variant, capability: int) -> Any:
 def compile_variant(op: str, variant: Variant, capability: int) -> Resources:
     """Compile one variant for one GPU generation, and say what it uses."""
     compiled = build(op, variant, capability)
-    registers, stack = _usage(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
+    cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+    registers, stack = _usage(cubin)
+    # the products whose operands are described by uniform registers
+    unwritten = _machine_code.unwritten(cubin, _tools()) if "wgmma" in ptx else []
     return Resources(
         op=op,
         variant=variant.name,
@@ -118,19 +122,20 @@ def compile_variant(op: str, variant: Variant, capability: int) -> Resources:
         stack=stack,
         shared=compiled.metadata.shared,
         missing=tuple(part for part in variant.expects.get(capability, ()) if part not in ptx),
+        unwritten=tuple(unwritten),
     )
+
+
+def _tools() -> Path:
+    """The folder of the CUDA tools that triton brings."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack per thread."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = _machine_code.dump(cubin, "--dump-resource-usage", _tools())
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
         raise ValueError(f"cuobjdump reports no resources: {text!r}")

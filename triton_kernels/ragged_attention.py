@@ -332,7 +332,8 @@ def _variant(
             "UPCAST": False,
             **given,
         },
-        aligned=_POINTERS + _STRIDES,
+        # from head to head it is D elements
+        aligned=_POINTERS + tuple(s for s in _STRIDES if head_dim % 16 == 0 or s.endswith("t")),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         capabilities=capabilities,
@@ -342,12 +343,13 @@ def _variant(
 
 def variants() -> list[Variant]:
     """What is launched on real shapes."""
-    everywhere, hopper = (80, 90, 100), (90,)
+    # on Hopper 16-bit tiles come by TMA
+    others, hopper = (80, 100), (90,)
     found = []
-    for head_dim in (64, 80, 96, 128, 256):
+    for head_dim in (64, 72, 80, 96, 128, 256):
         by_tma, plain = choose(HOPPER, 2, head_dim), choose(POINTERS, 2, head_dim)
         found.append(_variant(head_dim, by_tma, hopper, "causal, TMA"))
-        found.append(_variant(head_dim, plain, everywhere, "causal"))
+        found.append(_variant(head_dim, plain, others, "causal"))
     by_tma, plain = choose(HOPPER, 2, 128), choose(POINTERS, 2, 128)
     for name, constants in (
         ("full", {"BEHIND": False}),
@@ -355,6 +357,7 @@ def variants() -> list[Variant]:
         ("causal, 64 lengths", {"SEARCH": 64}),
     ):
         found.append(_variant(128, by_tma, hopper, f"{name}, TMA", **constants))
-        found.append(_variant(128, plain, everywhere, name, **constants))
-    found.append(_variant(128, choose(POINTERS, 4, 128), everywhere, "causal", dtype="fp32"))
+        found.append(_variant(128, plain, others, name, **constants))
+    fp32 = choose(POINTERS, 4, 128)
+    found.append(_variant(128, fp32, (80, 90, 100), "causal", dtype="fp32"))
     return found

@@ -525,7 +525,12 @@ def _variant(
         kernel=kernel,
         types=types,
         constants=given,
-        aligned=tuple(n for n, t in types.items() if t.startswith("*") or n in strides),
+        # from head to head it is D elements
+        aligned=tuple(
+            n
+            for n, t in types.items()
+            if t.startswith("*") or (n in strides and (head_dim % 16 == 0 or n.endswith("t")))
+        ),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         capabilities=capabilities,
@@ -537,20 +542,19 @@ def variants() -> list[Variant]:
     """What is launched on real shapes."""
     found = []
     special = {"BEFORE": True, "GATED": True, "SEARCH": 64}
-    # Hopper without TMA launches what Ampere does
-    for by_tma, generations in ((False, (80, 90)), (False, (100,)), (True, (90,))):
+    # on Hopper 16-bit tensors can be fetched by TMA, and what is launched there may do so
+    for by_tma, generations in ((False, (80,)), (False, (100,)), (True, (90,))):
         blackwell = generations == (100,)
         plain, small = (tables(by_tma, blackwell, each) for each in (False, True))
         for place, kernel in enumerate((_keys, queries_kernel)):
-            for head_dim in (64, 80, 128) if by_tma else (128, 256):
+            for head_dim in (64, 72, 80, 128, 256) if by_tma else (128, 256):
                 launch = choose(plain[place], 2, head_dim)
                 found.append(_variant(kernel, head_dim, launch, generations, "causal"))
             launch = choose(small[place], 2, 128)
             name = "window, gate, 64 lengths"
             found.append(_variant(kernel, 128, launch, generations, name, **special))
-            if not by_tma:
-                launch = choose(plain[place], 4, 128)
-                found.append(_variant(kernel, 128, launch, generations, "causal", "fp32"))
+            launch = choose(plain[place], 4, 128)
+            found.append(_variant(kernel, 128, launch, generations, "causal", "fp32"))
         launch = choose(plain[0], 2, 128)
         found.append(_variant(_keys, 128, launch, generations, "full", BEHIND=False))
     return found

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from interlace.triton_kernels import aot
+from interlace.triton_kernels import _machine_code, aot
 
 
 @functools.cache
@@ -36,3 +36,18 @@ def test_every_variant_compiles_without_spills(op: str) -> None:
     }
     assert not faults
     assert {one["capability"] for one in compiled(op)} == set(aot.CAPABILITIES)
+
+
+def test_a_register_that_nothing_writes_is_found() -> None:
+    lines = (
+        "/*0000*/  ULDC.64 UR6, c[0x0][0x258] ;  /* 0x00009600000679b9 */",
+        "/*0010*/  @!P0 R2UR UR8, R3 ;",
+        "/*0020*/  UIADD3 UR9, UP0, UR7, 0x20, URZ ;",
+        "/*0030*/  UIMAD.WIDE.U32 UR4, UR6, UR8, UR6 ;",
+        "/*0040*/  UIADD3.X UR5, UR5, UR22, URZ, UP0, !UPT ;",
+        "/*0050*/  UMOV UR22, 0x400 ;",
+        "/*0060*/  UIADD3 UR22, UR22, 0x20, URZ ;",
+    )
+    assert _machine_code.unwritten_in("\n".join(lines)) == [
+        "UIADD3.X UR5, UR5, UR22, URZ, UP0, !UPT"
+    ]
