@@ -347,8 +347,10 @@ def variants() -> list[Variant]:
     others, hopper = (80, 100), (90,)
     found = []
     for head_dim in (64, 72, 80, 96, 128, 256):
-        by_tma, plain = choose(HOPPER, 2, head_dim), choose(POINTERS, 2, head_dim)
+        by_tma = choose(HOPPER, 2, head_dim)
         found.append(_variant(head_dim, by_tma, hopper, "causal, TMA"))
+    for head_dim in (64, 80, 96, 128, 256):
+        plain = choose(POINTERS, 2, head_dim)
         found.append(_variant(head_dim, plain, others, "causal"))
     by_tma, plain = choose(HOPPER, 2, 128), choose(POINTERS, 2, 128)
     for name, constants in (
