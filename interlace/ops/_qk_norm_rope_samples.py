@@ -11,26 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interlace.ops._draw import Draw
 from interlace.ops._registry import OpSample
 from interlace.ops._rope import rope_tables
 
 _THETA = 1e4
 
 
-class _Draw:
-    """Draws arguments of one device and dtype, always the same."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device = device
-        self.dtype = dtype
-        self.generator = torch.Generator().manual_seed(0)
-
-    def normal(self, *size: int, scale: float = 1.0) -> Tensor:
-        drawn = torch.randn(*size, generator=self.generator) * scale
-        return drawn.to(self.device, self.dtype)
+class _Draw(Draw):
+    """Draws heads, norm weights and tables."""
 
     def weight(self, width: int) -> Tensor:
-        return (1 + 0.3 * torch.randn(width, generator=self.generator)).to(self.device, self.dtype)
+        return self.cast(1 + 0.3 * torch.randn(width, generator=self.generator))
 
     def tables(self, *size: int) -> tuple[Tensor, Tensor]:
         """Tables [..., F] of random positions, fp32, or fp64 beside fp64 inputs."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from interlace.errors import ShapeError
+from interlace.ops._spelling import spell
 
 MAX_HEAD_DIM = 256
 
@@ -29,7 +30,7 @@ def check(
     """Raise ShapeError unless the arguments of the public function fit each other."""
     if q.dim() != 4 or not q.is_floating_point() or q.shape[3] > MAX_HEAD_DIM:
         raise ShapeError(
-            f"q is {_spell(q)}; expected floating-point queries [B, N, Hq, D] with D at most "
+            f"q is {spell(q)}; expected floating-point queries [B, N, Hq, D] with D at most "
             f"{MAX_HEAD_DIM}."
         )
     batch, _, num_heads, width = q.shape
@@ -43,7 +44,7 @@ def check(
             fits = fits and cache.shape[0] > 0 and cache.shape[1] > 0
         if not fits or (cache.dtype, cache.device) != (q.dtype, q.device):
             raise ShapeError(
-                f"{name} is {_spell(cache)}; expected {layout} with D = {width}"
+                f"{name} is {spell(cache)}; expected {layout} with D = {width}"
                 f"{f' and B = {batch}' if block_table is None else ' and one block or more'}, "
                 f"{q.dtype} on {q.device}, and keys and values alike."
             )
@@ -57,13 +58,13 @@ def check(
         if tensor is not None and (
             (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, q.device)
         ):
-            raise ShapeError(f"{name} is {_spell(tensor)}; expected {dtype} {shape} on {q.device}.")
+            raise ShapeError(f"{name} is {spell(tensor)}; expected {dtype} {shape} on {q.device}.")
     if block_table is not None and (
         (block_table.dim(), block_table.shape[0], block_table.dtype, block_table.device)
         != (2, batch, torch.int32, q.device)
     ):
         raise ShapeError(
-            f"block_table is {_spell(block_table)}; expected torch.int32 [{batch}, max_blocks] on "
+            f"block_table is {spell(block_table)}; expected torch.int32 [{batch}, max_blocks] on "
             f"{q.device}."
         )
     if window is not None and window < 1:
@@ -108,7 +109,3 @@ def _check_values(
                 f"block_table holds {low}..{high} where sequences have keys; expected "
                 f"0..{num_blocks - 1}, the blocks of the cache."
             )
-
-
-def _spell(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"

@@ -17,6 +17,7 @@ from torch import Tensor
 from interlace.errors import ShapeError
 from interlace.ops import _extension
 from interlace.ops._registry import Backend, Op, OpSample
+from interlace.ops._spelling import spell
 
 __all__ = ["EPS", "layer_similarity"]
 
@@ -116,7 +117,7 @@ def _check(states: list[Tensor], groups: Tensor, num_groups: int, max_offset: in
     for number, state in enumerate(states):
         if (state.shape, state.dtype, state.device) != (first.shape, first.dtype, first.device):
             raise ShapeError(
-                f"State {number} is {_spell(state)}, but state 0 is {_spell(first)}; "
+                f"State {number} is {spell(state)}, but state 0 is {spell(first)}; "
                 "all must be alike."
             )
     if not first.is_floating_point():
@@ -124,7 +125,7 @@ def _check(states: list[Tensor], groups: Tensor, num_groups: int, max_offset: in
     expected = (first.shape[:1], torch.int32, first.device)
     if (groups.shape, groups.dtype, groups.device) != expected:
         raise ShapeError(
-            f"groups is {_spell(groups)}; expected torch.int32 ({first.shape[0]},) on "
+            f"groups is {spell(groups)}; expected torch.int32 ({first.shape[0]},) on "
             f"{first.device}: one group per token."
         )
     if num_groups < 0:
@@ -141,10 +142,6 @@ def _check(states: list[Tensor], groups: Tensor, num_groups: int, max_offset: in
                 f"groups holds values in {low}..{high}; expected 0..{num_groups - 1} "
                 f"(num_groups = {num_groups}), or -1 for ignored tokens."
             )
-
-
-def _spell(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
 def _fake(

@@ -21,6 +21,7 @@ from interlace.ops import _rope
 from interlace.ops._autograd import Backward
 from interlace.ops._qk_norm_rope_samples import backward_samples, samples
 from interlace.ops._registry import Backend, Op
+from interlace.ops._spelling import spell
 
 __all__ = ["qk_norm_rope"]
 
@@ -178,7 +179,7 @@ def _check(
 ) -> None:
     if q.dim() not in (3, 4) or not q.is_floating_point():
         raise ShapeError(
-            f"q is {_spell(q)}; expected floating-point [T, H, D] or [B, T, H, D]. Give heads that "
+            f"q is {spell(q)}; expected floating-point [T, H, D] or [B, T, H, D]. Give heads that "
             "stand before tokens as q.transpose(1, 2), which copies nothing."
         )
     tokens, width = q.shape[:-2], q.shape[-1]
@@ -186,7 +187,7 @@ def _check(
         (k.shape[:-2], k.shape[-1]) != (tokens, width)
     ):
         raise ShapeError(
-            f"k is {_spell(k)} and q is {_spell(q)}; they may differ in the number of heads only."
+            f"k is {spell(k)} and q is {spell(q)}; they may differ in the number of heads only."
         )
     lead = () if sections is None else (_rope.AXES,)
     fitting = [(*lead, *tokens), (*lead, tokens[-1])]
@@ -195,7 +196,7 @@ def _check(
     for name, table in (("cos", cos), ("sin", sin)):
         if tuple(table.shape[:-1]) not in fitting or not table.is_floating_point():
             raise ShapeError(
-                f"{name} is {_spell(table)}; expected floating-point {_listed(fitting)} for q "
+                f"{name} is {spell(table)}; expected floating-point {_listed(fitting)} for q "
                 f"{tuple(q.shape)}"
                 + (", with the three axes in front because of the sections." if lead else ".")
             )
@@ -205,7 +206,7 @@ def _check(
     if (sin.shape, sin.dtype, sin.device, cos.device) != (
         (cos.shape, cos.dtype, q.device, q.device)
     ):
-        raise ShapeError(f"cos is {_spell(cos)} and sin is {_spell(sin)}; expected two alike by q.")
+        raise ShapeError(f"cos is {spell(cos)} and sin is {spell(sin)}; expected two alike by q.")
     if not 1 <= half <= width // 2:
         raise ShapeError(
             f"The tables have {half} frequencies; expected 1..{width // 2} for heads of {width} "
@@ -218,14 +219,10 @@ def _check(
             weight.shape != (width,) or weight.device != q.device or not weight.is_floating_point()
         ):
             raise ShapeError(
-                f"{name} is {_spell(weight)}; expected floating-point ({width},) on {q.device}."
+                f"{name} is {spell(weight)}; expected floating-point ({width},) on {q.device}."
             )
     if eps < 0:
         raise ShapeError(f"eps is {eps}; expected 0 or more.")
-
-
-def _spell(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
 def _listed(shapes: Sequence[tuple[int, ...]]) -> str:

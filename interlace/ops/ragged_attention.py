@@ -24,6 +24,7 @@ from interlace.ops._budget import Budget
 from interlace.ops._ragged_reference import backward_reference, num_visible, reference
 from interlace.ops._ragged_samples import backward_samples, not_finite, samples
 from interlace.ops._registry import Backend, Op, OpSample
+from interlace.ops._spelling import spell
 
 __all__ = ["q_start_of", "ragged_attention"]
 
@@ -154,21 +155,21 @@ def _check_tensors(
         expected = (shape, q.dtype, q.device)
         if (tuple(tensor.shape), tensor.dtype, tensor.device) != expected:
             raise ShapeError(
-                f"{name} is {_spell(tensor)}; expected {q.dtype} {shape} on {q.device}: q's head "
+                f"{name} is {spell(tensor)}; expected {q.dtype} {shape} on {q.device}: q's head "
                 "size, dtype and device, and k and v alike."
             )
     if gate is not None:
         exact = torch.promote_types(q.dtype, torch.float32)
         if (gate.shape, gate.dtype, gate.device) != (q.shape[1:2], exact, q.device):
             raise ShapeError(
-                f"gate is {_spell(gate)}; expected {exact} ({q.shape[1]},) on {q.device}: one "
+                f"gate is {spell(gate)}; expected {exact} ({q.shape[1]},) on {q.device}: one "
                 "factor per query head."
             )
     for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", cu_seqlens_kv)):
         fits = tensor.dim() == 1 and len(tensor) == len(cu_seqlens_q) >= 1
         if not fits or (tensor.dtype, tensor.device) != (torch.int32, q.device):
             raise ShapeError(
-                f"{name} is {_spell(tensor)}; expected torch.int32 (B + 1,) on {q.device}: where "
+                f"{name} is {spell(tensor)}; expected torch.int32 (B + 1,) on {q.device}: where "
                 "each sequence begins, and the end; cu_seqlens_q and cu_seqlens_kv alike."
             )
 
@@ -204,10 +205,6 @@ def _check_lengths(name: str, cu_seqlens: Tensor, num_tokens: int, longest: int)
             f"max_seqlen_{name} is {longest}, but cu_seqlens_{name} holds a sequence of "
             f"{max(lengths)}; expected that or more."
         )
-
-
-def _spell(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
 def _fake(

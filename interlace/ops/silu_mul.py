@@ -13,7 +13,9 @@ from torch import Tensor
 
 from interlace.errors import ShapeError
 from interlace.ops._autograd import Backward
+from interlace.ops._draw import Draw
 from interlace.ops._registry import Backend, Op, OpSample
+from interlace.ops._spelling import spell
 
 __all__ = ["silu_mul"]
 
@@ -73,13 +75,9 @@ def _exact(tensor: Tensor) -> Tensor:
 
 def _check(gate: Tensor, up: Tensor) -> None:
     if gate.dim() == 0 or not gate.is_floating_point():
-        raise ShapeError(f"gate is {_spell(gate)}; expected floating-point [..., F].")
+        raise ShapeError(f"gate is {spell(gate)}; expected floating-point [..., F].")
     if (up.shape, up.dtype, up.device) != (gate.shape, gate.dtype, gate.device):
-        raise ShapeError(f"up is {_spell(up)} and gate is {_spell(gate)}; expected two alike.")
-
-
-def _spell(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        raise ShapeError(f"up is {spell(up)} and gate is {spell(gate)}; expected two alike.")
 
 
 def _fake(gate: Tensor, up: Tensor) -> Tensor:
@@ -94,19 +92,8 @@ def _triton_why_not(first: Tensor, *others: Tensor) -> str | None:
     return None if first.dtype in _DTYPES else f"works on fp32, bf16 and fp16, got {first.dtype}"
 
 
-class _Draw:
-    """Draws arguments of one device and dtype, always the same."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device = device
-        self.dtype = dtype
-        self.generator = torch.Generator().manual_seed(0)
-
-    def normal(self, *size: int, scale: float = 1.0) -> Tensor:
-        return self.cast(torch.randn(*size, generator=self.generator) * scale)
-
-    def cast(self, values: Tensor) -> Tensor:
-        return values.to(self.device, self.dtype)
+class _Draw(Draw):
+    """Draws gates and ups."""
 
     def pair(self, *size: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         return self.normal(*size, scale=scale), self.normal(*size)

@@ -18,6 +18,7 @@ from torch.nn import functional
 from interlace.errors import ShapeError
 from interlace.ops._registry import Backend, Op
 from interlace.ops._skinny_linear_samples import samples
+from interlace.ops._spelling import spell
 
 __all__ = ["MAX_ROWS", "skinny_linear"]
 
@@ -89,10 +90,10 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool) -> None:
     if x.dim() == 0 or not x.is_floating_point():
-        raise ShapeError(f"x is {_spell(x)}; expected floating-point rows [..., K].")
+        raise ShapeError(f"x is {spell(x)}; expected floating-point rows [..., K].")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ShapeError(
-            f"weight is {_spell(weight)}; expected [N, {x.shape[-1]}], since x is {_spell(x)}."
+            f"weight is {spell(weight)}; expected [N, {x.shape[-1]}], since x is {spell(x)}."
         )
     if gated and weight.shape[0] % 2:
         raise ShapeError(
@@ -100,18 +101,12 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool) -> No
             "for the gate as for the up projection."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ShapeError(
-            f"bias is {_spell(bias)}; expected [{weight.shape[0]}] as weight has rows."
-        )
+        raise ShapeError(f"bias is {spell(bias)}; expected [{weight.shape[0]}] as weight has rows.")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and (tensor.dtype, tensor.device) != (x.dtype, x.device):
             raise ShapeError(
-                f"{name} is {_spell(tensor)}; expected {x.dtype} on {x.device} as x is."
+                f"{name} is {spell(tensor)}; expected {x.dtype} on {x.device} as x is."
             )
-
-
-def _spell(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
 def _num_rows(x: Tensor) -> int:
