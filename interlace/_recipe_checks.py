@@ -11,7 +11,7 @@ from interlace.plan.rules import find_rule
 from interlace.plan.widths import check_width_metrics
 from interlace.progressive.verb import check_depth_only
 from interlace.scores.metrics import metric_classes
-from interlace.surgery.bridges.names import REFIT, check_bridges, has_bridges
+from interlace.surgery.bridges.names import WITHIN_LAYERS, check_bridges, has_bridges
 
 if TYPE_CHECKING:
     from interlace.config import Recipe
@@ -44,12 +44,12 @@ def _check_cut(settings: Recipe) -> None:
     bridges = settings.prune.bridges
     check_bridges(bridges)
     drops = settings.plan.drop_fraction is not None or settings.plan.num_drop is not None
-    if has_bridges(bridges, but=[REFIT]) and not drops:
+    if has_bridges(bridges, but=WITHIN_LAYERS) and not drops:
         raise ConfigError(
             f"The recipe asks for bridges ({bridges!r}), but [plan] cuts within layers alone "
             "and drops no layer that a bridge could stand in for. Add drop_fraction or num_drop "
-            f"to [plan], take '{REFIT}', which also repairs narrower layers, or leave bridges out "
-            "of [prune]."
+            f"to [plan], take one of {', '.join(WITHIN_LAYERS)}, which also repair narrower "
+            "layers, or leave bridges out of [prune]."
         )
 
 

@@ -79,9 +79,10 @@ def test_bridges_are_fitted_on_the_calibration_samples(tmp_path: Path) -> None:
     assert other.skipped == ("scores", "plan")
 
 
-def test_a_recipe_that_only_narrows_layers_can_refit_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bridge", ["fold", "refit"])
+def test_a_recipe_that_only_narrows_layers_can_repair_them(bridge: str, tmp_path: Path) -> None:
     text = "[export]\nverify = false\n" + RECIPE.replace('["fidelity", "vqa"]', '["fidelity"]')
-    text = text.replace("max_steps = 2", "max_steps = 0") + '[prune]\nbridges = "refit"\n'
+    text = text.replace("max_steps = 2", "max_steps = 0") + f'[prune]\nbridges = "{bridge}"\n'
     text = text.replace("towers =", 'metrics = ["ffn_norm"]\ntowers =')
     made = il.run(_recipe(tmp_path, text.replace("drop_fraction", "ffn")), tmp_path / "out")
     student = il.open_model(made.folder)
@@ -103,6 +104,28 @@ def test_rules_that_ask_for_the_loss_need_no_code(rule: str, tmp_path: Path) -> 
     # a student that is cut otherwise is another one to judge
     other = il.run(_recipe(tmp_path, text), out)
     assert other.skipped == ("scores",)
+
+
+def test_a_recipe_takes_parts_out_by_the_loss(tmp_path: Path) -> None:
+    text = "[export]\nverify = false\n" + RECIPE.replace('["fidelity", "vqa"]', '["fidelity"]')
+    text = text.replace("max_steps = 2", "max_steps = 0")
+    text = text.replace("drop_fraction = 0.25", "num_drop = 1\nrule = 'compensated_parts'")
+    # all parts but those of two layers stay
+    text = text.replace(
+        "[heal]", f"protect = {[i for i in range(16) if i not in (8, 9)]}\n[heal]", 1
+    )
+    made = il.run(_recipe(tmp_path, text + '[prune]\nbridges = "refit"\n'), tmp_path / "out")
+    student = il.open_model(made.folder)
+    tower = made.plan["text"]
+    assert made.plan.rule == "compensated_parts"
+    assert tower.parts
+    assert set(tower.losing()) | set(tower.drop) <= {8, 9}
+    assert not student.record.standard
+    whole = il.open_model("bundled:qwen3-vl")
+    layers = [p.numel() for p in whole.towers["text"].layers.parameters()]
+    assert whole.num_parameters() - student.num_parameters() == pytest.approx(
+        sum(layers) / 16, rel=0.01
+    )
 
 
 def test_the_student_is_measured_fused_and_exported_as_it_was(tmp_path: Path) -> None:
@@ -157,7 +180,7 @@ def test_unknown_recipe_key_is_refused_before_anything_is_made(tmp_path: Path) -
         ("[heal]", "[prune]\nbridges = {vison = 'fold'}\n[heal]", "Did you mean 'vision'"),
         (
             "[plan]\ndrop_fraction = 0.25",
-            "metrics = ['ffn_norm']\n[plan]\nffn = 0.25\n[prune]\nbridges = 'fold'",
+            "metrics = ['ffn_norm']\n[plan]\nffn = 0.25\n[prune]\nbridges = 'scale'",
             "no layer that a bridge could stand in for",
         ),
     ],

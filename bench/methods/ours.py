@@ -1,4 +1,4 @@
-"""The package's own way: layers chosen with cuts repaired, the rest refitted, states matched."""
+"""The package's own ways: what goes is chosen repaired, the rest refitted, states matched."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from interlace._recommended import RECOMMENDED_HEAL, RECOMMENDED_PRUNE
 from methods.case import Case, Made, Method, heal
-from methods.rules import OURS, cut, plan_by
+from methods.rules import OURS, OURS_PARTS, cut, plan_by
 
 if TYPE_CHECKING:
     import interlace as il
@@ -24,4 +24,18 @@ def match_states(case: Case, student: Any, **overrides: Any) -> il.HealReport:
     return heal(case, student, **({"hidden_weight": RECOMMENDED_HEAL.hidden_weight} | overrides))
 
 
-METHODS = {OURS: Method(compensated, match_states, together=OURS)}
+def compensated_parts(case: Case) -> Made:
+    """Do so with single attentions and feed-forward parts, of as many parameters."""
+    student = cut(case, plan_by(OURS_PARTS, case), REPAIR)
+    parts = {
+        f"{tower} {place}": list(layers)
+        for tower, planned in student.plan.towers.items()
+        for place, layers in planned.parts.items()
+    }
+    return Made(student, "; ".join(f"{name} {layers}" for name, layers in parts.items()))
+
+
+METHODS = {
+    OURS: Method(compensated, match_states, together=OURS),
+    OURS_PARTS: Method(compensated_parts, match_states, timed="parts"),
+}

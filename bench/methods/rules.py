@@ -14,8 +14,8 @@ PUBLISHED = ("interlace", "interlace_oa", "interlace_tn", "random", "consecutive
 OTHERS = ("triplet_optimal", "shortgpt", "uidl", "last", "uniform", "sleb")
 
 
-# the rule of the package's own method
-OURS = "compensated"
+# the rule of the package's own method, and that of parts instead of layers
+OURS, OURS_PARTS = "compensated", "compensated_parts"
 
 
 def plan_by(
@@ -37,7 +37,7 @@ def plan_by(
         "protect": "auto",
         "seed": shared.seed,
         "towers": shared.subject.towers,
-        "loss": shared.repaired_loss if rule == OURS else shared.loss,
+        "loss": shared.repaired_loss if rule in (OURS, OURS_PARTS) else shared.loss,
     }
     return il.make_plan(shared.scored(*metrics), rule=rule, **(usual | options))
 

@@ -93,7 +93,7 @@ def fuse(
             and blocks on shapes that they have seen. "auto" does so on a GPU; True insists.
         overlap: in recorded steps, kernels start before those in front of them have ended, and
             products of up to 4 rows have their weights on the way by then (`skinny_linear`); on
-            Hopper or later, elsewhere nothing changes. Not yet measured.
+            Hopper or later. Elsewhere the report says that none do. Not yet measured.
 
     Returns:
         What was replaced by what, and what was left alone and why; print it.

@@ -12,6 +12,7 @@ from interlace.nn.blocks import FusedBlock
 from interlace.nn.graphs import CudaRecorder, install
 from interlace.nn.layers import FusedAttention
 from interlace.nn.report import FuseEntry
+from interlace.ops import _overlap
 
 if TYPE_CHECKING:
     from interlace.nn.graphs import Recorder
@@ -66,22 +67,29 @@ def record(
         overlap: likewise.
 
     Returns:
-        One entry per decoder.
+        One entry per decoder, and one more where kernels were to overlap.
     """
     decoders = text_decoders(target)
-    on_gpu = next(target.parameters()).is_cuda
-    if graphs and on_gpu:
+    first = next(target.parameters())
+    recorded = bool(graphs) and first.is_cuda
+    if recorded:
         install(target, decoders, CudaRecorder(), overlap=overlap)
         record_blocks(target, CudaRecorder())
-    reason = "there are CUDA graphs on a GPU only" if graphs else "graphs=False"
+    why = "there are CUDA graphs on a GPU only" if graphs else "graphs=False"
+    made = "CUDA graphs of steps with a static cache, and of blocks"
+    found = [("graphs", recorded, made, why)]
+    if overlap:
+        why = _overlap.obstacle(first.device) if recorded else f"no steps are recorded: {why}"
+        found.append(("overlap", not why, "kernels of recorded steps overlap", why))
     return [
         FuseEntry(
             names[id(decoder)],
             type(decoder).__name__,
-            "graphs",
-            bool(graphs and on_gpu),
-            "CUDA graphs of steps with a static cache, and of blocks" if graphs and on_gpu else "",
-            "" if graphs and on_gpu else reason,
+            part,
+            done,
+            backend if done else "",
+            "" if done else reason,
         )
         for decoder in decoders
+        for part, done, backend, reason in found
     ]

@@ -15,7 +15,8 @@ class FuseEntry:
     Attributes:
         module: dotted path in the model; "" for the model itself.
         kind: class of the module.
-        part: "attention", "norm", "block", "mlp", "patches", "head", "absent" or "graphs".
+        part: "attention", "norm", "block", "mlp", "patches", "head", "absent", "graphs" or
+            "overlap".
         fused: whether it was replaced.
         backend: what computes it, in words; empty if it was left alone.
         reason: why it was left alone, or what restricts the backend; may be empty.

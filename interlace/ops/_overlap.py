@@ -38,11 +38,14 @@ def overlapping() -> Iterator[None]:
 
 def allowed(device: torch.device) -> bool:
     """Tell whether kernels on a device are to overlap."""
-    return _ALLOWED.get() and device.type == "cuda" and _can(device)
+    return _ALLOWED.get() and device.type == "cuda" and not obstacle(device)
 
 
 @functools.cache
-def _can(device: torch.device) -> bool:
+def obstacle(device: torch.device) -> str:
+    """Say why kernels on a GPU cannot overlap; "" where they can."""
     if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= _CAPABILITY
+        return "kernels overlap on NVIDIA GPUs, with triton installed"
+    if torch.cuda.get_device_capability(device) < _CAPABILITY:
+        return "kernels overlap on Hopper GPUs or later"
+    return ""

@@ -130,6 +130,7 @@ def _tower_plan(problem: Problem, choice: Choice) -> TowerPlan:
         freeze=choice.freeze,
         layer_scores=table,
         reasons=dict(sorted(reasons.items())),
+        parts=choice.parts,
     )
 
 
@@ -179,7 +180,9 @@ def make_plan(
         towers: towers to plan. Default: those of the dict given, else the text tower where there
             is one, else all that were scored.
         loss: callback (tower, dropped layers in selection order) -> loss of the model without
-            them; for the rules `sleb` and `compensated`. `interlace.layer_loss` makes one.
+            them; for the rules `sleb` and `compensated`. `compensated_parts` calls it with a third
+            argument, parts: place in a layer -> layers that lose it. `interlace.layer_loss` makes
+            one.
         group: token group of the similarity: "all" (published), "text", "vision", or "balanced",
             where image and text tokens have equal mass.
         heads: share of the query heads of every kept layer to cut, 0..1, or a dict per tower. They
@@ -249,10 +252,17 @@ def make_plan(
             seed=seed,
             weighted=None if weights is None else weighted(tower, weights, group, name),
             loss=loss,
+            shape=None if scores.shape is None else scores.shape.towers.get(name),
         )
         choice = choose(problem)
         planned[name] = _tower_plan(problem, repair(problem, choice) if guarded else choice)
     parts = {"attention_parts": attention_parts, "ffn_parts": ffn_parts}
+    chosen = {name for plan in planned.values() for name in plan.parts}
+    if chosen and any(share is not None for share in parts.values()):
+        raise ConfigError(
+            f"The rule '{rule}' chooses itself which layers lose {', '.join(sorted(chosen))}. "
+            "Leave attention_parts and ffn_parts out, or take another rule."
+        )
     planned = add_parts(planned, scores, parts, guards)
     narrowing = heads is not None or ffn is not None
     if narrowing:
@@ -266,7 +276,7 @@ def make_plan(
             seed=seed,
         )
     alike = graft is None and (not narrowing or spread == "uniform")
-    alike = alike and attention_parts is None and ffn_parts is None
+    alike = alike and not any(plan.parts for plan in planned.values())
     if graft is not None:
         planned = add_grafts(planned, scores, graft, (width_metrics or {}).get("heads"), seed)
     inputs = {"scores": scores.fingerprint}

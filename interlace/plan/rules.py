@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from interlace.plan.weights import Weighted
-    from interlace.records import TowerScores
+    from interlace.records import TowerScores, TowerShape
 
-    Loss = Callable[[str, tuple[int, ...]], float]
+    # of the tower, the dropped layers and, by `compensated_parts`, the parts that others lose
+    Loss = Callable[..., float]
     Rule = Callable[["Problem"], "Choice"]
 
 # Rule name -> "module:function". Adding a rule is adding a function and its line here.
@@ -35,6 +36,7 @@ RULES: dict[str, str] = {
     "uniform": "interlace.plan.baselines:uniform",
     "sleb": "interlace.plan.greedy:sleb",
     "compensated": "interlace.plan.greedy:compensated",
+    "compensated_parts": "interlace.plan.greedy_parts:compensated_parts",
 }
 
 # The rules that judge layers, triplets or pairs by a score, so that another can take its place. The
@@ -53,7 +55,7 @@ USE_WEIGHTS = frozenset(
 )
 
 # The rules that call back for the loss of a model without some layers.
-USE_LOSS = frozenset({"sleb", "compensated"})
+USE_LOSS = frozenset({"sleb", "compensated", "compensated_parts"})
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Problem:
         seed: seed of rules that draw.
         weighted: what the layers are worth by several metrics, where weights were given.
         loss: callback (tower, dropped layers) -> loss of the model without them.
+        shape: sizes of the tower, where known.
     """
 
     tower: str
@@ -82,6 +85,7 @@ class Problem:
     seed: int = 42
     weighted: Weighted | None = None
     loss: Loss | None = None
+    shape: TowerShape | None = None
 
     @property
     def num_layers(self) -> int:
@@ -165,6 +169,7 @@ class Choice:
         freeze: anchors, in selection order.
         reasons: layer -> why, in words.
         layer_scores: what the rule judged the layers by, where that is not the layer scores.
+        parts: place in a layer -> kept layers, ascending, that lose it whole.
     """
 
     drop: tuple[int, ...]
@@ -172,6 +177,7 @@ class Choice:
     freeze: tuple[int, ...] = ()
     reasons: dict[int, str] = field(default_factory=dict)
     layer_scores: tuple[float | None, ...] | None = None
+    parts: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def rule_names() -> tuple[str, ...]:

@@ -19,7 +19,14 @@ from interlace.models.handle import check_vlm
 from interlace.plan.rules import USE_LOSS
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
-from interlace.surgery.bridges.names import FOLD, NONE, REFIT, check_bridges, has_bridges
+from interlace.surgery.bridges.names import (
+    FOLD,
+    NONE,
+    REFIT,
+    WITHIN_LAYERS,
+    check_bridges,
+    has_bridges,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,8 +42,8 @@ if TYPE_CHECKING:
 
 # What the rules of recipes and progressive runs look at, at most.
 LOSS_SAMPLES = 128
-# The rule that judges students with repaired cuts.
-COMPENSATED = "compensated"
+# The rules that judge students with repaired cuts.
+COMPENSATED, COMPENSATED_PARTS = "compensated", "compensated_parts"
 
 
 class _Sections(Protocol):
@@ -157,23 +164,27 @@ class CompensatedLoss:
         batches = _batched(vlm, data, batch_size)
         half = len(batches) // 2
         self._fitted, self._judged = batches[half:], batches[:half] or batches
-        self._known: dict[tuple[str, frozenset[int]], float] = {}
+        self._known: dict[tuple[Any, ...], float] = {}
 
-    def __call__(self, tower: str, dropped: Iterable[int]) -> float:
+    def __call__(
+        self, tower: str, dropped: Iterable[int], parts: Mapping[str, Iterable[int]] | None = None
+    ) -> float:
         """Return the mean divergence over all samples, in nats.
 
         Args:
             tower: name of the tower.
             dropped: layers of the model to drop.
+            parts: place in a layer -> layers that lose it whole.
 
         Raises:
             InterlaceError: as `prune` raises it.
         """
-        gone = frozenset(dropped)
-        key = (tower, gone)
+        lost = {site: tuple(sorted(layers)) for site, layers in (parts or {}).items()}
+        gone = tuple(sorted(dropped))
+        key = (tower, gone, *sorted(lost.items()))
         if key not in self._known:
             number = self._vlm.towers[tower].num_layers
-            cut = TowerPlan(num_layers=number, drop=tuple(sorted(gone)))
+            cut = TowerPlan(num_layers=number, drop=gone, parts=lost)
             self._known[key] = self.of_plan(Plan(towers={tower: cut}, standard=False))
         return self._known[key]
 
@@ -190,9 +201,12 @@ class CompensatedLoss:
         shortened = {name for name, tower in plan.towers.items() if tower.drop}
         changed = shortened | {name for name, tower in plan.towers.items() if tower.losing()}
         if isinstance(bridges, dict):
-            able = {name: changed if kind == REFIT else shortened for name, kind in bridges.items()}
-            bridges = {name: kind for name, kind in bridges.items() if name in able[name]} or NONE
-        elif not (changed if bridges == REFIT else shortened):
+            bridges = {
+                name: kind
+                for name, kind in bridges.items()
+                if name in (changed if kind in WITHIN_LAYERS else shortened)
+            } or NONE
+        elif not (changed if bridges in WITHIN_LAYERS else shortened):
             bridges = NONE
         data = self._fitted if has_bridges(bridges) else None
         student = prune(vlm, plan, bridges=bridges, data=data, batch_size=self._batch_size)
@@ -217,18 +231,20 @@ def layer_loss(
     """Make what a rule that chooses by the loss asks: `make_plan(..., rule=rule, loss=...)`.
 
     `sleb` asks for the loss of the task with layers skipped: one forward pass over the data a call.
-    `compensated` asks how far a student with repaired cuts is from the whole model: for every cut
-    of the student two passes over half of the data, and two more over the other half.
+    `compensated` and `compensated_parts` ask how far a student with repaired cuts is from the whole
+    model: for every place that was cut two passes over half of the data, and two more over the
+    other half.
 
     Args:
         vlm: the model that the plan is for; left as it is.
         data: calibration samples with their answers; apart from the data to measure on.
-        rule: "compensated" or "sleb".
+        rule: "compensated", "compensated_parts" or "sleb".
         batch_size: samples per forward pass; images and texts are compared within a batch.
         bridges: what repairs the cuts, as `prune` will be told; `sleb` has no use for it.
 
     Returns:
-        A function (tower, dropped layers) -> loss, in nats.
+        A function (tower, dropped layers) -> loss, in nats; but for `sleb` also of the parts that
+        layers lose, as `make_plan` describes it.
 
     Raises:
         ConfigError: the rule asks for no loss, or the bridges are not known.
@@ -241,7 +257,7 @@ def layer_loss(
             f"{', '.join(sorted(USE_LOSS))}; leave loss out for the others."
         )
     check_bridges(bridges)
-    if rule == COMPENSATED:
+    if rule in (COMPENSATED, COMPENSATED_PARTS):
         return CompensatedLoss(vlm, data, batch_size, bridges)
     return TaskLoss(vlm, data, batch_size)
 

@@ -21,6 +21,7 @@ from interlace.errors import ConfigError, DataError
 from interlace.models.handle import check_vlm
 from interlace.plan.rules import find_rule
 from interlace.progressive.guard import check_guard, held_out_scenes
+from interlace.progressive.loss import COMPENSATED, COMPENSATED_PARTS
 from interlace.progressive.stages import Run, Setup, Stage
 from interlace.records import ProgressiveRecord, Provenance
 from interlace.surgery.bridges.names import RUN_TIME, check_bridges
@@ -212,6 +213,12 @@ def check_depth_only(settings: PlanSettings) -> None:
     Raises:
         ConfigError: it cuts within layers, or moves heads; says what to do.
     """
+    if settings.rule == COMPENSATED_PARTS:
+        raise ConfigError(
+            f"The rule '{settings.rule}' takes parts out of layers, but the stages of a "
+            f"progressive run drop whole layers only. Take '{COMPENSATED}', or `interlace run` "
+            "with a recipe, which cuts once."
+        )
     for name in ("heads", "ffn", "graft", "attention_parts", "ffn_parts"):
         if getattr(settings, name) is not None:
             raise ConfigError(

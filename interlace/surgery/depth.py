@@ -90,11 +90,12 @@ def prune(
     depth where one config field counts both (BLIP for questions).
 
     Bridges stand in for the removed layers, fitted in closed form on calibration samples: "scale"
-    gives the residual stream back its length, "fold" puts the effect of the removed layers into the
-    last projection before them, and "refit" also fits the last projections of all kept layers
-    from the first change of a tower on, narrowed ones too, to what these layers gave in the whole
-    model. All three live in the weights of a standard checkpoint and cost nothing at run time;
-    weights that they change are the student's own, and train only where the plan says.
+    gives the residual stream back its length, "fold" puts the effect of what was removed, layers
+    or heads, neurons and parts of kept ones, into the last projection before it, and "refit" also
+    fits the last projections of all kept layers from the first change of a tower on to what these
+    layers gave in the whole model. All three live in the weights of a standard checkpoint and cost
+    nothing at run time; weights that they change are the student's own, and train only where the
+    plan says.
     "diagonal" and "lowrank" are modules at the cuts whose parameters train when healing; such a
     student is saved by `export` and opened by `open_model`, not by plain transformers. A cut
     without a place for a bridge stays without one, and the manifest says why. See
@@ -106,8 +107,8 @@ def prune(
             whole.
         allow_pinned: drop pinned layers too, where the family can express it.
         bridges: "none", "scale", "fold", "refit", "diagonal" or "lowrank" for all towers that lose
-            layers (with "refit" also those that lose heads, neurons or parts), or tower name -> one
-            of these; towers that it leaves out get none.
+            layers (with "fold" and "refit" also those that lose heads, neurons or parts), or tower
+            name -> one of these; towers that it leaves out get none.
         data: what to fit bridges on, apart from the data to measure on: samples, which are fed with
             their answers, or ready batches that the model's forward takes as keyword arguments;
             they stay in memory, and so do some hidden states of every token. Default: 512 of the

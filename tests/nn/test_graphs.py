@@ -15,6 +15,7 @@ from interlace.errors import ConfigError
 from interlace.nn import graphs, masks
 from interlace.nn.blocks import FusedBlock
 from interlace.nn.recording import text_decoders
+from interlace.ops import _overlap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,6 +142,23 @@ def test_graphs_are_of_a_gpu(kit: Any) -> None:
     assert "GPU only" in entry.reason
 
 
+@pytest.mark.parametrize(("graphs", "why"), [("auto", "on a GPU only"), (False, "graphs=False")])
+def test_kernels_overlap_in_recorded_steps_only(graphs: Any, why: str, kit: Any) -> None:
+    report = il.fuse(kit.build("llava"), graphs=graphs, overlap=True)
+    [entry] = [entry for entry in report.entries if entry.part == "overlap"]
+    assert not entry.fused
+    assert entry.reason.startswith("no steps are recorded: ")
+    assert why in entry.reason
+
+
+def test_kernels_overlap_on_hopper_or_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert "Hopper" in _overlap.obstacle.__wrapped__(torch.device("cuda"))
+    capability = (9, 0)
+    assert not _overlap.obstacle.__wrapped__(torch.device("cuda"))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "pruned", "ragged"])
@@ -150,7 +168,11 @@ def test_cuda_graphs_give_the_same_tokens(name: str, kind: str, overlap: bool, k
     plain = kit.generate(stock.cuda(), name)
     model = model.cuda()
     report = il.fuse(model, overlap=overlap)
-    assert any(entry.part == "graphs" and entry.fused for entry in report.entries)
+    [recorded] = [entry for entry in report.entries if entry.part == "graphs"]
+    assert recorded.fused
+    assert {each.fused for each in report.entries if each.part == "overlap"} <= {
+        torch.cuda.get_device_capability() >= (9, 0)
+    }
     assert torch.equal(kit.generate(model, name), plain)
     for _ in range(4):
         assert torch.equal(kit.generate(model, name, cache_implementation="static"), plain)

@@ -75,10 +75,25 @@ def test_the_compensated_loss_of_a_plan_knows_widths_too() -> None:
     layers = TowerPlan(num_layers=12, drop=(4, 7))
     narrow = replace(layers, cut={"mlp": {5: tuple(range(128))}})
     alone = Plan(towers={"text": replace(narrow, drop=())}, standard=False)
-    assert loss.of_plan(alone) > 0.0
+    assert CompensatedLoss(vlm, data, 8, "none").of_plan(alone) > 2 * loss.of_plan(alone)
     assert loss.of_plan(Plan(towers={"text": layers}, standard=False)) == loss("text", (7, 4))
     both = Plan(towers={"text": narrow}, standard=False)
     assert loss.of_plan(both) != loss("text", (4, 7))
+
+
+def test_the_compensated_loss_of_parts_is_that_of_their_plan() -> None:
+    vlm = il.open_model("bundled:qwen3-vl", dtype="float32", device="cpu")
+    data = il.samples("scenes", count=16, tasks=("vqa",), processor=vlm.processor)
+    loss = il.layer_loss(vlm, data, "compensated_parts")
+    parts = {"mlp": (9, 6), "self_attn": (12,)}
+    cut = TowerPlan(16, drop=(4,), parts={"mlp": (6, 9), "self_attn": (12,)})
+    plan = Plan(towers={"text": cut}, standard=False)
+    assert isinstance(loss, CompensatedLoss)
+    assert loss("text", (4,), parts) == loss.of_plan(plan)
+    assert loss("text", (4,), parts) != loss("text", (4,))
+    # the layers that lost a part are folded as well
+    bare = il.layer_loss(vlm, data, "compensated_parts", bridges="none")
+    assert 0.0 < loss("text", (), {"mlp": (9, 6)}) < bare("text", (), {"mlp": (9, 6)})
 
 
 def test_losses_that_no_rule_asks_for_are_refused() -> None:

@@ -5,7 +5,9 @@ Legend: N tokens of one run of a tower, padding included.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,7 @@ from interlace.data.samples import Sample, samples, scenes_tasks
 from interlace.errors import ConfigError, DataError
 from interlace.models.states import layer_input
 from interlace.models.tokens import token_units
+from interlace.surgery.bridges.front import Front, modules_in_front
 from interlace.surgery.bridges.names import BRIDGE_SAMPLES
 
 if TYPE_CHECKING:
@@ -93,10 +96,36 @@ class Calibration:
             self._extra = {"logits_to_keep": 1}
             for batch in self.batches:
                 batch.pop("labels", None)
+        self._fronts: dict[nn.Module, Front] = {}
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
         """Run either model on a batch."""
-        return model(**to_device(batch, self._vlm.device, self._vlm.dtype), **self._extra)
+        front = self._fronts.get(model)
+        with front.resting(batch) if front is not None else contextlib.nullcontext():
+            return model(**to_device(batch, self._vlm.device, self._vlm.dtype), **self._extra)
+
+    @contextlib.contextmanager
+    def looking_at(self, tower: str, student: nn.Module, changed: Iterable[str]) -> Iterator[None]:
+        """Let what ends before a tower begins run once per batch; nothing of it may be changed.
+
+        Args:
+            tower: name of the tower.
+            student: the other model that is run beside the teacher.
+            changed: towers in which the two differ.
+        """
+        vlm = self._vlm
+        others = {name: each.path for name, each in vlm.towers.items() if name != tower}
+        runs = (partial(self.run, vlm.model, batch) for batch in self.batches)
+        found = modules_in_front(vlm.model, vlm.towers[tower].path, others, runs)
+        kept: dict[str, dict[Any, Any]] = {path: {} for path in found.values()}
+        # what a changed tower gives may go through others that are alike
+        alike = found.keys().isdisjoint(changed)
+        own = kept if alike else {path: {} for path in kept}
+        self._fronts = {vlm.model: Front(vlm.model, kept), student: Front(student, own)}
+        try:
+            yield
+        finally:
+            self._fronts.clear()
 
     def _try(self, number: int, batch: Mapping[str, Any]) -> None:
         """Run the teacher on a batch that nobody has run before."""

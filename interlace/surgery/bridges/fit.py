@@ -89,7 +89,7 @@ def fit_bridges(
             stack.enter_context(inference(model))
             stack.enter_context(without_cache(model))
         for tower, weights in calibration.survey(names).items():
-            gaps, unread = find_gaps(cuts[tower], refit=names[tower] == REFIT)
+            gaps, unread = find_gaps(cuts[tower], names[tower])
             notes += [
                 f"{tower} layers {', '.join(map(str, run))} are read by nothing, so no bridge "
                 "stands in for them"
@@ -97,7 +97,8 @@ def fit_bridges(
             ]
             if gaps:
                 fit = fits[names[tower]]
-                bridges += fit(vlm.model, student, gaps, calibration, weights)
+                with calibration.looking_at(tower, student, cuts):
+                    bridges += fit(vlm.model, student, gaps, calibration, weights)
     notes += [
         f"{bridge.tower} layers {', '.join(map(str, bridge.dropped))} have no bridge: {bridge.note}"
         for bridge in bridges

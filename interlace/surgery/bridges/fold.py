@@ -31,8 +31,10 @@ from interlace.errors import PlanError
 from interlace.records import Bridge
 from interlace.surgery.bridges.names import FOLD, NONE, REFIT
 from interlace.surgery.bridges.observe import Reached, observe
+from interlace.surgery.bridges.resting import idling, starting
 from interlace.surgery.bridges.statistics import NormalEquations, choose
 from interlace.surgery.bridges.structure import (
+    Call,
     Projection,
     find_projection,
     read_elsewhere,
@@ -144,13 +146,16 @@ def _place(tower: _Tower, gap: Gap) -> Projection | str:
         return "no kept layer stands before it that could take it over"
     layers: Any = tower.student.get_submodule(gap.path)
     layer = layers[gap.position - 1]
+    reached = tower.reached
+    begin = partial(starting, layers, reached.student, gap.tower, reached.forms)
     batch: Mapping[str, Any] = {}
-    found = None
-    for batch in tower.calibration.batches:
-        calls = record_calls([layer], partial(tower.calibration.run, tower.student, batch))
-        if calls:
-            found = find_projection(calls[0])
-            break
+    calls: list[Call] = []
+    with begin(), idling(layers[gap.position :], gap.tower, reached.forms):
+        for batch in tower.calibration.batches:
+            calls = record_calls([layer], partial(tower.calibration.run, tower.student, batch))
+            if calls:
+                break
+    found = find_projection(calls[0]) if calls else None
     if found is None:
         why = (
             "does not add its last linear projection to the residual stream as it is, nor straight "
@@ -164,7 +169,12 @@ def _place(tower: _Tower, gap: Gap) -> Projection | str:
         )
     # others that read a layer expect what it gave in the teacher, which is what a refit aims at
     if gap.dropped and not gap.ends:
-        run = partial(tower.calibration.run, tower.student, batch)
+
+        def run() -> Any:
+            # batches before this one do not reach the tower
+            with begin():
+                return tower.calibration.run(tower.student, batch)
+
         if read_elsewhere(tower.student, layer, layers[gap.position], run):
             return (
                 f"the output of layer {gap.after} is also read by another part of the model, which "

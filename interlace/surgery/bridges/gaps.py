@@ -1,6 +1,6 @@
 """Gaps: the places of a tower where removed layers stood, one per run of adjacent ones.
 
-Where kept layers are refitted too, there is one behind each of them, of no layers.
+Where kept layers are repaired too, there is one behind each of them, of no layers.
 """
 
 from __future__ import annotations
@@ -8,18 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from interlace.surgery.bridges.names import FOLD, NONE, REFIT
+
 if TYPE_CHECKING:
     from interlace.surgery.cuts import Cut
 
 
 @dataclass(frozen=True)
 class Gap:
-    """One run of adjacent removed layers, or the place behind a kept layer to be refitted.
+    """One run of adjacent removed layers, or the place behind a kept layer to be repaired.
 
     Attributes:
         tower: tower name.
         path: dotted path of the tower's layers, the same in both models.
-        dropped: original numbers of the removed layers; none behind a layer to be refitted.
+        dropped: original numbers of the removed layers; none behind a layer to be repaired.
         after: original number of the kept layer before them; None where there is none.
         position: student position of the layer behind the gap; the student's depth where it is the
             end of the tower.
@@ -42,7 +44,7 @@ class Gap:
         return f"{self.tower} layer{'s' if len(self.dropped) > 1 else ''} {numbers}"
 
 
-def find_gaps(cut: Cut, *, refit: bool = False) -> tuple[list[Gap], list[tuple[int, ...]]]:
+def find_gaps(cut: Cut, bridge: str = NONE) -> tuple[list[Gap], list[tuple[int, ...]]]:
     """Find the gaps of a cut tower, front to back.
 
     Removed layers whose output nothing reads (above LLaVA's `vision_feature_layer`) are left out at
@@ -50,7 +52,8 @@ def find_gaps(cut: Cut, *, refit: bool = False) -> tuple[list[Gap], list[tuple[i
 
     Args:
         cut: of the tower.
-        refit: also give the places behind all kept layers from the first change of the tower on.
+        bridge: "fold" also has the places behind layers that lost heads, neurons or a part,
+            "refit" those behind all kept layers from the first change of the tower on.
 
     Returns:
         The gaps, and the runs of unread layers that need no bridge (original numbers).
@@ -58,7 +61,7 @@ def find_gaps(cut: Cut, *, refit: bool = False) -> tuple[list[Gap], list[tuple[i
     tower = cut.tower
     gaps, unread = [], []
     kept = (*cut.kept, tower.num_layers)
-    narrowed = cut.plan.losing() | set(cut.plan.graft)
+    lossy = cut.plan.losing()
     changed = False
     for position, behind in enumerate(kept):
         first = kept[position - 1] + 1 if position else 0
@@ -68,9 +71,9 @@ def find_gaps(cut: Cut, *, refit: bool = False) -> tuple[list[Gap], list[tuple[i
         if read < behind:
             unread.append(tower.original[read:behind])
         after = tower.original[first - 1] if first else None
-        changed = changed or behind > first or after in narrowed
-        wanted = refit and changed and after is not None and after not in tower.unread
-        if read > first or wanted:
+        changed = changed or behind > first or after in lossy or after in cut.plan.graft
+        wanted = after in lossy if bridge == FOLD else bridge == REFIT and changed
+        if read > first or (wanted and after is not None and after not in tower.unread):
             dropped = tower.original[first:read]
             ends = all(layer in tower.unread for layer in tower.original[read:])
             gaps.append(Gap(tower.name, tower.path, dropped, after, position, read, ends))

@@ -14,9 +14,11 @@ NONE, FOLD, REFIT = "none", "fold", "refit"
 # Name -> what it is, in the words that records and cards use.
 FOLDED = {
     "scale": "one factor per cut, folded into the weights behind it",
-    FOLD: "the effect of the removed layers, folded into the layer before the cut",
+    FOLD: "the effect of what was removed, folded into the projection before it",
     REFIT: "the same, and all kept layers behind the first cut fitted to what they should give",
 }
+# Those that can also stand in for heads, neurons and parts that kept layers lose.
+WITHIN_LAYERS = (FOLD, REFIT)
 RUN_TIME = {
     "diagonal": "one factor per channel at every cut, at run time",
     "lowrank": "a low-rank map beside the identity at every cut, at run time",
@@ -63,7 +65,7 @@ def bridges_by_tower(
     Args:
         bridges: a name for all pruned towers, or tower name -> name; towers it leaves out get none.
         shortened: towers that lose layers, which all bridges can stand in for.
-        changed: towers that lose anything, which can be refitted.
+        changed: towers that lose anything, which those of `WITHIN_LAYERS` can stand in for.
         towers: all towers of the model.
 
     Raises:
@@ -72,14 +74,15 @@ def bridges_by_tower(
     check_bridges(bridges)
     shortened, changed, towers = list(shortened), list(changed), list(towers)
     if isinstance(bridges, str):
-        pruned = changed if bridges == REFIT else shortened
+        pruned = changed if bridges in WITHIN_LAYERS else shortened
         return {} if bridges == NONE else dict.fromkeys(pruned, bridges)
     for tower in bridges:
         if tower not in towers:
             raise ConfigError(unknown_name("tower", tower, towers))
     wanted = {tower: name for tower, name in bridges.items() if name != NONE}
     for tower, name in wanted.items():
-        pruned, lost = (changed, "nothing") if name == REFIT else (shortened, "no layer")
+        able = name in WITHIN_LAYERS
+        pruned, lost = (changed, "nothing") if able else (shortened, "no layer")
         if tower not in pruned:
             raise ConfigError(
                 f"bridges asks for '{name}' in the {tower} tower, which loses {lost} by this plan. "

@@ -13,7 +13,7 @@ import torch
 
 from interlace.errors import DataError, ShapeError
 from interlace.models.states import layer_input, layer_output
-from interlace.surgery.bridges.resting import Start, idling, starting
+from interlace.surgery.bridges.resting import Forms, Start, idling, starting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -50,10 +50,12 @@ class Reached:
     Attributes:
         teacher: at the goal of the last gap.
         student: at the layer before it, which may have been changed since.
+        forms: of what layers of both give, as of `idling`.
     """
 
     teacher: Start = field(default_factory=Start)
     student: Start = field(default_factory=Start)
+    forms: Forms = field(default_factory=dict)
 
     def move(
         self, gap: Gap, goals: list[torch.Tensor], before: list[torch.Tensor], depth: int
@@ -125,9 +127,9 @@ def observe(
             (student, gap.position, states, known.student),
         ):
             layers: Any = model.get_submodule(gap.path)
-            stack.enter_context(starting(layers, start, gap.tower))
+            stack.enter_context(starting(layers, start, gap.tower, known.forms))
             stack.enter_context(watching(layers, position, gap.tower, into))
-            stack.enter_context(idling(layers[position:], gap.tower))
+            stack.enter_context(idling(layers[position:], gap.tower, known.forms))
         if reached is not None and gap.position:
             stack.enter_context(watching(layers, gap.position - 1, gap.tower, before))
         for name, module in (modules or {}).items():

@@ -15,30 +15,36 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@contextlib.contextmanager
-def idling(layers: Iterable[nn.Module], name: str, *, read: bool = False) -> Iterator[None]:
-    """Let layers hand on the hidden states that they are given.
+# Layer -> what it gives beside hidden states, in a tuple; None where it gives a tensor alone.
+Forms = dict[Any, tuple[Any, ...] | None]
 
-    Each runs once as it is, to show in which form it gives its output.
+
+@contextlib.contextmanager
+def idling(
+    layers: Iterable[nn.Module], name: str, forms: Forms, *, read: bool = False
+) -> Iterator[None]:
+    """Let layers hand on the hidden states that they are given.
 
     Args:
         layers: the layers.
         name: of their tower, for messages.
+        forms: of the layers that have run before. Those that are not there run once as they are, to
+            show it.
         read: others go by what the layers give beside hidden states (T5's position bias). If they
             give any such thing, all of them run.
     """
-    shown: dict[Any, Any] = {}
 
     def idle(forward: Any) -> Any:
         def hand_on(*args: Any, **kwargs: Any) -> Any:
-            if hand_on not in shown:
-                shown[hand_on] = forward(*args, **kwargs)
-                return shown[hand_on]
-            if read and any(map(_gives_more, shown.values())):
+            if forward not in forms:
+                output = forward(*args, **kwargs)
+                forms[forward] = tuple(output[1:]) if isinstance(output, tuple | list) else None
+                return output
+            if read and any(map(_gives_more, forms.values())):
                 return forward(*args, **kwargs)
             states = layer_input(args, kwargs, f"A layer of the tower '{name}'")
-            output = shown[hand_on]
-            return (states, *output[1:]) if isinstance(output, tuple | list) else states
+            more = forms[forward]
+            return states if more is None else (states, *more)
 
         return hand_on
 
@@ -46,8 +52,8 @@ def idling(layers: Iterable[nn.Module], name: str, *, read: bool = False) -> Ite
         yield
 
 
-def _gives_more(output: Any) -> bool:
-    return isinstance(output, tuple | list) and any(each is not None for each in output[1:])
+def _gives_more(form: tuple[Any, ...] | None) -> bool:
+    return form is not None and any(each is not None for each in form)
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,20 @@ class Start:
 
 
 @contextlib.contextmanager
-def starting(layers: Any, start: Start, name: str) -> Iterator[None]:
-    """Let a tower begin with what a layer is known to be given, run by run."""
+def starting(layers: Any, start: Start, name: str, forms: Forms) -> Iterator[None]:
+    """Let a tower begin with what a layer is known to be given, run by run.
+
+    Args:
+        layers: of the tower.
+        start: where to begin.
+        name: of the tower.
+        forms: as of `idling`.
+    """
     if not start.position:
         yield
         return
     known = iter(start.given)
-    with idling(layers[: start.position], name, read=True):
+    with idling(layers[: start.position], name, forms, read=True):
         hook = shift_input(
             layers[start.position], lambda hidden: next(known).to(hidden.device, copy=True)
         )

@@ -101,12 +101,16 @@ NARROW = {
 
 
 @pytest.mark.parametrize("what", NARROW)
-def test_narrower_layers_are_fitted_from_the_first_one_on(clip: VLM, what: str) -> None:
+@pytest.mark.parametrize("bridge", ["fold", "refit"])
+def test_narrower_layers_are_fitted_alone_or_from_the_first_one_on(
+    clip: VLM, what: str, bridge: str
+) -> None:
     plan = Plan({"text": NARROW[what]}, standard=False)
     data = [tiny_inputs("clip", clip.model, batch=4, seed=seed) for seed in range(4)]
-    student = prune(clip, plan, bridges="refit", data=data)
+    student = prune(clip, plan, bridges=bridge, data=data)
     first = 1 if what == "mlp" else 2
-    assert [bridge.after for bridge in student.record.bridges] == list(range(first, 5))
+    fitted = list(range(first, 5)) if bridge == "refit" else [first]
+    assert [bridge.after for bridge in student.record.bridges] == fitted
     assert student.record.bridges[0].kind == "refit"
     plain = prune(clip, plan)
     inputs = tiny_inputs("clip", clip.model, batch=4, seed=9)

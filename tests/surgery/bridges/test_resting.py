@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from tiny import TINY, tiny_inputs
 
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
+from interlace.surgery.bridges.calibration import Calibration
 from interlace.surgery.bridges.fold import fit_fold
+from interlace.surgery.bridges.front import Front, modules_in_front
 from interlace.surgery.bridges.observe import Reached
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_beginning_at_a_known_layer_gives_the_same_weights(
+def test_beginning_at_a_known_layer_behind_known_towers_gives_the_same_weights(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vlm = _dense(name)
@@ -29,6 +32,7 @@ def test_beginning_at_a_known_layer_gives_the_same_weights(
     data = [*_data(vlm), tiny_inputs(name, vlm.model, batch=2, seed=2)]
     student = prune(vlm, Plan(towers), bridges="refit", data=data)
     monkeypatch.setattr(Reached, "move", lambda *_, **__: None)
+    monkeypatch.setattr(Calibration, "looking_at", lambda *_: contextlib.nullcontext())
     plain = prune(vlm, Plan(towers), bridges="refit", data=data)
     assert student.record.bridges == plain.record.bridges
     pairs = zip(student.model.parameters(), plain.model.parameters(), strict=True)
@@ -52,3 +56,47 @@ def test_every_layer_runs_as_often_as_it_is_looked_at(kind: Any) -> None:
     # the rest are trials, and one run per gap and look to show what a layer gives
     assert all(count[layer.up] <= 16 * (1 + rounds) + 60 for layer in student.layers)
     assert all(count[layer.up] <= 16 + 60 for layer in dense.layers[:-1])
+
+
+IN_FRONT = {
+    "qwen3_vl": ("text", {"vision": "model.visual"}),
+    "llava": ("text", {"vision": "model.vision_tower"}),
+    "clip": ("vision", {}),
+}
+
+
+@pytest.mark.parametrize("name", IN_FRONT)
+def test_a_vision_tower_runs_once_per_batch(name: str) -> None:
+    tower_name, expected = IN_FRONT[name]
+    vlm = _dense(name)
+    data = [*_data(vlm), tiny_inputs(name, vlm.model, batch=2, seed=2)]
+    paths = {each: found.path for each, found in vlm.towers.items()}
+    path = paths.pop(tower_name)
+    runs = (lambda batch=batch: vlm.model(**batch) for batch in data)
+    found = modules_in_front(vlm.model, path, paths, runs)
+    assert found == expected
+    count = 0
+
+    def ran(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    if found:
+        with vlm.towers["vision"].layers[0].register_forward_hook(ran):
+            plan = Plan({"text": TowerPlan(vlm.towers["text"].num_layers, drop=(2,))})
+            prune(vlm, plan, bridges="refit", data=data)
+        # the survey, the look for what is in front, and what the student did not run before
+        assert count == 3 + 1 + 2
+
+
+def test_what_is_given_again_may_be_changed_in_place() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(inplace=True))
+    front = Front(model, {"0": {}})
+    batch = {"x": torch.randn(2, 3)}
+    expected = torch.relu(model[0](batch["x"])).detach()
+    for _ in range(3):
+        with torch.no_grad(), front.resting(batch):
+            assert torch.equal(model(batch["x"]), expected)
+    with torch.no_grad(), front.resting({"x": batch["x"]}):
+        assert torch.equal(model(2 * batch["x"]), torch.relu(model[0](2 * batch["x"])))
+    assert "forward" not in vars(model[0])
