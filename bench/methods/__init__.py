@@ -21,5 +21,5 @@ COMPARED: dict[str, Method] = {
     **width.METHODS,
     **sparse.METHODS,
 }
-ABLATION = (*ours.METHODS, *ablation.METHODS)
+ABLATION = (rules.OURS, *ablation.METHODS)
 METHODS = COMPARED | ablation.METHODS | total.METHODS

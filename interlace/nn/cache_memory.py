@@ -2,7 +2,7 @@
 
 `generate` makes a new static cache for every call. A recording reads and writes the memory of one,
 so the memory is handed on: once a cache is gone, the next one of the same form gets its memory
-before the prompt fills it.
+before the prompt fills it. Places that no attention fills, since a layer has none, have no memory.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from torch import Tensor
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
+# place in a cache -> keys, values and length
+Memory = dict[int, tuple[Tensor, Tensor, Tensor]]
+
 
 class CacheMemory:
     """The memory of the last static cache of a decoder."""
 
     def __init__(self) -> None:
         """Start without any."""
-        self._layers: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._layers: Memory = {}
+        self._num_places = 0
         self._owner: weakref.ref[Any] | None = None
 
     def lend(self, cache: Any, batch: int, like: Tensor) -> None:
@@ -32,19 +36,21 @@ class CacheMemory:
             batch: rows that it will hold.
             like: on the device and in the dtype that it will have.
         """
-        if self._owner is None or self._owner() is not None or not _is_static(cache):
+        if self._owner is None or self._owner() is not None or not is_static(cache):
             return
         layers, inference = cache.layers, torch.is_inference_mode_enabled()
-        if len(layers) != len(self._layers) or any(each.is_initialized for each in layers):
+        if len(layers) != self._num_places or any(each.is_initialized for each in layers):
             return
-        for layer, (keys, _, _) in zip(layers, self._layers, strict=True):
+        for place, (keys, _, _) in self._layers.items():
+            layer = layers[place]
             if (keys.shape[0], keys.shape[2]) != (batch, layer.max_cache_len):
                 return
             if (keys.dtype, keys.device) != (like.dtype, like.device):
                 return
             if keys.is_inference() != inference:
                 return
-        for layer, (keys, values, length) in zip(layers, self._layers, strict=True):
+        for place, (keys, values, length) in self._layers.items():
+            layer = layers[place]
             # what a masked key holds must still be a number
             layer.keys, layer.values, layer.cumulative_length = keys.zero_(), values.zero_(), length
             length.zero_()
@@ -56,17 +62,22 @@ class CacheMemory:
 
     def keep(self, cache: Any) -> None:
         """Remember the memory of a cache that is in use."""
-        if _is_static(cache) and all(each.is_initialized for each in cache.layers):
-            self._layers = memory_of(cache)
+        if is_static(cache) and any(each.is_initialized for each in cache.layers):
+            self._layers, self._num_places = memory_of(cache), len(cache.layers)
             self._owner = weakref.ref(cache)
 
 
-def memory_of(cache: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Keys, values and length of every layer of a static cache."""
-    return [(each.keys, each.values, each.cumulative_length) for each in cache.layers]
+def memory_of(cache: Any) -> Memory:
+    """Keys, values and length of every place of a static cache that is in use."""
+    return {
+        place: (each.keys, each.values, each.cumulative_length)
+        for place, each in enumerate(cache.layers)
+        if each.is_initialized
+    }
 
 
-def _is_static(cache: Any) -> bool:
+def is_static(cache: Any) -> bool:
+    """Tell whether a cache is static, with one kind of layers, and stays on its device."""
     return (
         type(cache) is StaticCache
         and not getattr(cache, "offloading", False)

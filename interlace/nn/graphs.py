@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import StaticCache
-from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from interlace.nn import preparing
-from interlace.nn.cache_memory import CacheMemory, memory_of
+from interlace.nn.cache_memory import CacheMemory, is_static, memory_of
+from interlace.nn.layers import FusedAttention
 from interlace.nn.masks import Pattern, attach, pattern_of
 from interlace.nn.stepping import stepping
 from interlace.nn.swap import autocasting, listened_to
@@ -121,10 +120,11 @@ class _Recording:
         """Tell whether a cache lies in the memory that was recorded, and follow it there."""
         if self.cache() is cache:
             return True
-        if any(
+        found = memory_of(cache)
+        if found.keys() != self._kept.keys() or any(
             one is not other
-            for kept, found in zip(self._kept, memory_of(cache), strict=True)
-            for one, other in zip(kept, found, strict=True)
+            for place, kept in self._kept.items()
+            for one, other in zip(kept, found[place], strict=True)
         ):
             return False
         self.cache = weakref.ref(cache)
@@ -133,7 +133,7 @@ class _Recording:
     def record(self, recorder: Recorder) -> None:
         """Warm up and record; the cache is as it was afterwards, but for the coming token."""
         cache: Any = self.cache()
-        lengths = [layer.cumulative_length for layer in cache.layers]
+        lengths = [length for _, _, length in memory_of(cache).values()]
         before = [length.clone() for length in lengths]
 
         def rewind() -> None:
@@ -186,6 +186,11 @@ class GraphedForward:
         self.reason = ""
         self.num_recordings = self.num_replays = 0
 
+    @functools.cached_property
+    def _num_attentions(self) -> int:
+        """As many places of a cache are filled by a prompt."""
+        return sum(isinstance(each, FusedAttention) for each in self._decoder.modules())
+
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
         """Let a copy of the decoder record for itself."""
         decoder = memo.get(id(self._decoder), self._decoder)
@@ -237,15 +242,11 @@ class GraphedForward:
     def _is_step(self, kwargs: dict[str, Any]) -> bool:
         """Tell whether a call is one token per row against a static cache, and nothing else."""
         cache: Any = kwargs.get("past_key_values")
-        if self.reason or torch.is_grad_enabled() or type(cache) is not StaticCache:
-            return False
-        if getattr(cache, "offloading", False):
+        if self.reason or torch.is_grad_enabled() or not is_static(cache):
             return False
         first = kwargs.get("inputs_embeds")
         first = kwargs.get("input_ids") if first is None else first
-        if first is None or first.shape[1] != 1:
-            return False
-        if not all(type(each) is StaticLayer and each.is_initialized for each in cache.layers):
+        if first is None or first.shape[1] != 1 or len(memory_of(cache)) != self._num_attentions:
             return False
         config = self._decoder.config
         asked = ("output_hidden_states", "output_attentions")

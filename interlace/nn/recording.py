@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import PreTrainedModel
 
+from interlace.models.parts import is_absent
 from interlace.nn.block_graphs import BlockGraph, Shelf
 from interlace.nn.blocks import FusedBlock
 from interlace.nn.graphs import CudaRecorder, install
@@ -25,10 +26,15 @@ def text_decoders(target: nn.Module) -> list[nn.Module]:
         stacks = [each for each in module.children() if isinstance(each, nn.ModuleList)]
         if isinstance(module, PreTrainedModel) and len(stacks) == 1:
             blocks = list(stacks[0])
-            layers = [getattr(each, "self_attn", None) for each in blocks]
+            own = [getattr(each, "self_attn", None) for each in blocks]
+            own = [each for each in own if not is_absent(each)]
             fused = all(isinstance(each, FusedBlock) for each in blocks)
-            if fused and all(
-                isinstance(each, FusedAttention) and hasattr(each, "layer_idx") for each in layers
+            if (
+                own
+                and fused
+                and all(
+                    isinstance(each, FusedAttention) and hasattr(each, "layer_idx") for each in own
+                )
             ):
                 found.append(module)
     return found

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from recorders import Replayer
 from tiny import GENERATIVE, TINY
 
 import interlace as il
 from interlace.models import VLM, family_of
+from interlace.nn import graphs
 from interlace.nn.blocks import FusedBlock
+from interlace.nn.recording import text_decoders
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
 
@@ -70,3 +73,15 @@ def test_norms_before_parts_that_are_gone_do_not_run(kit: Any) -> None:
     kit.forward(model, inputs)
     assert heard == ["attention"]
     assert ran == ["3 mlp", "0 input_layernorm", "3 mlp"]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_steps_of_students_without_some_attentions_are_recorded(name: str, kit: Any) -> None:
+    model = without_parts(name)
+    plain = kit.generate(model, name, cache_implementation="static")
+    il.fuse(model)
+    forward = graphs.install(model, text_decoders(model), Replayer())[0]
+    for text in (1, 2):
+        # the second text gets another cache, in the memory of the first
+        assert torch.equal(kit.generate(model, name, cache_implementation="static"), plain)
+        assert (forward.num_recordings, forward.num_replays) == (1, 5 * text)

@@ -234,8 +234,10 @@ def test_bridges_go_around_what_is_gone(bridge: str, kit: Any) -> None:
     parts = {"self_attn": (4,), "mlp": (2,)}
     plan = Plan({"text": TowerPlan(count, drop=(3,), parts=parts)}, standard=False)
     student = prune(dense.vlm, plan, bridges=bridge, data=data)
-    (made,) = student.record.bridges
+    made, *others = student.record.bridges
     assert made.kind == bridge
+    # the layer behind the cut is repaired as well, in place
+    assert [(each.kind, each.after) for each in others] == [("refit", 4)] * (bridge == "fold")
     layers: Any = student.towers["text"].layers
     before: Any = dense.vlm.towers["text"].layers
     if bridge == "fold":
