@@ -29,7 +29,7 @@ def check_names(settings: Recipe) -> None:
     if settings.progressive is None:
         check_width_metrics(settings.plan, settings.score.metrics)
     else:
-        check_depth_only(settings.plan)
+        check_depth_only(settings.plan, settings.progressive.stages)
     _check_metrics(settings)
     _check_cut(settings)
     checked_names(settings.eval.tasks)

@@ -294,7 +294,8 @@ class Run:
         bridges = setup.prune.bridges
         if isinstance(bridges, dict):
             # a stage need not cut every tower
-            bridges = {n: b for n, b in bridges.items() if n in cut.towers and cut[n].drop}
+            changed = {name for name, each in cut.towers.items() if each.drop or each.losing()}
+            bridges = {name: kind for name, kind in bridges.items() if name in changed}
         made = prune(
             student,
             cut,

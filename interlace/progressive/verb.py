@@ -113,7 +113,8 @@ def progressive(
         drop_fraction: share of the layers to drop in all, 0..1, or one per tower; instead of that
             in `plan`.
         rule: name of the rule, instead of that in `plan`; default without `plan`: "compensated".
-            Rules that choose by the loss need no callback here.
+            Rules that choose by the loss need no callback here. "compensated_parts", in a single
+            stage, keeps more, in a checkpoint that only `open_model` opens.
         stages: number of stages, at least 1, instead of that in `settings`.
         min_retention: see `ProgressiveSettings`; instead of that in `settings`.
         settings: of the stages; default: `ProgressiveSettings()`.
@@ -132,8 +133,8 @@ def progressive(
 
     Raises:
         ConfigError: arguments that do not fit together; a plan that also cuts or moves heads or
-            neurons; gates in a single stage, or in a tower that cannot be gated; fewer optimiser
-            steps than stages; an output that is a file.
+            neurons, or takes parts in several stages; gates in a single stage, or in a tower that
+            cannot be gated; fewer optimiser steps than stages; an output that is a file.
         PlanError: a stage has no plan. Finished stages stay in the folder.
         InterlaceError: as the verbs of the stages raise it.
 
@@ -148,7 +149,7 @@ def progressive(
         planned = planned.replace(drop_fraction=drop_fraction, num_drop=None)
     planned = _given(planned, rule=rule)
     find_rule(planned.rule)
-    check_depth_only(planned)
+    check_depth_only(planned, chosen.stages)
     cut = prune or RECOMMENDED_PRUNE
     _check_prune(cut)
     check_guard(chosen.guard, vlm)
@@ -207,17 +208,16 @@ def progressive(
     )
 
 
-def check_depth_only(settings: PlanSettings) -> None:
-    """Refuse a plan of more than layers.
+def check_depth_only(settings: PlanSettings, stages: int) -> None:
+    """Refuse a plan of more than layers, but for a rule that takes parts in a single stage.
 
     Raises:
         ConfigError: it cuts within layers, or moves heads; says what to do.
     """
-    if settings.rule == COMPENSATED_PARTS:
+    if settings.rule == COMPENSATED_PARTS and stages > 1:
         raise ConfigError(
-            f"The rule '{settings.rule}' takes parts out of layers, but the stages of a "
-            f"progressive run drop whole layers only. Take '{COMPENSATED}', or `interlace run` "
-            "with a recipe, which cuts once."
+            f"The rule '{settings.rule}' takes parts out of layers, but {stages} stages count what "
+            f"is left to drop in whole layers. Take stages=1, or the rule '{COMPENSATED}'."
         )
     for name in ("heads", "ffn", "graft", "attention_parts", "ffn_parts"):
         if getattr(settings, name) is not None:

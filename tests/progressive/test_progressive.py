@@ -138,6 +138,29 @@ def test_the_default_rule_needs_no_callback(vlm: Any, tmp_path: Path) -> None:
     assert made.record.settings["prune"]["bridges"] == "refit"
 
 
+def test_one_stage_can_take_parts(vlm: Any, tmp_path: Path) -> None:
+    given = {
+        "plan": PlanSettings(num_drop=1, towers=("text",), rule="compensated_parts"),
+        "prune": PruneSettings(bridges={"text": "refit"}),
+        "heal": {"gates": "none"},
+    }
+    with pytest.raises(ConfigError, match="Take stages=1"):
+        small(vlm, tmp_path / "two", **given)
+    made = small(vlm, tmp_path / "one", **given, stages=1)
+    (stage,) = made.stages
+    assert stage.plan["text"].parts
+    assert stage.healed is not None
+    # the student of the folder is the one that was made
+    again = stage.student().model.state_dict()
+    found = made.student.model.state_dict()
+    assert found.keys() == again.keys()
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    out = tmp_path / "out"
+    il.export(made.student, out, records=made.records, verify=False)
+    opened = il.open_model(out).model.state_dict()
+    assert all(torch.equal(found[name], opened[name]) for name in found)
+
+
 def test_bridges_are_folded_in_every_stage(vlm: Any, tmp_path: Path) -> None:
     given = {"heal": {"max_steps": 0, "gates": "none"}, "guard_metric": "loss"}
     bare = small(vlm, tmp_path / "bare", **given)
