@@ -31,8 +31,9 @@ def compensated_parts(problem: Problem) -> Choice:
     is dropped. Every round takes the part without which `loss` rises least per parameter, `loss`
     being that of the student with everything repaired, as in `compensated`. The first round tries
     all parts, later ones the `CANDIDATES` of every kind that were cheapest then. It ends when what
-    is gone comes nearest to n average layers. The first and the last layer stay whole. Layers that
-    lost a part are tuned, and the neighbours of dropped ones.
+    is gone comes nearest to n average layers. The first and the last layer stay whole, and
+    cross-attention goes last of its layer. Layers that lost a part are tuned, and the neighbours of
+    dropped ones.
 
     Source: BlockPruner (arXiv 2406.10594) prunes such parts one by one, judged by perplexity and
     without repair; the repair inside of the selection is that of `compensated`.
@@ -54,7 +55,11 @@ def compensated_parts(problem: Problem) -> Choice:
     first: dict[Part, float] = {}
     loss = 0.0
     for number in track(range(len(sizes)), description=f"compensated_parts, {problem.tower}"):
-        fitting = [part for part in sizes if part not in gone and sizes[part] <= left + half]
+        fitting = [
+            part
+            for part, size in sizes.items()
+            if part not in gone and size <= left + half and _may_go(part, gone, shape)
+        ]
         losses = {part: _loss(problem, shape, [*gone, part]) for part in _likely(fitting, first)}
         if not losses:
             break
@@ -117,12 +122,22 @@ def _sizes(problem: Problem, shape: TowerShape) -> dict[Part, int]:
     }
 
 
+def _may_go(part: Part, gone: Sequence[Part], shape: TowerShape) -> bool:
+    """Tell whether a part may go now: cross-attention is taken out with its layer alone."""
+    site, layer = part
+    others = (name for name, each in shape.sites.items() if name != site and each.groups[layer])
+    return not shape.sites[site].cross or all((name, layer) in gone for name in others)
+
+
 def _likely(parts: Sequence[Part], first: dict[Part, float]) -> list[Part]:
-    """Return the parts to try: of every kind the cheapest of the first round, or all in it."""
+    """Return the parts to try: of every kind the cheapest of the first round, or all in it.
+
+    Those that could not go in it come first.
+    """
     if not first:
         return list(parts)
     found: dict[str, list[Part]] = {}
-    for part in sorted(parts, key=lambda part: (first[part], part)):
+    for part in sorted(parts, key=lambda part: (first.get(part, -math.inf), part)):
         found.setdefault(part[0], []).append(part)
     return [part for kind in found.values() for part in kind[:CANDIDATES]]
 

@@ -12,6 +12,7 @@ from plan.test_parts import ATTENTION, FFN, LAYERS, scores
 from interlace.errors import ConfigError, PlanError
 from interlace.plan import make_plan
 from interlace.plan.greedy_parts import CANDIDATES
+from interlace.records import SiteShape
 
 Parts = dict[str, tuple[int, ...]]
 
@@ -19,14 +20,16 @@ Parts = dict[str, tuple[int, ...]]
 class Asked:
     """A loss that adds up what the parts cost."""
 
-    def __init__(self, costs: dict[tuple[str, int], float]) -> None:
+    def __init__(
+        self, costs: dict[tuple[str, int], float], sites: tuple[str, ...] = ("attn", "mlp")
+    ) -> None:
         """Every other part costs 9."""
-        self.costs, self.calls = costs, []
+        self.costs, self.sites, self.calls = costs, sites, []
 
     def __call__(self, tower: str, dropped: tuple[int, ...], parts: Parts) -> float:
         """Return the loss; a layer costs what its parts do."""
         lost = [(site, i) for site, layers in parts.items() for i in layers]
-        lost += [(site, i) for site in ("attn", "mlp") for i in dropped]
+        lost += [(site, i) for site in self.sites for i in dropped]
         self.calls.append((tower, sorted(lost)))
         return sum(self.costs.get(part, 9.0) for part in lost)
 
@@ -107,3 +110,14 @@ def test_towers_whose_parts_are_unknown_or_in_a_pattern_are_refused() -> None:
             protect="auto",
             loss=loss,
         )
+
+
+def test_cross_attention_goes_with_its_layer() -> None:
+    cross = SiteShape("heads", ((2, 2, 2, 2),) * LAYERS, 64, 32, cross=True, shared_parameters=16)
+    costs = {(site, 2): 0.1 for site in ("attn", "mlp", "cross")}
+    loss = Asked(costs, ("attn", "mlp", "cross"))
+    own = make_plan(scores(cross=cross), num_drop=1, rule="compensated_parts", loss=loss)["text"]
+    assert own.drop == (2,)
+    assert own.parts == {}
+    asked = [part for _, lost in loss.calls for part in lost if part[0] == "cross"]
+    assert set(asked) == {("cross", 2)}
