@@ -127,9 +127,8 @@ def progressive(
     say(eval_table(result.result))
     if result.progressive is not None:
         for stage in result.progressive.stages:
-            gone = ", ".join(f"{len(layers)} {name}" for name, layers in stage.gone.items())
             end = "" if stage.kept else ", rolled back"
-            say(f"Stage {stage.number}: {gone} layers gone, retention {stage.retention:.4f}{end}")
+            say(f"Stage {stage.number}: {stage.gone_text}, retention {stage.retention:.4f}{end}")
         if result.progressive.stopped:
             say(result.progressive.stopped)
     say(f"The finished model is in {result.folder}")

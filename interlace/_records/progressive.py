@@ -23,6 +23,7 @@ class StageRecord(Checked):
         retention: what it kept of the dense model, by the guard's measure.
         kept: False for a stage that was rolled back.
         plan_fingerprint: of the plan that leads from the dense model to this stage.
+        parts: tower -> place in a layer -> kept layers that lost it whole.
     """
 
     number: int
@@ -34,6 +35,15 @@ class StageRecord(Checked):
     retention: float
     kept: bool
     plan_fingerprint: str
+    parts: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+
+    @property
+    def gone_text(self) -> str:
+        """What is gone after this stage, in words."""
+        said = [f"{len(layers)} {tower} layers" for tower, layers in self.gone.items()]
+        for tower, places in self.parts.items():
+            said += [f"{name} of {len(layers)} {tower} layers" for name, layers in places.items()]
+        return f"{', '.join(said)} gone"
 
 
 @dataclass(frozen=True)

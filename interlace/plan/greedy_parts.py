@@ -54,7 +54,8 @@ def compensated_parts(problem: Problem) -> Choice:
     reasons: dict[int, str] = {}
     first: dict[Part, float] = {}
     loss = 0.0
-    for number in track(range(len(sizes)), description=f"compensated_parts, {problem.tower}"):
+    most = math.ceil((left + half) / (2 * half)) if half else 0
+    for number in track(range(most), description=f"compensated_parts, {problem.tower}"):
         fitting = [
             part
             for part, size in sizes.items()

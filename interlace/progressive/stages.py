@@ -163,7 +163,8 @@ class Run:
             last = number == len(gone)
             stage, reached = self._stage(number, before, scores, counts, data, base, last=last)
             done.append(stage)
-            log.info("stage %d: retention %.4f, %s gone", number, stage.retention, stage.layers)
+            said = stage.record.gone_text
+            log.info("stage %d: retention %.4f, %s", number, stage.retention, said)
             if not stage.record.kept:
                 stopped = (
                     f"Stage {number} of {len(gone)} was rolled back: it retains "
@@ -274,6 +275,7 @@ class Run:
             retention=retention,
             kept=limit is None or (retention >= limit and not math.isnan(retention)),
             plan_fingerprint=plan.fingerprint,
+            parts={name: tower.parts for name, tower in plan.towers.items() if tower.parts},
         )
         gates = {} if healed is None else layer_importance(healed)
         stage = Stage(record, plan, scores, healed, measured, folder, setup.vlm, setup.prune)

@@ -148,7 +148,8 @@ def test_one_stage_can_take_parts(vlm: Any, tmp_path: Path) -> None:
         small(vlm, tmp_path / "two", **given)
     made = small(vlm, tmp_path / "one", **given, stages=1)
     (stage,) = made.stages
-    assert stage.plan["text"].parts
+    assert stage.record.parts == {"text": stage.plan["text"].parts} != {"text": {}}
+    assert " of " in stage.record.gone_text
     assert stage.healed is not None
     # the student of the folder is the one that was made
     again = stage.student().model.state_dict()
