@@ -117,7 +117,7 @@ def _projection(cut: Cutting, gap: Gap) -> nn.Linear:
     layer = cut.layers(gap)[gap.position - 1]
     run = partial(cut.calibration.run, cut.student.model, cut.calibration.batches[0])
     found = find_projection(record_calls([layer], run)[0])
-    if found is None or found.norm is not None:
+    if found is None or found.norms:
         raise PlanError(
             f"Layer {gap.after} of the {gap.tower} tower ({type(layer).__name__}) passes its "
             "output through a norm or a gate before it is the residual stream, so the linear map "

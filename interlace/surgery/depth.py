@@ -111,8 +111,9 @@ def prune(
             name -> one of these; towers that it leaves out get none.
         data: what to fit bridges on, apart from the data to measure on: samples, which are fed with
             their answers, or ready batches that the model's forward takes as keyword arguments;
-            they stay in memory, and so do some hidden states of every token. Default: 512 of the
-            built-in scenes, which the manifest then notes.
+            they stay in memory, and so do some hidden states of every token and what other towers
+            give in front of the one that is repaired. Default: 512 of the built-in scenes, which
+            the manifest then notes.
         batch_size: samples per forward pass when fitting.
         rank: of low-rank bridges, at least 1; at most the width is used.
 

@@ -245,3 +245,16 @@ def test_bridges_go_around_what_is_gone(bridge: str, kit: Any) -> None:
         assert not torch.equal(layers[2].self_attn.o_proj.weight, before[2].self_attn.o_proj.weight)
     else:
         assert not torch.equal(layers[3].mlp.down_proj.weight, before[4].mlp.down_proj.weight)
+
+
+def test_post_norm_layers_that_lost_a_part_are_repaired(kit: Any) -> None:
+    dense = kit.opened("blip_caption")
+    data = [tiny_inputs("blip_caption", dense.vlm.model, batch=4, seed=seed) for seed in range(2)]
+    shape = dense.vlm.shape().towers["text"]
+    (ffn,) = (name for name, site in shape.sites.items() if site.kind == "ffn")
+    plan = Plan({"text": TowerPlan(shape.num_layers, drop=(3,), parts={ffn: (2,)})}, standard=False)
+    student = prune(dense.vlm, plan, bridges="fold", data=data)
+    (made,) = student.record.bridges
+    # the sum with what attention gives passes two norms, one behind the other
+    assert (made.kind, made.after) == ("fold", 2)
+    assert made.error_after < 0.9 * made.error_before

@@ -13,7 +13,8 @@ where there is one) that explains what is missing:
 and W + M takes the place of W. In post-norm layers (BERT, BLIP's text towers) the sum passes
 LayerNorm, s = gamma (z - mean) / sigma + beta, so the missing part is brought in front of it to
 first order, sigma (t - s) / gamma, with weights 1 / sigma^2, and the fit is repeated from where the
-last one arrived.
+last one arrived. Where a part between two such norms was taken out, one runs behind the other:
+sigma and gamma are then the products of both.
 
 Derivation: docs/math/bridges.md.
 Source: ReplaceMe, arXiv 2505.02819, solves for a D x D map behind the projection; here the
@@ -26,6 +27,8 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from interlace.errors import PlanError
 from interlace.records import Bridge
@@ -45,7 +48,6 @@ from interlace.surgery.bridges.weights import Weights, changed, put_weights, wei
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import torch
     from torch import nn
 
     from interlace.surgery.bridges.calibration import Calibration, TokenWeights
@@ -108,7 +110,7 @@ def _fold(tower: _Tower, gap: Gap) -> Bridge:
     while True:
         both = _equations(tower, gap, projection)
         # through a norm the held-out samples decide how long it goes on, so they stay apart
-        solution = choose(*both, refit=projection.norm is None)
+        solution = choose(*both, refit=not projection.norms)
         better = not rounds or solution.before < rounds[-1][0]
         if better:
             rounds.append((solution.before, weights_of(linear)))
@@ -116,7 +118,7 @@ def _fold(tower: _Tower, gap: Gap) -> Bridge:
             break
         ridge = min(ridge, solution.ridge)
         _change(projection, solution.change)
-        if projection.norm is None:
+        if not projection.norms:
             # the error of a linear fit is known without measuring it
             rounds.append((solution.after, weights_of(linear)))
             break
@@ -161,8 +163,8 @@ def _place(tower: _Tower, gap: Gap) -> Projection | str:
             "does not add its last linear projection to the residual stream as it is, nor straight "
             "before a LayerNorm"
         )
-        if not gap.dropped:
-            return f"it {why}"
+        if not gap.dropped or gap.narrowed:
+            return f"layer {gap.after} {why}"
         raise PlanError(
             f"Layer {gap.after} of the {gap.tower} tower ({type(layer).__name__}) {why}, so "
             f"nothing can be folded into it for {gap}. Use bridges='none' for this tower."
@@ -187,10 +189,9 @@ def _equations(
     tower: _Tower, gap: Gap, projection: Projection
 ) -> tuple[NormalEquations, NormalEquations]:
     """Stream the normal equations of the samples to fit on, and of the held-out ones."""
-    linear, norm = projection.linear, projection.norm
-    modules: dict[str, nn.Module] = {"features": linear}
-    if norm is not None:
-        modules["sum"] = norm
+    linear = projection.linear
+    norms = {f"norm {place}": norm for place, norm in enumerate(projection.norms)}
+    modules: dict[str, nn.Module] = {"features": linear, **norms}
     both = tuple(
         NormalEquations(
             linear.in_features,
@@ -211,8 +212,8 @@ def _equations(
     ):
         goal, weight = seen.goal.double(), seen.weight
         missing = goal - seen.state.double()
-        if norm is not None:
-            sigma = (seen.inputs["sum"].double().var(1, correction=0) + norm.eps).sqrt()
+        for place, norm in norms.items():
+            sigma = (seen.inputs[place].double().var(1, correction=0) + norm.eps).sqrt()
             weight = weight / sigma.square()
             goal, missing = goal * sigma[:, None], missing * sigma[:, None]
         for equations, rows in zip(both, (~seen.held, seen.held), strict=True):
@@ -223,10 +224,11 @@ def _equations(
 
 def _change(projection: Projection, change: torch.Tensor) -> None:
     """Give the projection weights of its own: old ones plus the change M [F, D]."""
-    linear, norm = projection.linear, projection.norm
-    if norm is not None:
+    linear = projection.linear
+    if projection.norms:
         # the equations are those of gamma times the change
-        gamma = norm.weight.detach().double()
+        gammas = [norm.weight.detach().double() for norm in projection.norms]
+        gamma = torch.stack(gammas).prod(0)
         damped = gamma.square() + (_DAMPING**2) * gamma.square().mean()
         change = change * (gamma / damped)
     features = linear.in_features

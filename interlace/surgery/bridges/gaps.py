@@ -28,6 +28,7 @@ class Gap:
         goal: teacher position of the layer whose input the student's state should equal; the
             teacher's depth where it is the output of its last layer.
         ends: nothing reads what the layers behind the gap make of it, or there are none.
+        narrowed: the kept layer before it lost heads, neurons or a part.
     """
 
     tower: str
@@ -37,6 +38,7 @@ class Gap:
     position: int
     goal: int
     ends: bool = False
+    narrowed: bool = False
 
     def __str__(self) -> str:
         """Name the place in messages and notes."""
@@ -76,5 +78,6 @@ def find_gaps(cut: Cut, bridge: str = NONE) -> tuple[list[Gap], list[tuple[int, 
         if read > first or (wanted and after is not None and after not in tower.unread):
             dropped = tower.original[first:read]
             ends = all(layer in tower.unread for layer in tower.original[read:])
-            gaps.append(Gap(tower.name, tower.path, dropped, after, position, read, ends))
+            place = (tower.name, tower.path, dropped, after, position, read)
+            gaps.append(Gap(*place, ends=ends, narrowed=after in lossy))
     return gaps, unread

@@ -150,19 +150,20 @@ class Projection:
 
     Attributes:
         linear: the module, [F] -> [D].
-        norm: the LayerNorm that the sum with the residual passes, in post-norm layers; else None.
+        norms: the LayerNorms that the sum with the residual passes in turn, in post-norm layers:
+            one, or more where parts between them were taken out; else none.
     """
 
     linear: nn.Linear
-    norm: nn.LayerNorm | None
+    norms: tuple[nn.LayerNorm, ...] = ()
 
 
 def find_projection(call: Call) -> Projection | None:
     """Find the module that a change of the layer's output can be folded into.
 
     That is the last linear module the layer runs, if whatever is added to its output is added to
-    the layer's output as well (pre-norm), or to the input of the LayerNorm that gives it
-    (post-norm). A scale or a gate behind it is neither.
+    the layer's output as well (pre-norm), or to the input of the first of the LayerNorms that give
+    it, one out of the other (post-norm). A scale or a gate behind it is neither.
 
     Returns:
         The module; None where the layer has none of that kind.
@@ -183,13 +184,32 @@ def find_projection(call: Call) -> Projection | None:
         moved = _trace(call)
     linear: Any = last
     if agree(moved.output - plain.output, added.view_as(plain.output), plain.output):
-        return Projection(linear, None)
-    for norm, (given, made) in plain.norms.items():
-        ends = made.shape == plain.output.shape and torch.equal(made, plain.output)
-        if ends and agree(moved.norms[norm][0] - given, added.view_as(given), given):
-            found: Any = norm
-            return Projection(linear, found)
+        return Projection(linear)
+    for norm, (given, _) in plain.norms.items():
+        chain = _chain(plain, norm)
+        if chain and agree(moved.norms[norm][0] - given, added.view_as(given), given):
+            return Projection(linear, chain)
     return None
+
+
+def _chain(trace: _Trace, norm: nn.Module) -> tuple[Any, ...]:
+    """Return the norms from one to the layer's output, each given what the last one made."""
+    found: list[nn.Module] = []
+    following: nn.Module | None = norm
+    while following is not None:
+        found.append(following)
+        made = trace.norms[following][1]
+        if made.shape == trace.output.shape and torch.equal(made, trace.output):
+            return tuple(found)
+        following = next(
+            (
+                each
+                for each, (given, _) in trace.norms.items()
+                if each not in found and given.shape == made.shape and torch.equal(given, made)
+            ),
+            None,
+        )
+    return ()
 
 
 def find_writers(call: Call) -> list[nn.Linear] | None:

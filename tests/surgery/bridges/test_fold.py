@@ -13,6 +13,7 @@ from surgery.bridges.toys import (
     Linear,
     PostNorm,
     PreNorm,
+    TwiceNormed,
     Weights,
     calibration,
     tower,
@@ -149,12 +150,13 @@ def test_layers_behind_a_cut_rest_while_it_is_looked_at() -> None:
     assert not any("forward" in vars(layer) for layer in (*dense.layers, *student.layers))
 
 
-def test_post_norm_layers_are_fitted_through_their_norm() -> None:
-    dense = tower(PostNorm)
+@pytest.mark.parametrize("kind", [PostNorm, TwiceNormed])
+def test_post_norm_layers_are_fitted_through_their_norms(kind: Any) -> None:
+    dense = tower(kind)
     with torch.no_grad():
-        for layer in dense.layers:
-            layer.norm.weight.uniform_(0.5, 1.5)
-            layer.norm.bias.normal_(0.0, 0.2)
+        for norm in (each for each in dense.modules() if isinstance(each, nn.LayerNorm)):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0.0, 0.2)
     student, gaps = without(dense, (3,))
     (bridge,) = _fit(dense, student, gaps, calibration(num_batches=8))
     assert bridge.error_after < 0.75 * bridge.error_before

@@ -45,6 +45,17 @@ class PostNorm(PreNorm):
         return self.norm(hidden + self.down(torch.relu(self.up(hidden))))
 
 
+class TwiceNormed(PostNorm):
+    """The same where a part between two norms was taken out."""
+
+    def __init__(self, width: int, features: int) -> None:
+        super().__init__(width, features)
+        self.second = nn.LayerNorm(width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.second(super().forward(hidden) + 0.0)
+
+
 class Gated(PreNorm):
     """A learned scale behind the projection."""
 
