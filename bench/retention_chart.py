@@ -27,6 +27,7 @@ _OURS = "#D55E00"
 _OTHERS = "#BBBBBB"
 _LINES = {
     "compensated": ("compensated, ours", "#D55E00", "o"),
+    "compensated_parts": ("compensated_parts, ours", "#882255", "p"),
     "interlace": ("INTERLACE, as published", "#0072B2", "s"),
     "shortgpt": ("ShortGPT", "#56B4E9", "^"),
     "uidl": ("UIDL", "#CC79A7", "v"),
