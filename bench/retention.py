@@ -78,7 +78,7 @@ FULL = Sizes(128, 1024, 32, 256)
 # 0.334, since a third of 12 layers is to be 4
 PRESETS = {
     "bridges": Preset(("interlace", "sleb"), (0.25, 0.334), (0,), Sizes(128, 0, 0, 128)),
-    # CLIP is the fastest: every method in about a minute
+    # CLIP is the fastest: every method in about a minute, but for parts, which take some five
     "smoke": Preset(tuple(COMPARED), (0.25,), (0,), Sizes(8, 16, 8, 8), ("clip",), 2),
     "small": Preset((*PUBLISHED, *OTHERS), (0.25,), (0, 1, 2), Sizes(128, 2048, 32, 384)),
     "full": Preset(tuple(COMPARED), (0.10, 0.15, 0.20, 0.25, 0.334, 0.50), (0, 1, 2), FULL),

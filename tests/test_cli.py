@@ -305,7 +305,7 @@ def test_bridges_are_fitted_where_they_are_asked_for(
     assert code == 2
     code, _, err = interlace(*call, tmp_path / "out", "--bridges", "vision=fold")
     assert code == 2
-    assert "loses no layer by this plan" in err
+    assert "loses nothing by this plan" in err
     assert not (tmp_path / "out").exists()
     options = ("--count", 8, "--max-steps", 1, "--batch-size", 4, "--bridges", "scale")
     step = interlace("heal", "bundled:qwen3-vl", plan, "-o", tmp_path / "healed", *options)

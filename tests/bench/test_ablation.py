@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from methods import METHODS, Sizes, ablation
 from methods.ablation import VARIANTS
-from methods.rules import OURS, cut, plan_by
+from methods.rules import OURS, OURS_PARTS, cut, plan_by
 from methods.total import splits
 from retention import Bench
 
@@ -23,9 +23,13 @@ FIGURES = {"raw": {"t/x": 0.5}, "healed": {"t/x": 0.6}}
 class QuickLoss:
     """Stands in for the divergence of repaired students, which is dear."""
 
-    def __call__(self, tower: str, dropped: tuple[int, ...]) -> float:
-        """Return a loss that is lowest for the first layers."""
-        return float(sum(dropped)) + len(tower)
+    def __call__(self, tower: str, dropped: tuple[int, ...], parts: Any = None) -> float:
+        """Return a loss that is lowest for the first layers, and for feed-forward parts."""
+        if parts is None:
+            return float(sum(dropped)) + len(tower)
+        lost = [*dropped, *(layer for layers in parts.values() for layer in layers)]
+        dear = len(dropped) + len(parts.get("self_attn", ()))
+        return float(sum(lost) + 1000 * dear)
 
     def of_plan(self, plan: il.Plan) -> float:
         """Return a loss that is lowest where two layers go, with uniform widths of the others."""
@@ -56,6 +60,20 @@ def gone(case: Case, student: Any) -> dict[str, float]:
         ]
         left[tower] = 1 - sizes[0] / sizes[1]
     return left
+
+
+def test_parts_go_instead_of_as_many_parameters_of_layers(case: Case) -> None:
+    made = METHODS[OURS_PARTS].make(case)
+    for name, share in gone(case, made.student).items():
+        assert share == pytest.approx(case.counts()[name] / 12, abs=0.02)
+    for tower in made.student.plan.towers.values():
+        assert tower.parts["mlp"]
+        assert tower.tune
+    assert "text mlp [" in made.note
+    report = METHODS[OURS_PARTS].heal(case, made.student)
+    assert (report.num_samples, report.steps) == (8, 2)
+    kinds = {each.kind for each in made.student.record.bridges if not each.dropped}
+    assert "refit" in kinds
 
 
 @pytest.mark.parametrize("name", VARIANTS)
