@@ -274,7 +274,7 @@ def demo(
     output: Annotated[Path, output_option("Folder for the page.")] = Path("interlace-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and steps.")] = False,
 ) -> None:
-    """Show the main job on the bundled model: three rules, before and after healing."""
+    """Show the main job on the bundled model: four rules, before and after healing."""
     from interlace.demo import run_demo
 
     page = run_demo(output, quick=quick)

@@ -1,4 +1,4 @@
-"""The main job on the bundled Qwen3-VL: three rules at the same cut, before and after healing.
+"""The main job on the bundled Qwen3-VL: four ways to the same cut, before and after healing.
 
 Prints one table and writes one HTML page. Everything in it is measured while it runs.
 """
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from interlace._files import check_new_file
+from interlace._recommended import RECOMMENDED_HEAL, RECOMMENDED_PLAN, RECOMMENDED_PRUNE
 from interlace.config import HealSettings
 from interlace.data.samples import Samples, samples
 from interlace.evaluate import evaluate
@@ -21,6 +22,7 @@ from interlace.evaluate.speed import measure as measure_speed
 from interlace.heal import heal
 from interlace.models import VLM, open_model
 from interlace.plan import make_plan
+from interlace.progressive.loss import LOSS_SAMPLES, layer_loss
 from interlace.report.html import Section, write_report
 from interlace.report.plots import plan_strip, retention_chart, similarity_map
 from interlace.scores import score
@@ -35,7 +37,9 @@ __all__ = ["run_demo"]
 
 log = logging.getLogger(__name__)
 
-RULES = ("interlace", "random", "consecutive")
+# our own way, which also repairs the cuts; the published rule; two to compare them with
+OURS = RECOMMENDED_PLAN.rule
+RULES = (OURS, "interlace", "random", "consecutive")
 MODEL = "bundled:qwen3-vl"
 DROP_FRACTION = 0.25
 
@@ -62,7 +66,8 @@ class Budget:
 FULL = Budget(calibration=128, held_out=256, heal_samples=1536, speed_batch=16, speed_rounds=7)
 QUICK = Budget(calibration=32, held_out=64, heal_samples=128, speed_batch=8, speed_rounds=3)
 
-HEALING = HealSettings(batch_size=32, learning_rate=5e-4, warmup_fraction=0.1)
+BATCH_SIZE = 32
+HEALING = HealSettings(batch_size=BATCH_SIZE, learning_rate=5e-4, warmup_fraction=0.1)
 
 
 @dataclass(frozen=True)
@@ -83,21 +88,36 @@ def _scenes(vlm: VLM, count: int, task: str, split: str, seed: int) -> Samples:
     )
 
 
+def _cut(rule: str, vlm: VLM, scores: Scores, calibration: Samples) -> VLM:
+    wanted: dict[str, Any] = {"drop_fraction": DROP_FRACTION, "rule": rule, "protect": "auto"}
+    if rule != OURS:
+        return prune(vlm, make_plan(scores, **wanted))
+    loss = layer_loss(vlm, calibration[:LOSS_SAMPLES], rule, batch_size=BATCH_SIZE)
+    plan = make_plan(scores, loss=loss, **wanted)
+    bridges = RECOMMENDED_PRUNE.bridges
+    return prune(vlm, plan, bridges=bridges, data=calibration, batch_size=BATCH_SIZE)
+
+
 def _measure_rule(
     rule: str,
     vlm: VLM,
     scores: Scores,
+    calibration: Samples,
     held_out: dict[str, Samples],
     dense: EvalReport,
     budget: Budget,
 ) -> Row:
-    plan = make_plan(scores, drop_fraction=DROP_FRACTION, rule=rule, protect="auto")
-    student = prune(vlm, plan)
+    student = _cut(rule, vlm, scores, calibration)
+    plan = student.plan
+    assert plan is not None
     log.info("%s drops layers %s", rule, ", ".join(map(str, plan["text"].drop)))
     measure: dict[str, Any] = {"tasks": tuple(held_out), "data": held_out, "baseline": dense}
     raw = evaluate(student, batch_size=64, **measure)
     healing_data = samples("scenes", count=budget.heal_samples, seed=2, processor=vlm.processor)
-    healing = heal(student, teacher=vlm, data=healing_data, settings=HEALING)
+    settings = HEALING
+    if rule == OURS:
+        settings = HEALING.replace(hidden_weight=RECOMMENDED_HEAL.hidden_weight)
+    healing = heal(student, teacher=vlm, data=healing_data, settings=settings)
     healed = evaluate(student, batch_size=64, **measure)
     return Row(rule, plan, student, raw, healed, healing)
 
@@ -186,14 +206,11 @@ def run_demo(output: Path, *, quick: bool = False) -> Path:
     log.info("Opened %s: %s parameters", MODEL, f"{vlm.num_parameters():,}")
     held_out = {task: _scenes(vlm, budget.held_out, task, "test", 0) for task in ("vqa", "caption")}
     dense = evaluate(vlm, tasks=tuple(held_out), data=held_out, batch_size=64)
-    scores = score(
-        vlm,
-        samples("scenes", count=budget.calibration, seed=1, processor=vlm.processor),
-        packs="all",
-        towers=("text",),
-        batch_size=32,
-    )
-    rows = [_measure_rule(rule, vlm, scores, held_out, dense, budget) for rule in RULES]
+    calibration = samples("scenes", count=budget.calibration, seed=1, processor=vlm.processor)
+    scores = score(vlm, calibration, packs="all", towers=("text",), batch_size=BATCH_SIZE)
+    rows = [
+        _measure_rule(rule, vlm, scores, calibration, held_out, dense, budget) for rule in RULES
+    ]
     quality, cost = _quality(dense, rows), _cost(vlm, rows, _time(vlm, rows, budget))
     _print(f"{DROP_FRACTION:.0%} of the text layers dropped", QUALITY, quality)
     _print("What it costs", COST, cost)
@@ -225,7 +242,7 @@ def run_demo(output: Path, *, quick: bool = False) -> Path:
             Section(
                 "What it costs",
                 text=(
-                    "All four models were timed in turn in one run on this machine; medians of "
+                    "All models were timed in turn in one run on this machine; medians of "
                     f"{budget.speed_rounds} rounds."
                 ),
                 table=(COST, cost),
