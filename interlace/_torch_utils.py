@@ -30,13 +30,25 @@ FORWARD_REFUSALS = (
 
 
 @contextlib.contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Run a block outside of the caller's `torch.inference_mode`; gradients stay on or off.
+
+    Tensors made in that mode count no writes, and can be neither changed nor trained outside of it.
+    """
+    graded = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(graded):
+        yield
+
+
+@contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """Run a block in eval mode without gradients, and put every module's own mode back after it."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        # not inference_mode: rotary tables rebuilt inside it could not be trained through later
-        with torch.no_grad():
+        # not inference_mode, the caller's included: rotary tables rebuilt inside it could not be
+        # trained through later
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for module in training:
@@ -60,12 +72,17 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 def to_device(
     batch: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """Move the tensors of a batch; floating ones (pixels) also take `dtype` where it is given."""
+    """Move the tensors of a batch; floating ones (pixels) also take `dtype` where it is given.
+
+    Tensors made under `torch.inference_mode` are copied outside of it, so that writes are counted.
+    """
     moved: dict[str, Any] = {}
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):
             kind = dtype if value.is_floating_point() else None
-            moved[name] = value.to(device=device, dtype=kind, non_blocking=True)
+            own = value.to(device=device, dtype=kind, non_blocking=True)
+            frozen = own.is_inference() and not torch.is_inference_mode_enabled()
+            moved[name] = own.clone() if frozen else own
         else:
             moved[name] = value
     return moved

@@ -12,6 +12,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
+from interlace._torch_utils import outside_inference_mode
 from interlace.bundled import PREFIX, resolve
 from interlace.errors import (
     BackendError,
@@ -192,6 +193,7 @@ def _load(
     return model
 
 
+@outside_inference_mode()
 def open_model(
     model_or_path: PreTrainedModel | str | os.PathLike[str],
     *,

@@ -1,7 +1,8 @@
 """Scores: how much every layer of a model changes what passes through it.
 
-`score` runs the model once over calibration data and gives a `Scores` record. Names are loaded when
-they are first used, so that importing the package stays cheap.
+`score` runs the model over calibration data, once for what is read off hidden states and again for
+every other kind of metric, and gives a `Scores` record. Names are loaded when they are first used,
+so that importing the package stays cheap.
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ Every query head gets a factor xi = 1 before the output projection. Its importan
 
     mean over samples of | xi * d loss / d xi |
 
-which needs answers and a backward pass; only the factors get gradients, never the parameters.
+of the sample's own loss (see losses.py), whatever shares its batch; where a loss depends on the
+batch, as the contrastive one does, of the sum of all its losses. It needs answers and a backward
+pass; only the factors get gradients, never the parameters.
 
 Source: Michel, Levy, Neubig 2019, "Are Sixteen Heads Really Better than One?", eq. 2.
 """

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from interlace._torch_utils import accepts
-from interlace.errors import DataError, FamilyError
+from interlace.errors import ConfigError, DataError, FamilyError
 from interlace.models.prediction import (
     IGNORED,
     aligned,
@@ -39,6 +39,20 @@ if TYPE_CHECKING:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def check_gradients(vlm: VLM, metric: str) -> None:
+    """Refuse a metric that needs gradients through weights that allow none.
+
+    Raises:
+        ConfigError: the weights are inference tensors.
+    """
+    if any(parameter.is_inference() for parameter in vlm.model.parameters()):
+        raise ConfigError(
+            f"The weights of {vlm.name} were made under torch.inference_mode(), so no gradient can "
+            f"pass through them and '{metric}' cannot be scored. Open the model outside of it, or "
+            "leave the metric out."
+        )
 
 
 class SampleLoss:

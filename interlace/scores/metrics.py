@@ -141,10 +141,6 @@ class Meter(ABC):
     def results(self) -> dict[str, Any]:
         """Return fields of `TowerScores`; per-layer values of other metrics under "metrics"."""
 
-    def merge(self, other: Meter) -> None:
-        """Add the sums of a meter of the same tower that saw other samples."""
-        self.load_totals(self.totals() + other.totals())
-
 
 def named(argument: str, names: Any, example: str) -> tuple[str, ...]:
     """Read an argument that is one name or several.

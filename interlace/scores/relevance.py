@@ -5,7 +5,8 @@
 Negative where the model is better without. A skipped layer hands on the hidden states that it was
 given. Prefix states are reused (see replay.py): a sweep over the L layers of the last tower of a
 model costs about L/2 forward passes, and gives exactly what skipping each layer in a whole pass
-does.
+does. A part is taken out as surgery does it (see sublayers.py), so its value is how much higher the
+loss of the student is that lacks this part alone.
 
 Source: the loss change of single blocks is what SLEB (arXiv 2402.09025, section 3) and Shortened
 LLaMA (arXiv 2402.02834, equation 3, as perplexity) choose by; parts of blocks as in BlockPruner
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from interlace.scores.probes import Probe, suffix_forwards
-from interlace.scores.sublayers import Part, way_of, without
+from interlace.scores.sublayers import Part, without
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,7 +40,19 @@ class Relevance(Probe):
     def __init__(self, vlm: VLM, towers: Mapping[str, Tower], options: ProbeOptions) -> None:
         """See `Probe`."""
         super().__init__(vlm, towers, options)
-        self._without: dict[str, list[Change | None]] = {}
+        # what runs in the place of every layer; None skips it
+        self._changes: dict[str, list[Change | None]] = {}
+        for name, tower in towers.items():
+            if self.part is None:
+                self._changes[name] = [None] * tower.num_layers
+                continue
+            self._changes[name] = [without(layer, self.part) for layer in tower.layers]
+            if None in self._changes[name]:
+                self.notes[name] = (
+                    f"no {self.part}_relevance: the output projection of this part was not found "
+                    f"in layer {self._changes[name].index(None)}, so the part could not be taken "
+                    "out"
+                )
 
     def forwards(self) -> float:
         """See `Probe`."""
@@ -52,36 +65,17 @@ class Relevance(Probe):
         for name, tower in self.towers.items():
             if not trial.replay.ran(name):
                 continue
-            changes = None if name in self.notes else self._changes(trial, name)
-            if changes is None:
-                self.notes[name] = (
-                    f"no {self.part}_relevance: the attention and the feed-forward part of its "
-                    "layers could not be told apart so that a layer without both changes nothing"
-                )
+            if name in self.notes:
                 found[name] = torch.zeros(tower.num_layers)
                 continue
             rises = torch.zeros(tower.num_layers, dtype=torch.float64)
-            for layer, change in enumerate(changes):
+            for layer, change in enumerate(self._changes[name]):
                 skipped = trial.replay.changed(name, layer, change, trial.loss)
                 what = "layer" if self.part is None else f"the {self.part} of layer"
                 trial.check(skipped, f"without {what} {layer} of the tower '{name}'")
                 rises[layer] = (skipped.double() - baseline).mean()
             found[name] = rises
         return found
-
-    def _changes(self, trial: Trial, tower: str) -> list[Change | None] | None:
-        layers = self.towers[tower].layers
-        if self.part is None:
-            return [None] * len(layers)
-        if tower not in self._without:
-            changes: list[Change | None] = []
-            for index, layer in enumerate(layers):
-                way = way_of(layer, *trial.replay.given(tower, index))
-                if way is None:
-                    return None
-                changes.append(without(layer, self.part, way))
-            self._without[tower] = changes
-        return self._without[tower]
 
 
 class AttentionRelevance(Relevance):

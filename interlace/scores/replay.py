@@ -143,10 +143,6 @@ class Replay:
         """Tell whether a tower took part in the recorded run."""
         return any(name == tower for name, _, _ in self._calls)
 
-    def given(self, tower: str, layer: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return what a layer was given, positional and by keyword, when it first ran."""
-        return self._calls[tower, layer, 0].args
-
     def changed(
         self, tower: str, layer: int, change: Change | None, run: Callable[[], Tensor]
     ) -> Tensor:

@@ -18,6 +18,7 @@ from interlace._torch_utils import (
     agree_on_failure,
     inference,
     joined_processes,
+    outside_inference_mode,
     sum_over_processes,
     to_device,
     without_cache,
@@ -54,6 +55,7 @@ class _Watch:
     meters: dict[str, Meter]
 
 
+@outside_inference_mode()
 def score(
     vlm: VLM,
     data: Sequence[Sample] | Iterable[Mapping[str, Any]],

@@ -22,6 +22,7 @@ from interlace._torch_utils import inference, to_device, without_cache
 from interlace.errors import DataError, ShapeError
 from interlace.models.sites import find_sites
 from interlace.models.states import layer_input
+from interlace.scores.losses import SampleLoss, check_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +43,8 @@ class Gauge(ABC):
 
     Attributes:
         kind: "heads" or "ffn", the sites it is for.
-        gradient: it needs the gradient of the loss, so answers are fed and a backward pass is run.
+        gradient: it needs the gradients of the samples' losses (`SampleLoss`), so answers are fed
+            and a backward pass is run.
     """
 
     kind: ClassVar[str]
@@ -184,9 +186,13 @@ class Gauges:
         """Measure on this process's share of the data.
 
         Raises:
+            ConfigError: a gradient is needed through weights that allow none.
             DataError: there is no loss where one is needed, or a value is not finite.
         """
         for name, kind in self._classes.items():
+            if kind.gradient:
+                check_gradients(self._vlm, name)
+            loss = SampleLoss(self._vlm) if kind.gradient else None
             own = (batches.labelled() if kind.gradient else batches.padded()).part(rank, world)
             watches = [watch for watch in self._watches[name] if watch.gauges]
             with contextlib.ExitStack() as stack:
@@ -196,7 +202,7 @@ class Gauges:
                 for watch in watches:
                     stack.enter_context(watch.hooked())
                 for batch in track(own, description=f"{description}: {name}"):
-                    _run(self._vlm, batch, watches, gradient=kind.gradient)
+                    _run(self._vlm, batch, watches, loss)
             for watch in watches:
                 if not all(bool(each.total.isfinite().all()) for each in watch.gauges.values()):
                     raise DataError(
@@ -241,26 +247,19 @@ class Gauges:
         }
 
 
-def _run(vlm: VLM, batch: Batch, watches: Sequence[_Watch], *, gradient: bool) -> None:
+def _run(vlm: VLM, batch: Batch, watches: Sequence[_Watch], loss: SampleLoss | None) -> None:
     inputs = to_device(batch.inputs, vlm.device, vlm.dtype)
-    if gradient and vlm.family.objective == "contrastive":
-        inputs["return_loss"] = True
     for watch in watches:
         watch.units = None
         watch.gates.clear()
         watch.describe = partial(batch.units, vlm, watch.tower)
-    output = vlm.model(**inputs)
-    if not gradient:
-        return
-    loss = output.loss
     if loss is None:
-        raise DataError(
-            "The model gives no loss on this data, so no gradient can be taken. Give samples with "
-            "answers, or batches with labels."
-        )
+        vlm.model(**inputs)
+        return
+    # of the sum, a token gets the slope of its own sample's loss, whatever shares the batch
+    total = loss(inputs).sum()
     gates = [entry for watch in watches for entry in watch.gates]
-    # the loss is a mean over the samples of the batch, the importance one over all samples
-    found = torch.autograd.grad(loss * len(batch.ids), [e[2] for e in gates], allow_unused=True)
+    found = torch.autograd.grad(total, [entry[2] for entry in gates], allow_unused=True)
     for (gauge, units, _), slope in zip(gates, found, strict=True):
         if slope is not None:
             flat = slope.reshape(-1, slope.shape[-1])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from interlace._torch_utils import outside_inference_mode
 from interlace.errors import ConfigError, PlanError
 from interlace.models.bridges import run_time
 from interlace.models.handle import VLM, check_vlm
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 _FIRST_WINDOW = "max_window_layers"
 
 
+@outside_inference_mode()
 def prune(
     vlm: VLM,
     plan: Plan,

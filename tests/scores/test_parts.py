@@ -1,15 +1,46 @@
-"""From the relevance of parts to a student without them, and scores of that student."""
+"""The relevance of a part is the rise of the loss of a student without it; scores of students."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from scores.written_out import TOLERANCE, labelled, opened
+from tiny import TINY
 
+from interlace.models.sites import find_sites
 from interlace.plan import make_plan
+from interlace.records import Plan, TowerPlan
 from interlace.scores import score
 from interlace.scores.losses import SampleLoss
 from interlace.surgery import prune
+
+KINDS = {"attention_relevance": "heads", "mlp_relevance": "ffn"}
+
+
+@pytest.mark.parametrize("metric", KINDS)
+@pytest.mark.parametrize("name", TINY)
+def test_the_value_of_a_part_is_the_rise_of_the_loss_of_the_student(name: str, metric: str) -> None:
+    vlm, batch = opened(name), labelled(name, 2)
+    scores = score(vlm, [batch], metrics=(metric,), progress=False)
+    with torch.no_grad():
+        base = SampleLoss(vlm)(batch).double().mean()
+    compared = set()
+    # the first attention of T5 cannot go
+    layer = 1
+    for tower, own in vlm.towers.items():
+        sites = find_sites(own.layers[layer]).values()
+        found = [site for site in sites if site.kind == KINDS[metric]]
+        if any(site.cross for site in found):
+            # cross-attention cannot go alone, and the value is that of both
+            continue
+        cut = TowerPlan(own.num_layers, parts={site.name: (layer,) for site in found})
+        student = prune(vlm, Plan({tower: cut}, standard=False))
+        with torch.no_grad():
+            rise = SampleLoss(student)(batch).double().mean() - base
+        assert scores[tower].metrics[metric][layer] == pytest.approx(float(rise), abs=TOLERANCE)
+        compared.add(tower)
+    crossed = name in ("blip_caption", "blip_vqa", "blip2_t5") and metric == "attention_relevance"
+    assert set(vlm.towers) - compared <= ({"text", "text_encoder"} if crossed else set())
 
 
 @pytest.mark.parametrize(

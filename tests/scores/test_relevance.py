@@ -16,7 +16,6 @@ from interlace.models import VLM, family_of
 from interlace.scores import score
 from interlace.scores.losses import SampleLoss
 from interlace.scores.replay import Replay
-from interlace.scores.sublayers import parts
 
 if TYPE_CHECKING:
     from interlace.models.handle import Tower
@@ -130,29 +129,21 @@ def test_parts_are_skipped_as_if_their_last_matrix_were_zero() -> None:
                     )
 
 
-def test_parts_of_post_norm_layers_hand_on_what_they_are_given() -> None:
+def test_both_attentions_of_a_layer_that_has_two_are_skipped_and_its_norms_stay() -> None:
     vlm, batch = opened("blip_caption"), labelled("blip_caption")
-    scores = score(vlm, [batch], metrics=("attention_relevance", "mlp_relevance"), progress=False)[
-        "text"
-    ]
+    metrics = ("attention_relevance", "mlp_relevance")
+    scores = score(vlm, [batch], metrics=metrics, towers=("text",), progress=False)["text"]
     loss = SampleLoss(vlm)
     layer = vlm.towers["text"].layers[2]
-    assert parts(layer, "attention") == [layer.attention, layer.crossattention]
-
-    def attention(hidden: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        return hidden, None
-
+    attentions = (layer.attention.output.dense, layer.crossattention.output.dense)
     with torch.no_grad():
-        base = loss(batch).double().mean()
-        layer.attention.forward = layer.crossattention.forward = attention
-        without_attention = loss(batch).double().mean() - base
-        del layer.attention.forward, layer.crossattention.forward
-        layer.output.forward = lambda hidden, residual: residual
-        without_mlp = loss(batch).double().mean() - base
-        del layer.output.forward
-    found = (scores.metrics["attention_relevance"][2], scores.metrics["mlp_relevance"][2])
-    expected = (float(without_attention), float(without_mlp))
-    assert found == pytest.approx(expected, abs=TOLERANCE)
+        base = loss(batch).double()
+        for metric, ends in zip(metrics, (attentions, (layer.output.dense,)), strict=True):
+            own = _zeroed(*ends)
+            rise = float((loss(batch).double() - base).mean())
+            for parameter, data in own.items():
+                parameter.data = data
+            assert scores.metrics[metric][2] == pytest.approx(rise, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -165,14 +156,18 @@ def test_every_family_has_parts(name: str) -> None:
         assert len(set(values)) > 1
 
 
-def test_layers_whose_parts_are_not_told_apart_have_a_note_instead() -> None:
+def test_layers_whose_part_is_not_found_have_a_note_instead() -> None:
+    class Unknown(nn.Linear):
+        pass
+
     model = llava()
     vlm = VLM(model, family_of(model))
-    for layer in vlm.towers["text"].layers:
-        layer.register_forward_hook(lambda module, args, output: output + 1)
-    scores = score(vlm, [labelled("llava")], metrics=("mlp_relevance",), progress=False)
+    vlm.towers["text"].layers[2].mlp.down_proj.__class__ = Unknown
+    metrics = ("mlp_relevance", "attention_relevance")
+    scores = score(vlm, [labelled("llava")], metrics=metrics, progress=False)
     assert "mlp_relevance" not in scores["text"].metrics
-    assert "could not be told apart" in scores["text"].notes[0]
+    assert "not found in layer 2" in scores["text"].notes[0]
+    assert "attention_relevance" in scores["text"].metrics
     assert "mlp_relevance" in scores["vision"].metrics
 
 

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from scores.written_out import labelled
 
 from interlace.errors import DataError
 from interlace.models import VLM, family_of
 from interlace.models.sites import find_sites
 from interlace.scores import score
+from interlace.scores.losses import SampleLoss
 
 # of the central difference; losses come in fp32, so it must not be small
 STEP = 2e-2
@@ -72,37 +74,44 @@ def scaled(row: int, part: slice, factor: float, _: Any, args: Any) -> Any:
     return (kept,)
 
 
-@pytest.mark.parametrize("name", ["llava", "clip"])
+@pytest.mark.parametrize("name", ["llava", "clip", "blip_caption"])
 def test_taylor_is_the_slope_of_the_loss_along_a_factor_of_the_head(name: str) -> None:
-    vlm, inputs = opened(name)
-    one = {key: value[:1] for key, value in inputs.items()}
-    if name == "llava":
-        one["labels"] = one["input_ids"]
-    else:
-        one = inputs
-    found = score(vlm, [one], metrics=("head_taylor",), progress=False)
-    values = found["text"].importance["head_taylor"]["self_attn"]
+    vlm, batch = opened(name)[0], labelled(name, 2)
+    found = score(vlm, [batch], metrics=("head_taylor",), progress=False)
+    site_name, values = next(iter(found["text"].importance["head_taylor"].items()))
+    loss = SampleLoss(vlm)
+    given = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    vlm.model.double()
     for layer, head in ((0, 1), (2, 3)):
-        site = find_sites(vlm.towers["text"].layers[layer])["self_attn"]
+        site = find_sites(vlm.towers["text"].layers[layer])[site_name]
         part = slice(head * site.head_dim, (head + 1) * site.head_dim)
-        rows = range(1) if name == "llava" else range(2)
         slopes = []
-        for row in rows:
+        for row in range(2):
             losses = []
             for factor in (1 + STEP, 1 - STEP):
-                vlm.model.double()
                 hook = partial(scaled, row, part, factor)
                 handle = site.output.register_forward_pre_hook(hook)
-                given = {k: v.double() if v.is_floating_point() else v for k, v in one.items()}
-                extra = {"return_loss": True} if name == "clip" else {}
                 with torch.no_grad():
-                    losses.append(float(vlm.model(**given, **extra).loss))
+                    losses.append(float(loss(given).sum()))
                 handle.remove()
-                vlm.model.float()
             slopes.append(abs(losses[0] - losses[1]) / (2 * STEP))
-        # the loss of a batch is a mean, the importance one over samples
-        assert values[layer][head] == pytest.approx(sum(slopes), rel=2e-3)
+        assert values[layer][head] == pytest.approx(sum(slopes) / 2, rel=2e-3)
     assert all(p.grad is None for p in vlm.model.parameters())
+
+
+def test_taylor_does_not_depend_on_what_shares_a_batch() -> None:
+    vlm, batch = opened("llava")[0], labelled("llava", 2)
+    # answers of one token and of all
+    batch["labels"][0, :-1] = -100
+    singles = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(2)]
+    apart, together = (
+        score(vlm, data, metrics=("head_taylor",), progress=False)["text"].importance
+        for data in (singles, [batch])
+    )
+    for one, other in zip(
+        apart["head_taylor"]["self_attn"], together["head_taylor"]["self_attn"], strict=True
+    ):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
 def test_every_unit_of_every_tower_of_every_family_is_measured() -> None:
@@ -125,5 +134,5 @@ def test_every_unit_of_every_tower_of_every_family_is_measured() -> None:
 
 def test_taylor_without_answers_is_refused() -> None:
     vlm, inputs = opened("llava")
-    with pytest.raises(DataError, match="gives no loss"):
+    with pytest.raises(DataError, match="needs labels"):
         score(vlm, [inputs], metrics=("head_taylor",), progress=False)
