@@ -7,8 +7,9 @@ blocks stays as transformers wrote it.
 
 What a recording reads lies in memory of its own: inputs are copied there, except the result of
 another recording (of the block before), which is read where it lies. What a recording gives lies in
-memory that its next replay fills again, so whatever may keep it gets a copy: hooks, and what
-follows the last block.
+memory that its next replay fills again, so whatever may keep it gets a copy: hooks of the block and
+of the one behind it, what was put in the place of that one's forward, and whatever is no such
+block. A replay counts up no version of its memory, so nobody could see the change.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
@@ -30,7 +30,7 @@ from interlace.nn.attention import NAME
 from interlace.nn.layers import longest
 from interlace.nn.masks import Pattern, attach, pattern_of
 from interlace.nn.norms import bear, borne_by
-from interlace.nn.swap import autocasting, collected, listened_to
+from interlace.nn.swap import STATE, autocasting, collected, hooked, listened_to, makeup
 from interlace.ops import _selection
 
 if TYPE_CHECKING:
@@ -61,22 +61,22 @@ class Shelf:
         self.reason = ""
         # the recordings that read a place keep it
         self._places: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
-        self._copied: dict[Any, tuple[weakref.ref[Tensor], int]] = {}
+        self._copied: dict[Any, tuple[weakref.ref[Tensor], int | None]] = {}
 
     def place(self, name: str, source: Tensor) -> Tensor:
         """Copy an input to its place, unless it is what was copied there last."""
-        inference = torch.is_inference_mode_enabled()
-        key = (name, _form(source), inference)
+        key = (name, _form(source), torch.is_inference_mode_enabled())
+        # tensors of inference mode do not count their changes, wherever they are used
+        version = None if source.is_inference() else source._version
         place = self._places.get(key)
         if place is None:
             place = self._places[key] = source.clone()
         else:
-            last, version = self._copied[key]
-            # tensors of inference mode do not count their changes
-            if last() is source and not inference and version == source._version:
+            last, before = self._copied[key]
+            if last() is source and version is not None and version == before:
                 return place
             place.copy_(source)
-        self._copied[key] = weakref.ref(source), 0 if inference else source._version
+        self._copied[key] = weakref.ref(source), version
         return place
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shelf:
@@ -95,7 +95,6 @@ class _Recording:
         places: further memory that it reads.
         result: what it fills.
         normed: the norm that the result bears: the module, and what it gives.
-        hooks: the number of the next hook, when it was last known that none listens.
     """
 
     replay: Callable[[], None]
@@ -103,7 +102,6 @@ class _Recording:
     places: list[Tensor]
     result: Tensor
     normed: tuple[nn.Module, Tensor] | None
-    hooks: int
 
 
 class BlockGraph:
@@ -114,14 +112,17 @@ class BlockGraph:
         num_replays: how often a recording was replayed.
     """
 
-    def __init__(self, shelf: Shelf, *, is_last: bool) -> None:
+    def __init__(self, shelf: Shelf, stack: nn.Module | None, following: str) -> None:
         """Start without recordings.
 
         Args:
             shelf: of all blocks of the model.
-            is_last: what the block gives may be a result of the model.
+            stack: what holds the block; None where it is by itself.
+            following: name there of what reads the block's result; empty for the last block.
         """
-        self._shelf, self._is_last = shelf, is_last
+        self._shelf, self._following = shelf, following
+        # the stack holds the block, and that holds its recordings
+        self._stack = None if stack is None else weakref.ref(stack)
         self._recordings: collections.OrderedDict[Any, _Recording] = collections.OrderedDict()
         self._seen: collections.deque[Any] = collections.deque(maxlen=2 * _MOST_SHAPES)
         self.num_recordings = self.num_replays = 0
@@ -129,7 +130,9 @@ class BlockGraph:
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockGraph:
         """Let a copy of the block record for itself."""
         shelf = memo.get(id(self._shelf)) or self._shelf.__deepcopy__(memo)
-        return BlockGraph(shelf, is_last=self._is_last)
+        # of a block that is copied alone, anything may read the result
+        stack = None if self._stack is None else memo.get(id(self._stack()))
+        return BlockGraph(shelf, stack, self._following)
 
     def __call__(
         self, block: Any, run: Callable[..., Tensor], hidden: Tensor, others: dict[str, Any]
@@ -142,28 +145,30 @@ class BlockGraph:
             hidden: [..., T, D], what it works on.
             others: its further arguments by name.
         """
-        if self._shelf.reason or not _may_record(block, hidden):
+        if torch.compiler.is_compiling():
             return run(hidden, **others)
+        if self._shelf.reason or not _may_record(block, hidden):
+            return _run(run, hidden, others)
         inputs = _Inputs(block, others)
         if inputs.unknown:
-            return run(hidden, **others)
-        kind = (_form(hidden), _state(block), inputs.key)
+            return _run(run, hidden, others)
+        modules = list(block.modules())
+        kind = (_form(hidden), _state(modules), inputs.key)
         # a result bears a norm that is read too, so a recording that reads one reads no other
         static = id(hidden) if hasattr(hidden, _STATIC) else None
         key = (static, kind)
         recording = self._recordings.get(key)
         if recording is None and kind not in self._seen:
             self._seen.append(kind)
-            return run(hidden, **others)
-        if recording is None or recording.hooks != RemovableHandle.next_id:
-            if listened_to(each for each in block.modules() if each is not block):
-                return run(hidden, **others)
+            return _run(run, hidden, others)
+        # looked up anew at every call: no count tells that a forward was replaced
+        if listened_to(modules[1:]):
+            return _run(run, hidden, others)
+        if recording is None:
+            recording = self._record(run, hidden, inputs, static is not None)
             if recording is None:
-                recording = self._record(run, hidden, inputs, static is not None)
-                if recording is None:
-                    return run(hidden, **others)
-                self._recordings[key] = recording
-            recording.hooks = RemovableHandle.next_id
+                return _run(run, hidden, others)
+            self._recordings[key] = recording
         self._recordings.move_to_end(key)
         if len(self._recordings) > _MOST_SHAPES:
             self._recordings.popitem(last=False)
@@ -184,10 +189,7 @@ class BlockGraph:
             return None
         self.num_recordings += 1
         setattr(result, _STATIC, True)
-        normed = borne_by(result)
-        return _Recording(
-            replay, memory, list(places.values()), result, normed, RemovableHandle.next_id
-        )
+        return _Recording(replay, memory, list(places.values()), result, borne_by(result))
 
     def _replayed(
         self, block: Any, recording: _Recording, hidden: Tensor, inputs: _Inputs
@@ -198,11 +200,19 @@ class BlockGraph:
         recording.replay()
         self.num_replays += 1
         result = recording.result
-        if self._is_last or block._forward_hooks:
+        if block._forward_hooks or self._may_be_kept():
             return result.clone()
         if recording.normed is not None:
             bear(result, *recording.normed)
         return result
+
+    def _may_be_kept(self) -> bool:
+        """Tell whether anything but a fused block, and that alone, reads the result."""
+        stack = None if self._stack is None else self._stack()
+        following: Any = getattr(stack, self._following, None)
+        # hooks within that block are given a copy by its own BlockGraph
+        graph = getattr(getattr(following, STATE, None), "graph", None)
+        return graph is None or hooked(following)
 
 
 class _Inputs:
@@ -284,28 +294,40 @@ def _placed_pattern(name: str, pattern: Pattern, places: dict[str, Tensor]) -> P
     return Pattern(pattern.causal, pattern.window, starts, lengths, cuts)
 
 
+def _run(run: Callable[..., Tensor], hidden: Tensor, others: dict[str, Any]) -> Tensor:
+    """Run a block, on memory that its parts and their hooks may keep."""
+    return run(hidden.clone() if hasattr(hidden, _STATIC) else hidden, **others)
+
+
 def _may_record(block: Any, hidden: Tensor) -> bool:
     """Tell whether a call is of the kind that recordings are made of."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or block.training:
+    if torch.is_grad_enabled() or block.training:
+        return False
+    # what stands in the place of the forward may keep the result
+    if "forward" in vars(block):
         return False
     if hidden.dim() < 2 or hidden.shape[-2] == 1 or autocasting(hidden):
         return False
     if not 0 < hidden.numel() // hidden.shape[-1] <= MOST_ROWS:
         return False
-    attention = getattr(block, block.interlace_state.attention)
     # of what transformers collects, a replay gives hidden states alone
     if collected() - {"hidden_states"}:
         return False
-    config = getattr(attention, "config", None)
-    if getattr(config, "_attn_implementation", NAME) != NAME:
+    if not attends_by_ours(block):
         return False
     return not (hidden.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _state(block: nn.Module) -> tuple[Any, ...]:
-    """What else a recording depends on: where the weights lie, and which backends serve."""
-    inference, backend = torch.is_inference_mode_enabled(), _selection.resolve("auto")
-    return inference, backend, tuple(each.data_ptr() for each in block.parameters())
+def attends_by_ours(block: Any) -> bool:
+    """Tell whether the attention of a block is ours, as far as its config decides."""
+    config = getattr(getattr(block, block.interlace_state.attention), "config", None)
+    implementation: str = getattr(config, "_attn_implementation", NAME)
+    return implementation == NAME
+
+
+def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
+    """What else a recording depends on: the modules, and which backends serve."""
+    return torch.is_inference_mode_enabled(), _selection.resolve("auto"), makeup(modules)
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:

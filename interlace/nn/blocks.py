@@ -56,7 +56,7 @@ class BlockState:
     next_norm: tuple[nn.Module, ...] = ()
 
 
-class FusedBlock(Fused, nn.Module):
+class FusedBlock(Fused):
     """A block of the form x + attention(norm(x)), then x + mlp(norm(x))."""
 
     interlace_state: BlockState
@@ -118,7 +118,7 @@ class GatedState:
     merged: Merged
 
 
-class FusedGatedMLP(Fused, nn.Module):
+class FusedGatedMLP(Fused):
     """A feed-forward part down(activation(gate(x)) * up(x)), gate and up in one product."""
 
     interlace_state: GatedState
@@ -126,12 +126,6 @@ class FusedGatedMLP(Fused, nn.Module):
     up_proj: nn.Module
     down_proj: nn.Module
     act_fn: Callable[[Tensor], Tensor]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # moving a module gives every parameter memory of its own
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.interlace_state.merged.lay_out()
-        return result
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the part on [..., hidden]."""

@@ -22,7 +22,7 @@ def patches_why_not(embedding: Any) -> str | None:
     return None
 
 
-class FusedPatchEmbed(Fused, nn.Module):
+class FusedPatchEmbed(Fused):
     """Patches that come one per row, embedded by one product instead of a convolution."""
 
     proj: nn.Conv3d
@@ -37,7 +37,7 @@ class FusedPatchEmbed(Fused, nn.Module):
         return linear(rows, weight.flatten(1), self.proj.bias)
 
 
-class FusedHead(Fused, nn.Module):
+class FusedHead(Fused):
     """A head that reads the rows that it is given as one matrix."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:

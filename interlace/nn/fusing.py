@@ -53,12 +53,10 @@ class _Fusion:
     """What `unfuse` needs.
 
     Attributes:
-        report: of the fusion.
         chosen: configs, and the attention implementation that each had.
     """
 
-    report: FuseReport
-    chosen: list[tuple[Any, Any]]
+    chosen: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
 
 
 def fuse(
@@ -100,55 +98,70 @@ def fuse(
 
     Raises:
         ConfigError: the model is fused already, is none of transformers, nothing of it can be
-            fused, or graphs are insisted on without a GPU.
+            fused, graphs is no such thing, or they are insisted on without a GPU, or without
+            attention or norms fused. Whatever is raised, the model is left as it was.
     """
     target = _target(model)
     first = next(target.parameters())
-    if graphs is True and not (first.is_cuda and attention and norms):
+    if graphs not in (True, False, "auto"):
+        raise ConfigError(f"graphs is {graphs!r}; give 'auto', True or False.")
+    if graphs is True and not first.is_cuda:
         raise ConfigError(
-            f"graphs=True needs a model on a GPU, attention and norms; this one is on "
-            f"{first.device}. Leave graphs at 'auto'."
+            f"graphs=True needs a model on a GPU; this one is on {first.device}. Leave graphs at "
+            "'auto'."
+        )
+    if graphs is True and not (attention and norms):
+        raise ConfigError(
+            "graphs=True needs attention and norms fused too, and one of them is False. Leave "
+            "both at True, or graphs at 'auto'."
         )
     if _KEPT in target.__dict__:
         raise ConfigError(
             f"{type(target).__name__} is fused already, and stays as it is. Call unfuse first to "
             "fuse it in another way."
         )
-    entries: list[FuseEntry] = []
-    chosen: list[tuple[Any, Any]] = []
-    names = {id(module): name for name, module in target.named_modules()}
-    if norms:
-        entries += _fuse_norms(target, names)
-    if attention:
-        chosen = _choose_attention(target)
-        entries += _fuse_attention(target, names, rope=rope)
-    if mlp:
-        entries += _fuse_mlps(target, names)
-    if ends:
-        entries += _fuse_ends(target, names)
-    if norms:
-        entries += _fuse_blocks(target, names)
-    entries += [
-        FuseEntry(path, kind, "absent", False, reason=_ABSENT)
-        for path, module, kind in _named(target, names)
-        if is_absent(module)
-    ]
-    order = {name: place for place, name in enumerate(names.values())}
-    entries.sort(key=lambda entry: order[entry.module])
-    entries += record(target, names, graphs, overlap=overlap)
-    report = FuseReport(type(target).__name__, str(first.device), str(first.dtype), tuple(entries))
-    target.__dict__[_KEPT] = _Fusion(report, chosen)
-    if not report.fused:
-        unfuse(target)
+    if any(isinstance(module, Fused) for module in target.modules()):
         raise ConfigError(
-            f"Nothing of {type(target).__name__} can be fused: "
-            + (
-                "; ".join(sorted({e.reason for e in entries if e.reason}))
-                or "no part was asked for"
-            )
-            + ". It was left as it was."
+            f"A part of {type(target).__name__}, or a model that it is a part of, is fused "
+            "already. Call unfuse on that first."
         )
-    return report
+    # before the first swap, so that whatever is swapped by then can be swapped back
+    target.__dict__[_KEPT] = _Fusion()
+    try:
+        entries: list[FuseEntry] = []
+        names = {id(module): name for name, module in target.named_modules()}
+        if norms:
+            entries += _fuse_norms(target, names)
+        if attention:
+            _choose_attention(target)
+            entries += _fuse_attention(target, names, rope=rope)
+        if mlp:
+            entries += _fuse_mlps(target, names)
+        if ends:
+            entries += _fuse_ends(target, names)
+        if norms:
+            entries += _fuse_blocks(target, names)
+        entries += [
+            FuseEntry(path, kind, "absent", False, reason=_ABSENT)
+            for path, module, kind in _named(target, names)
+            if is_absent(module)
+        ]
+        order = {name: place for place, name in enumerate(names.values())}
+        entries.sort(key=lambda entry: order[entry.module])
+        entries += record(target, names, graphs, overlap=overlap)
+        if not any(entry.fused for entry in entries):
+            raise ConfigError(
+                f"Nothing of {type(target).__name__} can be fused: "
+                + (
+                    "; ".join(sorted({e.reason for e in entries if e.reason}))
+                    or "no part was asked for"
+                )
+                + ". It was left as it was."
+            )
+    except BaseException:
+        unfuse(target)
+        raise
+    return FuseReport(type(target).__name__, str(first.device), str(first.dtype), tuple(entries))
 
 
 def unfuse(model: VLM | PreTrainedModel) -> None:
@@ -162,14 +175,17 @@ def unfuse(model: VLM | PreTrainedModel) -> None:
     if fusion is None:
         raise ConfigError(f"{type(target).__name__} is not fused, so there is nothing to undo.")
     remove(target)
+    merged = []
     for module in target.modules():
         if isinstance(module, Fused):
-            merged = getattr(module.interlace_state, "merged", None)
-            if merged is not None:
-                merged.separate()
+            merged.append(getattr(module.interlace_state, "merged", None))
             restore(module)
     for config, implementation in fusion.chosen:
         setattr(config, _CHOSEN, implementation)
+    # last, because memory may run out; the model computes the same with or without
+    for each in merged:
+        if each is not None:
+            each.separate()
 
 
 def _target(model: Any) -> PreTrainedModel:
@@ -202,8 +218,8 @@ def _fuse_norms(target: nn.Module, names: dict[int, str]) -> list[FuseEntry]:
     return entries
 
 
-def _choose_attention(target: PreTrainedModel) -> list[tuple[Any, Any]]:
-    """Choose our attention in every config that a layer may read; return what was chosen before."""
+def _choose_attention(target: PreTrainedModel) -> None:
+    """Choose our attention in every config that a layer may read; what was chosen is kept."""
     configs: dict[int, Any] = {}
     modules = dict(target.named_modules())
     for path, layer in modules.items():
@@ -214,10 +230,10 @@ def _choose_attention(target: PreTrainedModel) -> list[tuple[Any, Any]]:
         owner = next(each for each in above if isinstance(each, PreTrainedModel))
         for config in (layer.config, owner.config):
             configs[id(config)] = config
-    chosen = [(config, getattr(config, _CHOSEN)) for config in configs.values()]
+    fusion: _Fusion = target.__dict__[_KEPT]
     for config in configs.values():
+        fusion.chosen.append((config, getattr(config, _CHOSEN)))
         setattr(config, _CHOSEN, NAME)
-    return chosen
 
 
 def _ends(path: str) -> list[int]:

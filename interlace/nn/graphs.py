@@ -27,7 +27,7 @@ from interlace.nn.cache_memory import CacheMemory, is_static, memory_of
 from interlace.nn.layers import FusedAttention
 from interlace.nn.masks import Pattern, attach, pattern_of
 from interlace.nn.stepping import stepping
-from interlace.nn.swap import autocasting, listened_to
+from interlace.nn.swap import autocasting, listened_to, makeup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,7 +85,7 @@ class _Recording:
         self.cache = weakref.ref(kwargs["past_key_values"])
         self._kept = memory_of(kwargs["past_key_values"])
         self.shapes = _shapes(kwargs)
-        self.memory = _addresses(decoder)
+        self.makeup = makeup(decoder.modules())
         self._inputs: dict[str, Any] = {
             name: value.clone() for name, value in kwargs.items() if isinstance(value, Tensor)
         }
@@ -267,12 +267,16 @@ class GraphedForward:
         if recording.shapes != _shapes(kwargs) or self._hooks != RemovableHandle.next_id:
             return False
         if not self._trusted:
-            self._trusted = recording.memory == _addresses(self._decoder)
+            same = recording.makeup == makeup(self._decoder.modules())
+            self._trusted = same and not self._heard()
         return self._trusted
+
+    def _heard(self) -> bool:
+        return listened_to(each for each in self._decoder.modules() if each is not self._decoder)
 
     def _record(self, kwargs: dict[str, Any]) -> _Recording | None:
         self._recording = None
-        if listened_to(each for each in self._decoder.modules() if each is not self._decoder):
+        if self._heard():
             # hooks do not run in a replay; they may be gone by the next text
             return None
         recording = _Recording(self._decoder, _bound(self._decoder), kwargs, overlap=self._overlap)
@@ -394,7 +398,3 @@ def _shapes(kwargs: dict[str, Any]) -> tuple[Any, ...]:
         inputs,
         tuple((name, tuple(mask.shape)) for name, mask in _masks(kwargs).items()),
     )
-
-
-def _addresses(decoder: nn.Module) -> tuple[int, ...]:
-    return tuple(parameter.data_ptr() for parameter in decoder.parameters())

@@ -20,8 +20,6 @@ from interlace.nn.stepping import cached, project_by
 from interlace.nn.swap import Fused, autocasting, hooked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from interlace.nn.projections import Merged
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -46,19 +44,12 @@ class AttentionState:
     dropout: str = "attention_dropout"
 
 
-class _Attention(Fused, nn.Module):
+class _Attention(Fused):
     """What the fused attention layers share."""
 
     interlace_state: AttentionState
     config: Any
     head_dim: int
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # moving a module gives every parameter memory of its own
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.interlace_state.merged is not None:
-            self.interlace_state.merged.lay_out()
-        return result
 
     def _leaves(self, x: Tensor) -> bool:
         """Tell whether the call is the stock module's: another attention, autocast, hooks."""
@@ -256,7 +247,7 @@ class CallerState:
     weights: bool = False
 
 
-class FusedCaller(Fused, nn.Module):
+class FusedCaller(Fused):
     """A layer that calls our attention by itself, but may keep the request for weights back."""
 
     interlace_state: CallerState

@@ -30,7 +30,7 @@ def rms_why_not(norm: nn.Module) -> str | None:
     return f"{type(norm).__name__} has no weight [D] and variance_epsilon"
 
 
-class FusedNorm(Fused, nn.Module):
+class FusedNorm(Fused):
     """An RMSNorm of transformers in one pass."""
 
     weight: nn.Parameter

@@ -65,17 +65,16 @@ class Merged:
     def lay_out(self) -> None:
         """Move the weights side by side, where they do not lie so already."""
         weights: list[Tensor] = [each.weight for each in self._projections]
-        self.weight = self._joined(weights)
         biases: list[Tensor] = [each.bias for each in self._projections if each.bias is not None]
-        self.bias = self._joined(biases) if biases else None
+        # memory may run out here, so nothing is moved before
+        self.weight = torch.cat([each.detach() for each in weights])
+        self.bias = torch.cat([each.detach() for each in biases]) if biases else None
+        for joined, parameters in ((self.weight, weights), (self.bias, biases)):
+            if joined is not None:
+                parts = torch.split(joined, self.sizes)
+                for parameter, part in zip(parameters, parts, strict=True):
+                    parameter.data = part
         self._addresses = [each.weight.data_ptr() for each in self._projections]
-
-    def _joined(self, parameters: Sequence[Tensor]) -> Tensor:
-        joined = torch.cat([each.detach() for each in parameters])
-        parts = torch.split(joined, self.sizes)
-        for parameter, part in zip(parameters, parts, strict=True):
-            parameter.data = part
-        return joined
 
     @torch.no_grad()
     def separate(self) -> None:

@@ -1,4 +1,4 @@
-"""Which parts of a fused model record CUDA graphs: its text decoders, and its blocks."""
+"""Which parts of a fused model record CUDA graphs: its text decoders, and stacks of blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from interlace.models.parts import is_absent
-from interlace.nn.block_graphs import BlockGraph, Shelf
+from interlace.nn.block_graphs import BlockGraph, Shelf, attends_by_ours
 from interlace.nn.blocks import FusedBlock
 from interlace.nn.graphs import CudaRecorder, install
 from interlace.nn.layers import FusedAttention
@@ -16,6 +16,8 @@ from interlace.nn.report import FuseEntry
 from interlace.ops import _overlap
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from interlace.nn.graphs import Recorder
 
 
@@ -51,14 +53,26 @@ def record_blocks(target: nn.Module, recorder: Recorder) -> list[BlockGraph]:
         What records, one for every block.
     """
     shelf, found = Shelf(recorder), []
-    for stack in target.modules():
-        if isinstance(stack, nn.ModuleList):
-            blocks = [each for each in stack if isinstance(each, FusedBlock)]
-            for block in blocks:
-                graph = BlockGraph(shelf, is_last=block is blocks[-1])
+    for owner, stack in _stacks(target):
+        named = list(stack.named_children())
+        following = [name for name, _ in named[1:]]
+        # DeepStack hands what these give to a module of its own too
+        read_twice = getattr(owner, "deepstack_visual_indexes", ())
+        for place, (_, block) in enumerate(named):
+            if isinstance(block, FusedBlock):
+                alone = place == len(following) or place in read_twice
+                graph = BlockGraph(shelf, stack, "" if alone else following[place])
                 block.interlace_state.graph = graph
                 found.append(graph)
     return found
+
+
+def _stacks(target: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
+    """Yield every stack with fused blocks in it, after the module that it belongs to."""
+    for owner in target.modules():
+        for stack in owner.children():
+            if isinstance(stack, nn.ModuleList) and any(isinstance(x, FusedBlock) for x in stack):
+                yield owner, stack
 
 
 def record(
@@ -73,29 +87,36 @@ def record(
         overlap: likewise.
 
     Returns:
-        One entry per decoder, and one more where kernels were to overlap.
+        One entry per decoder and per other module with a stack of fused blocks; one more for each
+        decoder where kernels were to overlap.
     """
     decoders = text_decoders(target)
     first = next(target.parameters())
-    recorded = bool(graphs) and first.is_cuda
-    if recorded:
+    why = "" if first.is_cuda else "there are CUDA graphs on a GPU only"
+    if not graphs:
+        why = "graphs=False"
+    if not why:
         install(target, decoders, CudaRecorder(), overlap=overlap)
         record_blocks(target, CudaRecorder())
-    why = "there are CUDA graphs on a GPU only" if graphs else "graphs=False"
-    made = "CUDA graphs of steps with a static cache, and of blocks"
-    found = [("graphs", recorded, made, why)]
-    if overlap:
-        why = _overlap.obstacle(first.device) if recorded else f"no steps are recorded: {why}"
-        found.append(("overlap", not why, "kernels of recorded steps overlap", why))
-    return [
-        FuseEntry(
-            names[id(decoder)],
-            type(decoder).__name__,
-            part,
-            done,
-            backend if done else "",
-            "" if done else reason,
-        )
-        for decoder in decoders
-        for part, done, backend, reason in found
-    ]
+    found: list[FuseEntry] = []
+    for decoder in decoders:
+        made = "CUDA graphs of steps with a static cache, and of blocks"
+        found.append(_entry(decoder, names, "graphs", made, why))
+        if overlap:
+            obstacle = f"no steps are recorded: {why}" if why else _overlap.obstacle(first.device)
+            made = "kernels of recorded steps overlap"
+            found.append(_entry(decoder, names, "overlap", made, obstacle))
+    for owner, stack in _stacks(target):
+        if not any(owner is decoder for decoder in decoders):
+            ours = any(attends_by_ours(each) for each in stack if isinstance(each, FusedBlock))
+            reason = why or ("" if ours else "its attention is not fused")
+            found.append(_entry(owner, names, "graphs", "CUDA graphs of blocks", reason))
+    return found
+
+
+def _entry(
+    module: nn.Module, names: dict[int, str], part: str, made: str, reason: str
+) -> FuseEntry:
+    """Report that something of a module is made, or the reason why not."""
+    backend = "" if reason else made
+    return FuseEntry(names[id(module)], type(module).__name__, part, not reason, backend, reason)

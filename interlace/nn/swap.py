@@ -10,21 +10,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers.utils import output_capturing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
 _COLLECTS = output_capturing.__name__
 STATE = "interlace_state"
 
 
-class Fused:
+class Fused(nn.Module):
     """Base of the fused classes; tells a fused module from any other."""
 
     interlace_state: Any
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # moving a module gives every parameter memory of its own
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        merged = getattr(self.interlace_state, "merged", None)
+        if merged is not None:
+            merged.lay_out()
+        return result
 
 
 _CLASSES: dict[tuple[type, type], type] = {}
@@ -44,8 +53,10 @@ def stock_class(module: nn.Module) -> Any:
 
 def swap(module: nn.Module, mixin: type[Fused], state: Any) -> None:
     """Give a module the forward of `mixin`, and what it needs to know."""
-    module.__class__ = _fused_class(mixin, type(module))
+    fused = _fused_class(mixin, type(module))
+    # first, so that whatever is fused can be restored
     module.__dict__[STATE] = state
+    module.__class__ = fused
 
 
 def restore(module: Any) -> None:
@@ -74,12 +85,28 @@ def listened_to(modules: Iterable[nn.Module]) -> bool:
     """
     return any(
         "forward" in vars(module)
-        or any(
-            hook.__module__ != _COLLECTS
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-            for hook in hooks.values()
+        # asked at every call of a block, so that nothing is made where there are no hooks
+        or (
+            (module._forward_hooks or module._forward_pre_hooks)
+            and any(
+                hook.__module__ != _COLLECTS
+                for hooks in (module._forward_hooks, module._forward_pre_hooks)
+                for hook in hooks.values()
+            )
         )
         for module in modules
+    )
+
+
+def makeup(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
+    """What a recording of modules rests on: their classes, and where their weights lie."""
+    return tuple(
+        part
+        for module in modules
+        for part in (
+            type(module),
+            *(each.data_ptr() for each in module._parameters.values() if each is not None),
+        )
     )
 
 

@@ -1,63 +1,23 @@
-"""Recorded blocks, with a recorder for the CPU that keeps to the rules of CUDA graphs.
-
-As a graph does, it reads nothing but the memory it was recorded with, fills one result and the norm
-that it bears, and changes nothing while it records.
-"""
+"""Recorded blocks, with a recorder for the CPU that keeps to the rules of CUDA graphs."""
 
 from __future__ import annotations
 
 import copy
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import pytest
 import torch
+from recorders import Replayer
 from tiny import TINY, tiny_inputs
-from transformers.cache_utils import StaticLayer
 
 import interlace as il
 from interlace.nn import block_graphs, graphs
-from interlace.nn.norms import bear, borne_by
 from interlace.nn.recording import record_blocks, text_decoders
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 GENERATING = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-
-
-class Replayer:
-    """Records a function by keeping it."""
-
-    def warm_up(self, step: Callable[[], torch.Tensor]) -> None:
-        step()
-
-    def record(self, step: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor]:
-        lengths = []
-
-        def update(layer: Any, *args: Any, **kwargs: Any) -> Any:
-            lengths.append((layer.cumulative_length, layer.cumulative_length.clone()))
-            return stock(layer, *args, **kwargs)
-
-        stock = StaticLayer.update
-        with mock.patch.object(StaticLayer, "update", update):
-            made = step()
-        for length, before in lengths:
-            length.copy_(before)
-        # a recording holds no numbers before it is replayed
-        result = torch.full_like(made, float("nan"))
-        norm = borne_by(made)
-        if norm is not None:
-            bear(result, norm[0], torch.full_like(norm[1], float("nan")))
-
-        def replay() -> None:
-            made = step()
-            result.copy_(made)
-            normed, own = borne_by(made), borne_by(result)
-            if normed is not None and own is not None:
-                own[1].copy_(normed[1])
-
-        return replay, result
 
 
 def _inputs(name: str, model: Any, seed: int) -> dict[str, torch.Tensor]:
@@ -160,6 +120,114 @@ def test_hooks_hear_every_pass_and_keep_what_they_heard(kit: Any) -> None:
     assert id(second) in blocks
 
 
+@pytest.mark.parametrize("name", ["clip", "qwen3_vl"])
+def test_hooks_behind_a_block_keep_what_they_heard(name: str, kit: Any) -> None:
+    model = kit.build(name).eval()
+    il.fuse(model)
+    if name == "clip":
+        layers = model.vision_model.encoder.layers
+        listened = [layers[2], layers[4].layer_norm1]
+    else:
+        layers = model.model.visual.blocks
+        listened = [layers[3], *model.model.visual.deepstack_merger_list]
+    heard: list[torch.Tensor] = []
+
+    def keep(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+        heard.append(args[0])
+
+    for module in listened:
+        module.register_forward_pre_hook(keep)
+    inputs = [_inputs(name, model, seed) for seed in range(5)]
+    for each in inputs:
+        _outputs(kit, model, each)
+    plain, heard[:] = [each.clone() for each in heard], []
+    blocks = record_blocks(model, Replayer())
+    for each in inputs:
+        _outputs(kit, model, each)
+    assert len(heard) == len(plain) >= 10
+    assert all(torch.equal(one, other) for one, other in zip(heard, plain, strict=True))
+    assert max(block.num_replays for block in blocks) >= 4
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_scores_keep_the_results_of_replaced_forwards(name: str, kit: Any) -> None:
+    model = kit.build(name).eval()
+    vlm = il.open_model(model)
+    il.fuse(vlm)
+    data = [_inputs(name, model, seed) for seed in range(3)]
+    for each in data:
+        each["labels"] = each["input_ids"].masked_fill(each["attention_mask"] == 0, -100)
+    metrics = ("similarity", "relevance", "attention_relevance")
+    wanted = il.score(vlm, data, metrics=metrics, towers=None, progress=False)
+    blocks = record_blocks(model, Replayer())
+    for _ in range(2):
+        found = il.score(vlm, data, metrics=metrics, towers=None, progress=False)
+        for tower, scores in wanted.towers.items():
+            assert found.towers[tower].metrics == scores.metrics
+    assert min(block.num_replays for block in blocks) > 0
+
+
+def test_a_replaced_forward_is_heeded(kit: Any) -> None:
+    model = kit.build("clip").eval()
+    il.fuse(model)
+    layers = model.vision_model.encoder.layers
+    blocks = record_blocks(model, Replayer())
+    inputs = [_inputs("clip", model, seed) for seed in range(3)]
+    wanted = [_outputs(kit, model, each) for each in inputs]
+    _outputs(kit, model, inputs[0])
+    replays = [block.num_replays for block in blocks]
+    vision = [layer.interlace_state.graph for layer in layers]
+    # of a part, and of a block, which keeps what it is given and what it gives
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    own = layers[1].mlp.forward, layers[3].forward
+    layers[1].mlp.forward = lambda x: own[0](x).mul(0)
+    changed = [_outputs(kit, model, each) for each in inputs]
+    assert not any(_equal(one, other) for one, other in zip(changed, wanted, strict=True))
+    assert vision[1].num_replays == replays[blocks.index(vision[1])]
+    del layers[1].mlp.forward
+
+    def keeping(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        kept.append((hidden, own[1](hidden, *args, **kwargs)))
+        return kept[-1][1]
+
+    layers[3].forward = keeping
+    found = [_outputs(kit, model, each) for each in inputs]
+    assert all(_equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert len({id(each) for pair in kept for each in pair}) == 2 * len(inputs)
+    assert len({each.data_ptr() for pair in kept for each in pair}) == 2 * len(inputs)
+    del layers[3].forward
+    assert _equal(_outputs(kit, model, inputs[0]), wanted[0])
+    assert all(graph.num_replays > replays[blocks.index(graph)] for graph in vision)
+    # the same weights in other hands
+    before = vision[0].num_replays
+    layers[0].mlp.activation_fn = torch.nn.ReLU()
+    assert not _equal(_outputs(kit, model, inputs[0]), wanted[0])
+    assert vision[0].num_replays == before
+
+
+def test_tensors_of_inference_mode_are_taken_elsewhere(kit: Any) -> None:
+    model = kit.build("llava").eval().model.language_model
+    il.fuse(model)
+    blocks = record_blocks(model, Replayer())
+    with torch.inference_mode():
+        embeds = torch.randn(2, 5, model.config.hidden_size)
+        positions = torch.arange(5)[None].expand(2, -1).clone()
+    with torch.no_grad():
+        found = [
+            model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+            for _ in range(4)
+        ]
+    assert all(torch.equal(each, found[0]) for each in found)
+    assert min(block.num_replays for block in blocks) >= 2
+    shelf = block_graphs.Shelf(Replayer())
+    counted, uncounted = torch.zeros(2), embeds[0, 0]
+    with torch.inference_mode():
+        for source in (counted, uncounted):
+            for value in (1.0, 2.0):
+                place = shelf.place("x", source.fill_(value))
+                assert torch.equal(place, source)
+
+
 def test_only_passes_of_the_kind_are_recorded(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = kit.build("clip").eval()
     il.fuse(model)
@@ -225,3 +293,7 @@ def test_copies_record_for_themselves(kit: Any) -> None:
     assert len({id(each._shelf) for each in own}) == 1
     for _ in range(3):
         assert _equal(_outputs(kit, twin, inputs), wanted)
+    # all but the last hand their memory on
+    assert [each._may_be_kept() for each in own] == [False] * (len(own) - 1) + [True]
+    alone = copy.deepcopy(model.vision_model.encoder.layers[0])
+    assert alone.interlace_state.graph._may_be_kept()

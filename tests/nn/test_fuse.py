@@ -11,6 +11,7 @@ import torch
 import interlace as il
 from interlace.errors import ConfigError, PlanError
 from interlace.models import VLM, family_of
+from interlace.nn import fusing
 from interlace.nn.swap import Fused
 from interlace.records import Plan, TowerPlan
 
@@ -106,6 +107,54 @@ def test_fusing_twice_and_unfusing_twice_are_refused(kit: Any) -> None:
         il.fuse(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="Nothing of CLIPModel"):
         il.fuse(model, attention=False, norms=False, mlp=False)
+
+
+def test_what_is_fused_in_part_is_refused(kit: Any) -> None:
+    model = kit.build("llava")
+    il.fuse(model.model.language_model)
+    with pytest.raises(ConfigError, match="A part of LlavaForConditionalGeneration"):
+        il.fuse(model)
+    il.unfuse(model.model.language_model)
+    il.fuse(model)
+    with pytest.raises(ConfigError, match="or a model that it is a part of"):
+        il.fuse(model.model.language_model)
+
+
+@pytest.mark.parametrize("place", ["first weights", "later weights", "biases", "blocks", "report"])
+def test_what_fails_halfway_is_undone(
+    place: str, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = kit.build("qwen2_vl")
+    inputs = kit.inputs("qwen2_vl", model)
+    before, state, chosen = kit.forward(model, inputs), _state(model), _implementations(model)
+    stock, calls = torch.cat, []
+    failing = {"first weights": 1, "biases": 2, "later weights": 5}
+
+    def cat(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == failing[place]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stock(*args, **kwargs)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if place in failing:
+            patch.setattr(torch, "cat", cat)
+        else:
+            patch.setattr(fusing, {"blocks": "arguments", "report": "record"}[place], fail)
+        with pytest.raises((torch.OutOfMemoryError, KeyboardInterrupt)):
+            il.fuse(model)
+    assert _state(model) == state
+    assert _implementations(model) == chosen
+    storages = [each.untyped_storage().nbytes() for each in model.model.parameters()]
+    assert storages == [each.nbytes for each in model.model.parameters()]
+    found = kit.forward(model, inputs)
+    assert all(torch.equal(found[name], value) for name, value in before.items())
+    with pytest.raises(ConfigError, match="is not fused"):
+        il.unfuse(model)
+    assert il.fuse(model).fused
 
 
 @pytest.mark.parametrize("part", ["attention", "norms", "mlp", "rope"])

@@ -137,9 +137,50 @@ def test_graphs_are_of_a_gpu(kit: Any) -> None:
     with pytest.raises(ConfigError, match="needs a model on a GPU"):
         il.fuse(model, graphs=True)
     report = il.fuse(model)
-    [entry] = [entry for entry in report.entries if entry.part == "graphs"]
-    assert not entry.fused
-    assert "GPU only" in entry.reason
+    found = [entry for entry in report.entries if entry.part == "graphs"]
+    # the text decoder, and the blocks of the vision tower
+    assert {entry.kind for entry in found} == {"LlamaModel", "CLIPEncoder"}
+    assert not any(entry.fused for entry in found)
+    assert all("GPU only" in entry.reason for entry in found)
+
+
+def test_graphs_need_attention_and_norms(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = kit.build("clip")
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
+    for part in ("attention", "norms"):
+        with pytest.raises(ConfigError, match="attention and norms fused too"):
+            il.fuse(model, graphs=True, **{part: False})
+
+
+@pytest.mark.parametrize(
+    ("name", "owners"),
+    [
+        ("clip", {"text_model.encoder", "vision_model.encoder"}),
+        ("blip2_opt", {"vision_model.encoder"}),
+    ],
+)
+def test_the_report_names_recorded_blocks(name: str, owners: set[str], kit: Any) -> None:
+    for options in ({}, {"graphs": False}, {"norms": False}):
+        report = il.fuse(model := kit.build(name), **options)
+        found = {entry.module for entry in report.entries if entry.part == "graphs"}
+        assert found == (owners if options != {"norms": False} else set())
+        il.unfuse(model)
+
+
+def test_a_forward_replaced_between_texts_is_heeded(kit: Any) -> None:
+    model = kit.build("llava")
+    plain = kit.generate(model, "llava", cache_implementation="static")
+    forward = _recorded(model)
+    assert torch.equal(kit.generate(model, "llava", cache_implementation="static"), plain)
+    layer, heard = model.model.language_model.layers[1].mlp, []
+    stock = layer.forward
+    layer.forward = lambda x: heard.append(1) or stock(x)
+    assert torch.equal(kit.generate(model, "llava", cache_implementation="static"), plain)
+    assert len(heard) == 6
+    assert forward.num_replays == 5
+    del layer.forward
+    assert torch.equal(kit.generate(model, "llava", cache_implementation="static"), plain)
+    assert forward.num_replays == 10
 
 
 @pytest.mark.parametrize(("graphs", "why"), [("auto", "on a GPU only"), (False, "graphs=False")])
@@ -168,8 +209,9 @@ def test_cuda_graphs_give_the_same_tokens(name: str, kind: str, overlap: bool, k
     plain = kit.generate(stock.cuda(), name)
     model = model.cuda()
     report = il.fuse(model, overlap=overlap)
-    [recorded] = [entry for entry in report.entries if entry.part == "graphs"]
-    assert recorded.fused
+    recorded = [entry for entry in report.entries if entry.part == "graphs"]
+    assert all(entry.fused for entry in recorded)
+    assert len([entry for entry in recorded if "steps" in entry.backend]) == 1
     assert {each.fused for each in report.entries if each.part == "overlap"} <= {
         torch.cuda.get_device_capability() >= (9, 0)
     }
