@@ -153,14 +153,15 @@ def whole_numbers(text: str, option: str, words: str) -> tuple[int, ...]:
     """Read a comma separated option of whole numbers; `words` are what else it accepts.
 
     Raises:
-        ConfigError: a part is no whole number.
+        ConfigError: a part is no whole number, or there is none.
     """
     try:
-        return tuple(int(part) for part in split_names(text) or ())
-    except ValueError as error:
-        raise ConfigError(
-            f"{option} is {text!r}; give {words}, or whole numbers such as 1,2,3."
-        ) from error
+        found = tuple(int(part) for part in split_names(text) or ())
+    except ValueError:
+        found = ()
+    if not found:
+        raise ConfigError(f"{option} is {text!r}; give {words}, or whole numbers such as 1,2,3.")
+    return found
 
 
 def guarded_layers(text: str) -> Any:
@@ -249,13 +250,15 @@ def read_bridges(text: str) -> str | dict[str, str]:
     """Read the option that names bridges, for all towers or per tower.
 
     Raises:
-        ConfigError: an unknown bridge, or a part without a tower.
+        ConfigError: an unknown bridge, a part without a tower, or a tower that stands twice.
     """
-    if "=" not in text:
-        found: str | dict[str, str] = text.strip()
-    else:
-        parts = [part.partition("=") for part in split_names(text) or ()]
-        found = {tower.strip(): name.strip() for tower, _, name in parts}
+    try:
+        found: str | dict[str, str] = pairs(text) if "=" in text else text.strip()
+    except ValueError as error:
+        raise ConfigError(
+            f"--bridges is {text!r}; give one bridge, or every tower once with one, such as "
+            "text=fold,vision=none."
+        ) from error
     check_bridges(found)
     return found
 

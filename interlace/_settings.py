@@ -19,7 +19,7 @@ def within(default: Any, low: float, high: float = math.inf, *, above: bool = Fa
 
 def _range_text(low: float, high: float, above: bool) -> str:
     if math.isinf(high):
-        return f"more than {low:g}" if above else f"at least {low:g}"
+        return f"{'more than' if above else 'at least'} {low:g}, and finite"
     return f"above {low:g} and at most {high:g}" if above else f"within {low:g}..{high:g}"
 
 
@@ -36,7 +36,7 @@ class Settings(Checked):
                 continue
             low, high, above = (each.metadata[key] for key in ("low", "high", "above"))
             fits = low < value <= high if above else low <= value <= high
-            if not fits:
+            if not (fits and math.isfinite(value)):
                 raise ConfigError(
                     f"{type(self).__name__}.{each.name} must be {_range_text(low, high, above)}, "
                     f"got {value!r}."

@@ -3,6 +3,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -152,3 +155,29 @@ def test_progress_on_a_terminal_nests_and_cleans_up(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "outer" in captured.err
+
+
+def test_a_command_that_is_told_to_end_leaves_nothing_half_written(tmp_path):
+    script = f"""
+import sys, time
+import interlace.cli as cli
+from interlace._files import atomic_folder
+
+def work():
+    with atomic_folder({str(tmp_path / "out")!r}) as folder:
+        (folder / "part").write_text("half")
+        print("filling", flush=True)
+        time.sleep(60)
+
+cli.app = work
+cli.main()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "filling\n"
+        assert len(names(tmp_path)) == 1
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert names(tmp_path) == []

@@ -201,6 +201,10 @@ def test_plans_that_cannot_be():
         TowerPlan(4, drop=(4,))
     with pytest.raises(PlanError, match=r"\[1\] stand more than once"):
         TowerPlan(4, drop=(1,), tune=(1,))
+    # a damaged number is refused before anything is counted by it
+    for number in (0, 10**30):
+        with pytest.raises(PlanError, match="between 1 and 100000 layers"):
+            TowerPlan(number)
     with pytest.raises(PlanError, match="drops all 2"):
         TowerPlan(2, drop=(0, 1))
     plan = TowerPlan(5, drop=(3,), tune=(2,), freeze=(4,))

@@ -13,6 +13,9 @@ from interlace.errors import PlanError, unknown_name
 
 Action = Literal["drop", "tune", "freeze", "keep"]
 
+# more than any model has; a damaged file is to be refused before its layers are counted
+_MOST_LAYERS = 100_000
+
 
 @dataclass(frozen=True)
 class TowerPlan(Checked):
@@ -45,6 +48,10 @@ class TowerPlan(Checked):
     graft: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)
 
     def _check(self) -> None:
+        if not 0 < self.num_layers <= _MOST_LAYERS:
+            raise PlanError(
+                f"num_layers is {self.num_layers}; a tower has between 1 and {_MOST_LAYERS} layers."
+            )
         for target, sources in self.graft.items():
             if target in self.drop or not 0 <= target < self.num_layers:
                 raise PlanError(f"Heads are grafted into layer {target}, which is not kept.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     import torch
+    from transformers import PreTrainedConfig
 
     from interlace.models.handle import VLM
 
@@ -44,7 +46,7 @@ def export(
     It is a standard one, which anything reads that reads the original architecture, unless the
     student has run-time bridges or layers with widths that no config can state
     (`vlm.record.standard` is False): then only `open_model` builds it. Such weights lie in the
-    checkpoint too, and the config states such widths where transformers knows them
+    checkpoint too, and the config states such widths where its class takes them
     (`per_layer_config`). The model card says which of the two it is.
 
     The folder holds config, weights (safetensors), generation settings, the processor where there
@@ -174,17 +176,34 @@ def _save(vlm: VLM, folder: Path) -> None:
 
 
 def _note_widths(vlm: VLM, path: Path) -> None:
-    """Add the widths of single layers to the config of a checkpoint that has such."""
+    """Add the widths of single layers to the config of a checkpoint that has such.
+
+    `open_model` goes by the manifest, so a config that cannot hold them is left as it is.
+    """
     settings = per_layer_settings(vlm)
-    if not settings:
-        return
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for place, layers in settings.items():
-        part = config
+        noted = copy.deepcopy(config)
+        part = noted
         for key in filter(None, place.split(".")):
             part = part[key]
         part[PER_LAYER] = layers
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if _is_readable(type(vlm.model.config), noted):
+            config = noted
+    if settings:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_readable(config_class: type[PreTrainedConfig], config: dict[str, Any]) -> bool:
+    """Tell whether a config class takes what a file would hold.
+
+    Those that compare the number of heads with the width (CLIP, Llama) refuse widths of layers.
+    """
+    try:
+        config_class.from_dict(copy.deepcopy(config))
+    except Exception:  # noqa: BLE001 (the validators of config classes raise what they like)
+        return False
+    return True
 
 
 def _first_line(error: BaseException) -> str:

@@ -233,9 +233,9 @@ class VLM:
     def fingerprint(self) -> str:
         """Sha256 (hex) over the config and every parameter: name, shape, checksum, samples.
 
-        Values count as rounded to bfloat16, so that a model opened in another dtype is the same
-        model. Computed anew on every access, since weights change under training; equal on every
-        device.
+        Values count as rounded to bfloat16, so that a model is the same one opened as float32 and
+        as bfloat16; float16, which rounds small weights away, makes another of it. Computed anew on
+        every access, since weights change under training; equal on every device.
         """
         digest = hashlib.sha256()
         config = _stable(self.model.config.to_dict())

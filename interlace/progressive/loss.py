@@ -19,14 +19,7 @@ from interlace.models.handle import check_vlm
 from interlace.plan.rules import USE_LOSS
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
-from interlace.surgery.bridges.names import (
-    FOLD,
-    NONE,
-    REFIT,
-    WITHIN_LAYERS,
-    check_bridges,
-    has_bridges,
-)
+from interlace.surgery.bridges.names import FOLD, REFIT, check_bridges, has_bridges, of_use
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -197,17 +190,7 @@ class CompensatedLoss:
         Raises:
             InterlaceError: as `prune` raises it.
         """
-        vlm, bridges = self._vlm, self._bridges
-        shortened = {name for name, tower in plan.towers.items() if tower.drop}
-        changed = shortened | {name for name, tower in plan.towers.items() if tower.losing()}
-        if isinstance(bridges, dict):
-            bridges = {
-                name: kind
-                for name, kind in bridges.items()
-                if name in (changed if kind in WITHIN_LAYERS else shortened)
-            } or NONE
-        elif not (changed if bridges in WITHIN_LAYERS else shortened):
-            bridges = NONE
+        vlm, bridges = self._vlm, of_use(self._bridges, plan)
         data = self._fitted if has_bridges(bridges) else None
         student = prune(vlm, plan, bridges=bridges, data=data, batch_size=self._batch_size)
         measure = _Measure(

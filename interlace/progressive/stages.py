@@ -22,7 +22,7 @@ from interlace.progressive.schedule import gone_after, split_healing
 from interlace.records import EvalReport, Plan, Scores, StageRecord
 from interlace.scores import score
 from interlace.surgery import prune
-from interlace.surgery.bridges.names import has_bridges
+from interlace.surgery.bridges.names import has_bridges, of_use
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -293,11 +293,7 @@ class Run:
     ) -> None:
         """Cut and heal the student of a stage, and keep it."""
         setup, state = self.setup, self.state
-        bridges = setup.prune.bridges
-        if isinstance(bridges, dict):
-            # a stage need not cut every tower
-            changed = {name for name, each in cut.towers.items() if each.drop or each.losing()}
-            bridges = {name: kind for name, kind in bridges.items() if name in changed}
+        bridges = of_use(setup.prune.bridges, cut)
         made = prune(
             student,
             cut,

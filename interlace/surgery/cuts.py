@@ -66,8 +66,9 @@ def check_plan(vlm: VLM, plan: Plan, fingerprint: str) -> None:
     if expected not in (None, fingerprint):
         raise PlanError(
             f"The plan was made for another model: it names the fingerprint {expected[:12]}..., "
-            f"{vlm.name} has {fingerprint[:12]}... (weights and config count). Open the "
-            "model that was scored, or score this one."
+            f"{vlm.name} has {fingerprint[:12]}... (weights and config count, and float16, which "
+            "rounds small weights away). Open the model that was scored, in that dtype, or score "
+            "this one."
         )
 
 

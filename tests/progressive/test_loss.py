@@ -12,6 +12,7 @@ from interlace.errors import ConfigError, DataError
 from interlace.progressive.loss import CompensatedLoss, TaskLoss
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
+from interlace.surgery.bridges.names import of_use
 
 TASKS = {"clip": ("retrieval",), "blip": ("caption",), "qwen3-vl": ("vqa", "caption")}
 
@@ -108,3 +109,14 @@ def test_losses_that_no_rule_asks_for_are_refused() -> None:
     # a tower that gets no bridge is judged as it is cut
     loss = il.layer_loss(vlm, data, bridges={"text": "fold"})
     assert loss("vision", (3,)) > 0.0
+
+
+def test_bridges_are_left_out_where_nothing_is_there_to_stand_in_for() -> None:
+    dropped, narrowed = TowerPlan(8, drop=(3,)), TowerPlan(8, parts={"mlp": (2,)})
+    plan = Plan(towers={"text": dropped, "vision": narrowed, "qformer": TowerPlan(8)})
+    assert of_use("scale", plan) == "scale"
+    assert of_use("scale", replace(plan, towers={"vision": narrowed})) == "none"
+    assert of_use("refit", replace(plan, towers={"vision": narrowed})) == "refit"
+    given = {"text": "scale", "vision": "scale", "qformer": "fold", "other": "fold"}
+    assert of_use(given, plan) == {"text": "scale"}
+    assert of_use({"vision": "lowrank"}, plan) == "none"

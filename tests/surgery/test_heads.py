@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from tiny import GENERATIVE, TINY, generation_inputs, qwen3_vl, tiny_inputs
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoConfig
 
 from interlace.errors import CheckpointError, PlanError
 from interlace.export import export, model_card
@@ -153,6 +153,8 @@ def test_uneven_widths_reload_bit_equal_and_decode_with_a_cache(
         assert parameter.requires_grad == key.startswith(prefixes), key
     assert tuned
     folder = export(student, tmp_path / "out", verify=False)
+    # tokenizers are found by it
+    assert type(AutoConfig.from_pretrained(folder)) is type(student.model.config)
     again = open_model(folder)
     assert type(again.model) is type(student.model)
     outputs = kit.outputs(student.model, dense.inputs)
@@ -184,6 +186,18 @@ def test_an_uneven_checkpoint_is_verified_and_names_itself(kit: Any, tmp_path: P
     (folder / "interlace.json").unlink()
     with pytest.raises(CheckpointError):
         open_model(folder)
+
+
+def test_a_config_that_cannot_hold_widths_of_layers_goes_without_them(tmp_path: Path) -> None:
+    # CLIP's config compares heads with the width, and its processor is opened by the config
+    dense = open_model("bundled:clip", dtype="float32")
+    cut = {"self_attn": {3: (1,)}, "mlp": {5: tuple(range(8))}}
+    plan = Plan({"text": TowerPlan(12, drop=(4,), tune=(5,), cut=cut)}, standard=False)
+    folder = export(prune(dense, plan), tmp_path / "out")
+    assert "per_layer_config" not in (folder / "config.json").read_text()
+    assert open_model(folder).processor is not None
+    with pytest.raises(RuntimeError, match=r"size mismatch|ignore_mismatched_sizes"):
+        type(dense.model).from_pretrained(folder)
 
 
 def test_run_time_bridges_stand_beside_uneven_widths(kit: Any, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from interlace.errors import ConfigError, unknown_name
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
+    from interlace.records import Plan
+
 NONE, FOLD, REFIT = "none", "fold", "refit"
 # Name -> what it is, in the words that records and cards use.
 FOLDED = {
@@ -54,6 +56,23 @@ def has_bridges(bridges: str | Mapping[str, str], but: Collection[str] = ()) -> 
     return any(name != NONE and name not in but for name in names)
 
 
+def of_use(bridges: str | Mapping[str, str], plan: Plan) -> str | dict[str, str]:
+    """Leave out the bridges that have nothing to stand in for in the towers of a plan.
+
+    Args:
+        bridges: a name for all towers, or tower name -> name.
+        plan: the plan, which need not cut every tower.
+    """
+
+    def serves(tower: str, bridge: str) -> bool:
+        own = plan.towers.get(tower)
+        return own is not None and bool(own.drop or (bridge in WITHIN_LAYERS and own.losing()))
+
+    if isinstance(bridges, str):
+        return bridges if any(serves(tower, bridges) for tower in plan.towers) else NONE
+    return {tower: name for tower, name in bridges.items() if serves(tower, name)} or NONE
+
+
 def bridges_by_tower(
     bridges: str | Mapping[str, str],
     shortened: Iterable[str],
@@ -74,6 +93,12 @@ def bridges_by_tower(
     check_bridges(bridges)
     shortened, changed, towers = list(shortened), list(changed), list(towers)
     if isinstance(bridges, str):
+        if has_bridges(bridges, but=WITHIN_LAYERS) and changed and not shortened:
+            raise ConfigError(
+                f"The bridge '{bridges}' stands in for removed layers, and this plan removes none. "
+                f"Take one of {', '.join(WITHIN_LAYERS)}, which also repair narrower layers, or "
+                f"'{NONE}'."
+            )
         pruned = changed if bridges in WITHIN_LAYERS else shortened
         return {} if bridges == NONE else dict.fromkeys(pruned, bridges)
     for tower in bridges:

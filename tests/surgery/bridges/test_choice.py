@@ -46,6 +46,7 @@ def data(vlm: VLM) -> Any:
         ({"bridges": "fold", "data": "SHORT"}, DataError, "3 samples .* at least 4"),
         ({"bridges": "fold", "data": "NAN"}, DataError, "NaN or infinite activations"),
         ({"bridges": "fold", "data": "ODD"}, DataError, r"batch 1 .*\(with input_id\)"),
+        ({"bridges": "lowrank", "narrow": True}, ConfigError, "this plan removes none"),
         ({"data": "DATA"}, ConfigError, "bridges='none' asks for none"),
         ({"bridges": {"text": "none"}, "data": "DATA"}, ConfigError, "asks for none"),
     ],
@@ -58,6 +59,8 @@ def test_what_cannot_be_done_is_refused_in_words_and_changes_nothing(
     made["ODD"] = [data[0], {"input_id": data[0]["input_ids"]}]
     given = dict(settings)
     plan = PLAN
+    if given.pop("narrow", False):
+        plan = Plan({"text": TowerPlan(5, cut={"mlp": {2: (0, 1)}})}, standard=False)
     if given.get("data") == "NAN":
         plan = Plan({"vision": TowerPlan(3, drop=(1,))})
     if isinstance(given.get("data"), str):
