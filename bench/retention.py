@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from cells import Cells, read
 from methods import ABLATION, COMPARED, METHODS, Case, Shared, Sizes
 from methods.case import counts_of
-from methods.rules import OTHERS, OURS, PUBLISHED
+from methods.rules import OTHERS, OURS, OURS_SPLIT, PUBLISHED
 from retention_chart import plot
 from retention_report import table
 from subjects import SUBJECTS, measure, open_subject, test_samples, train_samples
@@ -84,7 +84,7 @@ PRESETS = {
     "full": Preset(tuple(COMPARED), (0.10, 0.15, 0.20, 0.25, 0.334, 0.50), (0, 1, 2), FULL),
     "ablation": Preset(ABLATION, (0.25, 0.50), (0, 1, 2), FULL, against=OURS),
     "parameters": Preset(
-        ("ours_total", OURS, "width", "magnitude"), (0.30, 0.40, 0.50), (0, 1, 2), FULL, exact=True
+        (OURS_SPLIT, OURS, "width", "magnitude"), (0.30, 0.40, 0.50), (0, 1, 2), FULL, exact=True
     ),
     # the published budget: one percent of the training samples, one epoch; more samples to fit on
     # and more steps than in `full`

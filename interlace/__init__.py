@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from interlace.models import open_model
     from interlace.nn import FuseReport, fuse, unfuse
     from interlace.pipeline import run
-    from interlace.plan import make_plan
+    from interlace.plan import make_plan, split_plan
     from interlace.progressive import ProgressiveResult, progressive
     from interlace.progressive.loss import layer_loss
     from interlace.records import (
@@ -73,6 +73,7 @@ __all__ = [
     "run",
     "samples",
     "score",
+    "split_plan",
     "unfuse",
 ]
 
@@ -84,6 +85,7 @@ _HOMES = {
     "layer_loss": "interlace.progressive.loss",
     "Scores": "interlace.records",
     "make_plan": "interlace.plan",
+    "split_plan": "interlace.plan",
     "Plan": "interlace.records",
     "prune": "interlace.surgery",
     "PruneRecord": "interlace.records",

@@ -8,7 +8,8 @@ from interlace.data.samples import scenes_split
 from interlace.errors import ConfigError, unknown_name
 from interlace.evaluate.selection import checked_names
 from interlace.plan.rules import find_rule
-from interlace.plan.widths import check_width_metrics
+from interlace.plan.split import check_settings
+from interlace.plan.widths import check_width_settings
 from interlace.progressive.verb import check_depth_only
 from interlace.scores.metrics import metric_classes
 from interlace.surgery.bridges.names import WITHIN_LAYERS, check_bridges, has_bridges
@@ -27,7 +28,8 @@ def check_names(settings: Recipe) -> None:
     metric_classes(settings.score.metrics)
     find_rule(settings.plan.rule)
     if settings.progressive is None:
-        check_width_metrics(settings.plan, settings.score.metrics)
+        check_settings(settings.plan)
+        check_width_settings(settings.plan, settings.score.metrics)
     else:
         check_depth_only(settings.plan, settings.progressive.stages)
     _check_metrics(settings)
@@ -46,10 +48,10 @@ def _check_cut(settings: Recipe) -> None:
     drops = settings.plan.drop_fraction is not None or settings.plan.num_drop is not None
     if has_bridges(bridges, but=WITHIN_LAYERS) and not drops:
         raise ConfigError(
-            f"The recipe asks for bridges ({bridges!r}), but [plan] cuts within layers alone "
-            "and drops no layer that a bridge could stand in for. Add drop_fraction or num_drop "
-            f"to [plan], take one of {', '.join(WITHIN_LAYERS)}, which also repair narrower "
-            "layers, or leave bridges out of [prune]."
+            f"The recipe asks for bridges ({bridges!r}), but [plan] names no layers to drop that "
+            "a bridge could stand in for. Add drop_fraction or num_drop to [plan], take one of "
+            f"{', '.join(WITHIN_LAYERS)}, which also repair narrower layers, or leave bridges out "
+            "of [prune]."
         )
 
 
@@ -81,7 +83,7 @@ def check_towers(settings: Recipe, vlm: VLM) -> None:
     scored = settings.score.towers or tuple(vlm.towers)
     plan = settings.plan
     within = (plan.heads, plan.ffn, plan.attention_parts, plan.ffn_parts)
-    given = (plan.drop_fraction, plan.num_drop, *within)
+    given = (plan.drop_fraction, plan.num_drop, plan.parameters, *within)
     amounts = [each for each in given if isinstance(each, dict)]
     planned = [*(plan.towers or ()), *(name for each in amounts for name in each)]
     for name in (*scored, *planned):

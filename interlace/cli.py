@@ -7,6 +7,7 @@ one line what came of it. Errors of the package end with exit code 2 and no trac
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -103,18 +104,21 @@ def score(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure how redundant every layer is; by similarity in one forward pass per sample."""
+    from interlace.config import ScoreSettings
     from interlace.scores import score as run_score
+    from interlace.scores.metrics import metric_classes
 
     check_outputs(output, heatmap, overwrite)
-    vlm = open_vlm(model, dtype, device, trust_remote_code)
-    scores = run_score(
-        vlm,
-        read_samples(vlm, data, root, split, count, seed, max_bad_fraction),
+    settings = ScoreSettings(
         metrics=split_names(metrics) or (),
         packs="all" if packs.strip() == "all" else whole_numbers(packs, "--packs", "all"),
         towers=split_names(tower),
         batch_size=batch_size,
     )
+    metric_classes(settings.metrics)
+    vlm = open_vlm(model, dtype, device, trust_remote_code)
+    samples = read_samples(vlm, data, root, split, count, seed, max_bad_fraction)
+    scores = run_score(vlm, samples, **vars(settings))
     save_record(scores, output)
     if heatmap is not None:
         from interlace.report.plots import similarity_map
@@ -161,7 +165,7 @@ def plan(
     Needs no GPU and no model.
     """
     from interlace.config import PlanSettings
-    from interlace.plan import make_plan
+    from interlace.plan.planner import arguments_of, make_plan
     from interlace.records import Scores
 
     check_outputs(output, picture, overwrite)
@@ -183,7 +187,7 @@ def plan(
         ffn_parts=shares(ffn_parts, "--ffn-parts"),
         width_metrics=judges(width_metrics),
     )
-    made = make_plan(Scores.load(scores), **vars(settings))
+    made = make_plan(Scores.load(scores), **arguments_of(settings))
     say(str(made))
     save_record(made, output)
     if picture is not None:
@@ -201,7 +205,8 @@ def evaluate(
     model: Model,
     output: Annotated[Path | None, output_option("Where to write the measurements.")] = None,
     task: Annotated[
-        str, typer.Option(help="Comma separated: fidelity, vqa, caption, retrieval, speed.")
+        str,
+        typer.Option(help="Comma separated: fidelity, perplexity, vqa, caption, retrieval, speed."),
     ] = "vqa",
     baseline: Annotated[
         str | None, typer.Option(help="The dense model; adds retention. fidelity needs it.")
@@ -304,6 +309,8 @@ def main() -> None:
     # the libraries below are chatty at this level about things nobody asked for
     for name in ("httpx", "accelerate", "datasets", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # as on Ctrl-C, what is half written goes; exit codes are those of a shell
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app()
     except InterlaceError as error:

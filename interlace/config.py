@@ -112,8 +112,11 @@ class PlanSettings(Settings):
 
     Attributes:
         drop_fraction: share of the layers to drop, 0..1, or one per tower. Default: 0.25, unless
-            `num_drop`, `heads`, `ffn`, `attention_parts` or `ffn_parts` is given.
+            another amount is given.
         num_drop: number of layers to drop, or one per tower, instead of a fraction.
+        parameters: share of the parameters of the layers to take out, or one per tower, as layers,
+            heads and neurons together (`interlace.split_plan`), instead of both; for the rule
+            "compensated".
         rule: name of the rule that chooses the layers.
         protect: layers never to drop, or a table of them per tower, or "auto": those that the
             scores recorded as pinned, or "alignment": these and the layers that carry the alignment
@@ -137,6 +140,7 @@ class PlanSettings(Settings):
 
     drop_fraction: float | dict[str, float] | None = None
     num_drop: int | dict[str, int] | None = None
+    parameters: float | dict[str, float] | None = None
     rule: str = "interlace"
     protect: (
         Literal["auto", "alignment"]
@@ -160,7 +164,7 @@ class PlanSettings(Settings):
         if self.drop_fraction is not None and self.num_drop is not None:
             raise ConfigError("Give either drop_fraction or num_drop in PlanSettings, not both.")
         shares = (self.heads, self.ffn, self.attention_parts, self.ffn_parts)
-        asked = (self.drop_fraction, self.num_drop, *shares)
+        asked = (self.drop_fraction, self.num_drop, self.parameters, *shares)
         if all(each is None for each in asked):
             object.__setattr__(self, "drop_fraction", DEFAULT_DROP_FRACTION)
         fractions, counts = self.drop_fraction, self.num_drop

@@ -25,8 +25,8 @@ from interlace.evaluate.selection import check_models
 from interlace.export import export
 from interlace.heal import heal
 from interlace.models import VLM, open_model
-from interlace.plan import make_plan
 from interlace.plan.rules import USE_LOSS
+from interlace.plan.split import plan_by
 from interlace.progressive import progressive
 from interlace.progressive.guard import check_guard, held_out_scenes
 from interlace.progressive.loss import recipe_loss
@@ -211,7 +211,7 @@ def run(
 
     def choose() -> Plan:
         loss = recipe_loss(settings, vlm, calibration)
-        return make_plan(scores, loss=loss, **vars(settings.plan))
+        return plan_by(settings.plan, scores, loss)
 
     plan = stages.record("plan", Plan, plan_key, choose)
     student = prune(

@@ -164,6 +164,8 @@ def test_progressive_says_where_a_stage_was_rolled_back(interlace, tmp_path: Pat
         (("eval", "bundled:clip", "--task", "retrieval", "--split", "tset"), "split of scenes"),
         (("prune", "MODEL", "PLAN", "-o", "OUT", "--bridges", "fodl"), "Did you mean 'fold'"),
         (("heal", "MODEL", "PLAN", "-o", "OUT", "--bridges", "text=fodl"), "Did you mean 'fold'"),
+        (("prune", "MODEL", "PLAN", "-o", "OUT", "--bridges", "text=fold,text=none"), "once"),
+        (("plan", "SCORES", "-o", "OUT", "--protect", ","), "or whole numbers"),
     ],
 )
 def test_bad_input_ends_with_code_2_and_says_why(
@@ -186,6 +188,9 @@ def test_bad_input_ends_with_code_2_and_says_why(
         (("score", "MODEL", "-o", "NEW", "--heatmap", "FILE"), "exists already"),
         (("score", "MODEL", "-o", "NEW", "--heatmap", "NEW.bmp"), "figure format 'bmp'"),
         (("score", "MODEL", "-o", "NEW.png", "--heatmap", "NEW.png"), "Name two"),
+        (("score", "MODEL", "-o", "NEW", "--packs", "1,x"), "whole numbers"),
+        (("score", "MODEL", "-o", "NEW", "--packs", ","), "whole numbers"),
+        (("score", "MODEL", "-o", "NEW", "--metrics", "similarty"), "Did you mean 'similarity'"),
         (("plan", "FILE", "-o", "NEW", "--picture", "FILE/p.png"), "Cannot create"),
         (("prune", "MODEL", "FILE", "-o", "FILE/student"), "Cannot create"),
         (("heal", "MODEL", "FILE", "-o", "FILE/student"), "Cannot create"),
@@ -196,7 +201,7 @@ def test_bad_input_ends_with_code_2_and_says_why(
         (("run", "RECIPE", "-o", "FILE/run"), "Cannot create"),
     ],
 )
-def test_outputs_are_refused_before_a_model_is_opened(
+def test_arguments_are_refused_before_a_model_is_opened(
     interlace,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

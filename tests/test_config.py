@@ -96,6 +96,7 @@ MODEL = {"path": "m"}
             r"learning_rate: expected float, got 'fast'",
         ),
         ({"model": MODEL, "heal": {"learning_rate": float("nan")}}, "above 0"),
+        ({"model": MODEL, "heal": {"epochs": float("inf")}}, "at least 0, and finite, got inf"),
         ({"model": MODEL, "heal": {"batch_size": 0}}, "at least 1"),
         ({"model": MODEL, "heal": {"batch_size": 1.5}}, "expected int, got 1.5"),
         ({"model": MODEL, "heal": {"batch_size": True}}, "expected int, got True"),

@@ -128,6 +128,26 @@ def test_a_recipe_takes_parts_out_by_the_loss(tmp_path: Path) -> None:
     )
 
 
+def test_a_recipe_takes_out_a_share_of_the_parameters(tmp_path: Path) -> None:
+    text = "[export]\nverify = false\n" + RECIPE.replace('["fidelity", "vqa"]', '["fidelity"]')
+    text = text.replace("max_steps = 2", "max_steps = 0")
+    text = text.replace("drop_fraction = 0.25", "parameters = 0.3\nrule = 'compensated'")
+    text += '[prune]\nbridges = "refit"\n'
+    with pytest.raises(ConfigError, match="Add 'head_norm' to metrics"):
+        il.run(_recipe(tmp_path, text), tmp_path / "out")
+    metrics = 'metrics = ["similarity", "head_norm", "ffn_norm"]'
+    text = text.replace("[score]", f"[score]\n{metrics}")
+    with pytest.raises(ConfigError, match="drop whole layers only"):
+        il.run(_recipe(tmp_path, text + "[progressive]\n"), tmp_path / "out")
+    made = il.run(_recipe(tmp_path, text), tmp_path / "out")
+    student, whole = il.open_model(made.folder), il.open_model("bundled:qwen3-vl")
+    layers = sum(p.numel() for p in whole.towers["text"].layers.parameters())
+    gone = whole.num_parameters() - student.num_parameters()
+    assert gone == pytest.approx(0.3 * layers, rel=0.05)
+    assert made.plan["text"].cut
+    assert made.plan.settings["split"]["text"]["chosen"]
+
+
 def test_the_student_is_measured_fused_and_exported_as_it_was(tmp_path: Path) -> None:
     text = "[export]\nverify = false\n" + RECIPE.replace("max_steps = 2", "max_steps = 0")
     plain = il.run(_recipe(tmp_path, text), tmp_path / "plain")
@@ -181,7 +201,7 @@ def test_unknown_recipe_key_is_refused_before_anything_is_made(tmp_path: Path) -
         (
             "[plan]\ndrop_fraction = 0.25",
             "metrics = ['ffn_norm']\n[plan]\nffn = 0.25\n[prune]\nbridges = 'scale'",
-            "no layer that a bridge could stand in for",
+            "names no layers to drop that",
         ),
     ],
 )

@@ -7,7 +7,7 @@ steps.
 
 from __future__ import annotations
 
-from methods import ablation, blocks, distil, ours, rules, sparse, total, width
+from methods import ablation, blocks, distil, ours, rules, sparse, width
 from methods.case import Case, Made, Method, Shared, Sizes
 
 __all__ = ["ABLATION", "COMPARED", "METHODS", "Case", "Made", "Method", "Shared", "Sizes"]
@@ -22,4 +22,4 @@ COMPARED: dict[str, Method] = {
     **sparse.METHODS,
 }
 ABLATION = (rules.OURS, *ablation.METHODS)
-METHODS = COMPARED | ablation.METHODS | total.METHODS
+METHODS = COMPARED | ablation.METHODS

@@ -174,21 +174,25 @@ class Case:
         """Return tower -> layers that go, int(L * fraction) as published."""
         return counts_of(self.shared.subject, self.vlm, self.fraction)
 
-    def parameters(self, tower: str) -> int:
-        """Return how many parameters of the layers of a tower are to go.
+    def share(self, tower: str) -> float:
+        """Return the share of the parameters of a tower's layers that is to go.
 
         Raises:
             PlanError: none are.
         """
-        layers = self.vlm.towers[tower].layers
-        total = sum(parameter.numel() for parameter in layers.parameters())
-        share = self.fraction if self.exact else self.counts()[tower] / len(layers)
+        number = len(self.vlm.towers[tower].layers)
+        share = self.fraction if self.exact else self.counts()[tower] / number
         if not share:
             raise PlanError(
-                f"{self.fraction:g} of the {len(layers)} layers of the {tower} tower is less than "
-                "one layer. Take out a larger share."
+                f"{self.fraction:g} of the {number} layers of the {tower} tower is less than one "
+                "layer. Take out a larger share."
             )
-        return int(total * share)
+        return share
+
+    def parameters(self, tower: str) -> int:
+        """Return how many parameters of the layers of a tower are to go; raises as `share`."""
+        total = sum(each.numel() for each in self.vlm.towers[tower].layers.parameters())
+        return int(total * self.share(tower))
 
 
 def counts_of(subject: Subject, vlm: Any, fraction: float) -> dict[str, int]:

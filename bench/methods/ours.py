@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import interlace as il
 from interlace._recommended import RECOMMENDED_HEAL, RECOMMENDED_PRUNE
 from methods.case import Case, Made, Method, heal
-from methods.rules import OURS, OURS_PARTS, cut, plan_by
-
-if TYPE_CHECKING:
-    import interlace as il
+from methods.rules import OURS, OURS_PARTS, OURS_SPLIT, cut, plan_by
 
 REPAIR = str(RECOMMENDED_PRUNE.bridges)
 
@@ -35,7 +33,21 @@ def compensated_parts(case: Case) -> Made:
     return Made(student, "; ".join(f"{name} {layers}" for name, layers in parts.items()))
 
 
+def compensated_split(case: Case) -> Made:
+    """Do so with layers, heads and neurons together, of as many parameters."""
+    shared = case.shared
+    plan = il.split_plan(
+        shared.scored("similarity", "head_norm", "ffn_norm"),
+        parameters={tower: case.share(tower) for tower in case.counts()},
+        loss=shared.repaired_loss,
+        seed=shared.seed,
+    )
+    notes = (f"{tower}: {each['chosen']}" for tower, each in plan.settings["split"].items())
+    return Made(cut(case, plan, REPAIR), "; ".join(notes))
+
+
 METHODS = {
     OURS: Method(compensated, match_states, together=OURS),
     OURS_PARTS: Method(compensated_parts, match_states, timed="parts"),
+    OURS_SPLIT: Method(compensated_split, match_states, timed="split", together=OURS),
 }

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import interlace as il
+from interlace.plan.rules import USE_LOSS
 from interlace.surgery.bridges.names import has_bridges
 from methods.case import BATCH_SIZE, Case, Made, Method
 
@@ -14,8 +15,8 @@ PUBLISHED = ("interlace", "interlace_oa", "interlace_tn", "random", "consecutive
 OTHERS = ("triplet_optimal", "shortgpt", "uidl", "last", "uniform", "sleb")
 
 
-# the rule of the package's own method, and that of parts instead of layers
-OURS, OURS_PARTS = "compensated", "compensated_parts"
+# the rules of the package's own methods, of parts instead of layers, and of widths beside them
+OURS, OURS_PARTS, OURS_SPLIT = "compensated", "compensated_parts", "compensated_split"
 
 
 def plan_by(
@@ -37,8 +38,9 @@ def plan_by(
         "protect": "auto",
         "seed": shared.seed,
         "towers": shared.subject.towers,
-        "loss": shared.repaired_loss if rule in (OURS, OURS_PARTS) else shared.loss,
     }
+    if rule in USE_LOSS:
+        usual["loss"] = shared.repaired_loss if rule in (OURS, OURS_PARTS) else shared.loss
     return il.make_plan(shared.scored(*metrics), rule=rule, **(usual | options))
 
 

@@ -11,25 +11,38 @@ from typing import TYPE_CHECKING, Any
 from interlace.errors import ConfigError, PlanError, unknown_name
 from interlace.plan.parts import add_parts
 from interlace.plan.protection import protected_layers, repair, resolve
-from interlace.plan.rules import USE_WEIGHTS, Problem, find_rule
+from interlace.plan.rules import USE_LOSS, USE_WEIGHTS, Problem, find_rule
 from interlace.plan.weights import weighted
-from interlace.plan.widths import add_cuts, add_grafts
+from interlace.plan.widths import add_cuts, add_grafts, check_widths
 from interlace.records import Plan, Provenance, Scores, TowerPlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from interlace.config import PlanSettings
     from interlace.plan.protection import Protect
     from interlace.plan.rules import Choice, Loss
     from interlace.plan.widths import Fraction, Spread
 
 # A tower of one layer has no neighbour to train and nothing left to compare.
 MIN_LAYERS_LEFT = 2
+_GROUPS = ("all", "text", "vision", "balanced")
 
 
-def _tower_names(
+def tower_names(
     scores: Scores, towers: Sequence[str] | str | None, amounts: Mapping[str, Any] | None
 ) -> list[str]:
+    """Return the towers to plan.
+
+    Args:
+        scores: with all towers that were scored.
+        towers: as of `make_plan`.
+        amounts: what is given per tower, if anything is.
+
+    Raises:
+        ConfigError: no towers, or the two differ.
+        PlanError: a tower was not scored.
+    """
     if not (towers is None or isinstance(towers, (str, list, tuple))):
         raise ConfigError(
             f"towers={towers!r} cannot be used. Give a tower's name, or a list of them."
@@ -134,6 +147,11 @@ def _tower_plan(problem: Problem, choice: Choice) -> TowerPlan:
     )
 
 
+def arguments_of(settings: PlanSettings) -> dict[str, Any]:
+    """Return settings as arguments of `make_plan`; it has no word for a share of the parameters."""
+    return {name: value for name, value in vars(settings).items() if name != "parameters"}
+
+
 def make_plan(
     scores: Scores,
     *,
@@ -180,9 +198,9 @@ def make_plan(
         towers: towers to plan. Default: those of the dict given, else the text tower where there
             is one, else all that were scored.
         loss: callback (tower, dropped layers in selection order) -> loss of the model without
-            them; for the rules `sleb` and `compensated`. `compensated_parts` calls it with a third
-            argument, parts: place in a layer -> layers that lose it. `interlace.layer_loss` makes
-            one.
+            them; for the rules `sleb`, `compensated` and `compensated_parts`. The last calls it
+            with a third argument, parts: place in a layer -> layers that lose it.
+            `interlace.layer_loss` makes one.
         group: token group of the similarity: "all" (published), "text", "vision", or "balanced",
             where image and text tokens have equal mass.
         heads: share of the query heads of every kept layer to cut, 0..1, or a dict per tower. They
@@ -224,23 +242,38 @@ def make_plan(
             "Give either drop_fraction (such as 0.25) or num_drop (such as 9), and not both; got "
             f"drop_fraction={drop_fraction!r} and num_drop={num_drop!r}."
         )
+    check_widths(
+        heads=heads,
+        ffn=ffn,
+        spread=spread,
+        metrics=width_metrics or {},
+        graft=graft,
+        drops=drop_fraction is not None or num_drop is not None,
+    )
     if weights is not None and rule not in USE_WEIGHTS:
         raise PlanError(
             f"The rule '{rule}' does not choose by scores of layers, so weights mean nothing to "
             f"it. Leave weights out, or use one of {', '.join(sorted(USE_WEIGHTS))}."
         )
+    if group not in _GROUPS:
+        raise ConfigError(unknown_name("token group", group, _GROUPS))
+    if loss is not None and rule not in USE_LOSS:
+        raise ConfigError(
+            f"The rule '{rule}' asks for no loss. Leave loss out, or use one of "
+            f"{', '.join(sorted(USE_LOSS))}."
+        )
     amounts = drop_fraction if num_drop is None else num_drop
     if amounts is None and towers is None and isinstance(shares[0], Mapping):
         towers = list(dict.fromkeys(name for share in shares for name in _towers_of(share)))
-    names = _tower_names(scores, towers, amounts if isinstance(amounts, Mapping) else None)
+    names = tower_names(scores, towers, amounts if isinstance(amounts, Mapping) else None)
     guards = resolve(protect, scores)
     planned: dict[str, TowerPlan] = {}
     for name in names:
         tower = scores[name]
+        protected, guarded = protected_layers(guards, scores, name)
         if amounts is None:
             planned[name] = TowerPlan(tower.num_layers)
             continue
-        protected, guarded = protected_layers(guards, scores, name)
         count = _how_many(drop_fraction, num_drop, name, tower.num_layers, protected)
         problem = Problem(
             tower=name,

@@ -40,16 +40,75 @@ _METRICS = {kind: (GATE_METRICS[kind], *scored) for kind, scored in _SCORED.item
 _RANDOM = "random"
 
 
-def check_width_metrics(settings: PlanSettings, scored: Sequence[str]) -> None:
-    """Refuse a plan of widths or parts whose value will not be scored, before any work is spent.
+def check_widths(
+    *,
+    heads: Fraction,
+    ffn: Fraction,
+    spread: str,
+    metrics: Mapping[str, str],
+    graft: float | None,
+    drops: bool,
+) -> None:
+    """Refuse options of widths that are not known, or that nothing would make use of.
+
+    Args:
+        heads: as of `make_plan`, like those that follow.
+        ffn: likewise.
+        spread: likewise.
+        metrics: its `width_metrics`.
+        graft: likewise.
+        drops: whether layers are dropped.
 
     Raises:
-        ConfigError: says what to score.
+        ConfigError: says which, and what to do.
     """
-    wanted = {
-        "heads": settings.heads is not None or settings.graft is not None,
-        "ffn": settings.ffn is not None,
-    }
+    if spread not in SPREADS:
+        raise ConfigError(unknown_name("spread", spread, SPREADS))
+    if spread != SPREADS[0] and heads is None and ffn is None:
+        raise ConfigError(
+            f"spread={spread!r} says how shares of heads and neurons are cut, but none are. Give "
+            "heads or ffn, or leave spread out."
+        )
+    if graft is not None and not drops:
+        raise ConfigError(
+            f"graft={graft!r} moves heads of dropped layers, but no layer is dropped. Give "
+            "drop_fraction or num_drop too, or leave graft out."
+        )
+    used = {"heads": heads is not None or graft is not None, "ffn": ffn is not None}
+    for kind, metric in metrics.items():
+        if kind not in _METRICS:
+            raise ConfigError(unknown_name("kind of width", kind, _METRICS))
+        if not used[kind]:
+            raise ConfigError(
+                f"width_metrics names what judges {kind}, but none are cut or moved. Give {kind}, "
+                "or leave it out."
+            )
+        if metric not in (*_METRICS[kind], _RANDOM):
+            raise ConfigError(unknown_name(f"metric of {kind}", metric, (*_METRICS[kind], _RANDOM)))
+
+
+def check_width_settings(settings: PlanSettings, scored: Sequence[str]) -> None:
+    """Refuse a recipe's plan of widths or parts that `make_plan` would refuse.
+
+    Args:
+        settings: of the plan.
+        scored: metrics that the recipe scores.
+
+    Raises:
+        ConfigError: says what to score, or as `check_widths`.
+    """
+    # a share of the parameters may go as either
+    heads = settings.parameters if settings.heads is None else settings.heads
+    ffn = settings.parameters if settings.ffn is None else settings.ffn
+    check_widths(
+        heads=heads,
+        ffn=ffn,
+        spread=settings.spread,
+        metrics=settings.width_metrics or {},
+        graft=settings.graft,
+        drops=settings.drop_fraction is not None or settings.num_drop is not None,
+    )
+    wanted = {"heads": heads is not None or settings.graft is not None, "ffn": ffn is not None}
     for kind, metrics in _SCORED.items():
         named = (settings.width_metrics or {}).get(kind)
         if wanted[kind] and named == GATE_METRICS[kind]:
@@ -96,21 +155,17 @@ def add_cuts(
         heads: share of the query heads of the kept layers, or one per tower; None for none.
         ffn: share of the neurons, likewise.
         spread: one of `SPREADS`.
-        metrics: "heads" or "ffn" -> metric, "random" for a draw; default: what was scored.
+        metrics: "heads" or "ffn" -> metric, "random" for a draw; default: what was scored. Both
+            checked by `check_widths`.
         seed: seed of the draw.
 
     Returns:
         Tower -> plan. A tower that drops no layers tunes all those that lose units.
 
     Raises:
-        ConfigError: a fraction, a spread or a metric that cannot be used.
+        ConfigError: a fraction that cannot be used.
         PlanError: nothing was scored, or the fraction is less than one bundle or all of them.
     """
-    if spread not in SPREADS:
-        raise ConfigError(unknown_name("spread", spread, SPREADS))
-    for kind in metrics:
-        if kind not in _METRICS:
-            raise ConfigError(unknown_name("kind of width", kind, _METRICS))
     made = dict(plans)
     for kind, given in (("heads", heads), ("ffn", ffn)):
         wanted = given if isinstance(given, Mapping) else dict.fromkeys(plans, given)
@@ -252,6 +307,11 @@ class _Chooser:
         count = int(num_bundles * fraction)
         what = f"bundles of {FFN_MULTIPLE} neurons" if self.kind == "ffn" else "KV groups"
         what = "query heads" if self.kind == "heads" and self.spread == "ragged" else what
+        if not num_bundles:
+            raise PlanError(
+                f"The layers of the tower '{self.tower}' have fewer than {FFN_MULTIPLE} neurons, "
+                "so none can be cut."
+            )
         if count == 0:
             raise PlanError(
                 f"{self.kind}={fraction:g} of the {num_bundles} {what} in {where} of the tower "
@@ -265,7 +325,9 @@ class _Chooser:
         values = self._values(name, site, layer)
         if self.kind == "ffn":
             order = sorted(range(len(values)), key=lambda unit: (values[unit], unit))
-            whole = [tuple(order[i : i + FFN_MULTIPLE]) for i in range(0, len(order), FFN_MULTIPLE)]
+            # what is left over are the most important ones, which stay
+            ends = range(FFN_MULTIPLE, len(order) + 1, FFN_MULTIPLE)
+            whole = [tuple(order[end - FFN_MULTIPLE : end]) for end in ends]
         elif self.spread == "ragged":
             whole = [(unit,) for unit in range(len(values))]
         else:

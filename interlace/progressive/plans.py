@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from interlace.errors import ConfigError
-from interlace.plan import make_plan
+from interlace.plan.planner import arguments_of, make_plan
 from interlace.plan.rules import USE_WEIGHTS
 from interlace.records import TowerPlan
 from interlace.surgery.cuts import original_depth, renumbered
@@ -29,7 +29,7 @@ def drop_counts(scores: Scores, vlm: VLM, settings: PlanSettings) -> dict[str, i
         PlanError: too many for a tower, or for what is not protected.
     """
     # any rule counts alike; this one has a plan wherever there are enough layers
-    arguments = {**vars(settings), "rule": "uniform", "weights": None}
+    arguments = {**arguments_of(settings), "rule": "uniform", "weights": None}
     towers = make_plan(scores, **{**arguments, "protect": ()}).towers
     arguments["protect"] = _at_positions(settings.protect, vlm, towers)
     plan = make_plan(scores, **arguments)
@@ -110,7 +110,7 @@ def plan_stage(
         scores = with_gates(scores, gates, student)
         weights = {**(weights or {"similarity": 1.0}), METRIC: weight}
     arguments = {
-        **vars(settings),
+        **arguments_of(settings),
         "drop_fraction": None,
         "num_drop": dict(counts),
         "towers": None,

@@ -219,7 +219,7 @@ def check_depth_only(settings: PlanSettings, stages: int) -> None:
             f"The rule '{settings.rule}' takes parts out of layers, but {stages} stages count what "
             f"is left to drop in whole layers. Take stages=1, or the rule '{COMPENSATED}'."
         )
-    for name in ("heads", "ffn", "graft", "attention_parts", "ffn_parts"):
+    for name in ("parameters", "heads", "ffn", "graft", "attention_parts", "ffn_parts"):
         if getattr(settings, name) is not None:
             raise ConfigError(
                 f"{name} is set in the plan, but the stages of a progressive run drop whole layers "

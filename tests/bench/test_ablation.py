@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from methods import METHODS, Sizes, ablation
 from methods.ablation import VARIANTS
-from methods.rules import OURS, OURS_PARTS, cut, plan_by
-from methods.total import splits
+from methods.rules import OURS, OURS_PARTS, OURS_SPLIT, cut, plan_by
 from retention import Bench
 
 if TYPE_CHECKING:
@@ -130,23 +129,9 @@ def test_stages_spend_the_samples_of_one_healing(
     assert {name: len(each) for name, each in made.student.record.dropped.items()} == case.counts()
 
 
-def test_every_split_comes_to_the_share(bench: Bench) -> None:
-    case = bench.case("clip", 0.4, 0)
-    found = splits(case, "text")
-    assert {split.drop for split in found} == {0, 1, 2, 3, 4}
-    assert len({split.shares.heads for split in found}) > 2
-    wanted = case.parameters("text")
-    assert wanted == int(0.4 * 12 * 87136)
-    # two bundles of neurons of every layer, or the better part of a head
-    assert all(
-        split.drop * 87136 + split.shares.gone == pytest.approx(wanted, abs=25_000)
-        for split in found
-    )
-
-
 def test_the_split_with_the_lowest_loss_is_made(bench: Bench) -> None:
     case = bench.case("clip", 0.4, 0)
-    made = METHODS["ours_total"].make(case)
+    made = METHODS[OURS_SPLIT].make(case)
     for name, tower in made.student.plan.towers.items():
         assert len(tower.drop) == 2
         assert tower.cut

@@ -8,14 +8,14 @@ import pytest
 import torch
 from methods import COMPARED, METHODS, Sizes
 from methods.blocks import Patch, _fold, fit_patch, fit_replacement, hadamard
-from methods.rules import OTHERS, OURS_PARTS, PUBLISHED
+from methods.rules import OTHERS, OURS_PARTS, OURS_SPLIT, PUBLISHED
 from methods.sparse import linears
-from methods.width import options
 from retention import Bench, nonzero
 from torch import nn
 
 import interlace as il
 from interlace.errors import PlanError
+from interlace.plan.split import widths_for
 from interlace.records import TowerPlan
 from interlace.surgery.bridges.observe import Seen
 
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from methods import Case
 
 SIZES = Sizes(calibration=8, heal_samples=8, heal_batch=4, held_out=8)
-# the rules are tested in tests/plan; one of them stands for all. Parts take a hundred trials, so
-# they are made by a loss that costs nothing: test_ablation.py
-BASELINES = [name for name in COMPARED if name not in (*PUBLISHED, *OTHERS, OURS_PARTS)]
+# the rules are tested in tests/plan; one of them stands for all. Parts and splits take many trials:
+# test_ablation.py
+DEAR = (OURS_PARTS, OURS_SPLIT)
+BASELINES = [name for name in COMPARED if name not in (*PUBLISHED, *OTHERS, *DEAR)]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_width_takes_as_many_parameters_and_keeps_all_layers(
     assert shape is not None
     wanted = sum(shape.towers["text"].layer_parameters) // 4
     assert case.parameters("text") == wanted
-    found = options(shape.towers["text"], wanted, range(12))
+    found = widths_for(shape.towers["text"], wanted, range(12))
     # 8 neurons of 12 layers: 96 in, 96 out and a bias each
     bundle = 12 * 8 * (96 + 96 + 1)
     assert all(abs(each.gone - wanted) <= bundle for each in found)

@@ -6,6 +6,7 @@ import pytest
 
 from interlace.errors import PlanError
 from interlace.plan import make_plan, rule_names
+from interlace.plan.rules import USE_LOSS
 from interlace.records import Scores
 
 
@@ -54,11 +55,10 @@ def test_last_and_uniform_need_no_tables():
 # `compensated_parts` takes parts: tests/plan/test_greedy_parts.py
 @pytest.mark.parametrize("rule", [each for each in rule_names() if each != "compensated_parts"])
 def test_every_rule_tunes_as_many_as_it_drops_and_respects_protection(rule, random_scores):
+    asked = {"loss": lambda _, dropped: sum(dropped)} if rule in USE_LOSS else {}
     for seed in range(10):
         scores = random_scores(16, seed, pinned={0: "first", 1: "second", 15: "last"})
-        plan = make_plan(
-            scores, drop_fraction=0.19, rule=rule, protect="auto", loss=lambda t, d: sum(d)
-        )["text"]
+        plan = make_plan(scores, drop_fraction=0.19, rule=rule, protect="auto", **asked)["text"]
         assert len(plan.drop) == len(plan.tune) == 3
         assert not {0, 1, 15} & set(plan.drop)
         assert set(plan.drop) <= set(plan.reasons)

@@ -11,7 +11,8 @@ from interlace.config import PlanSettings
 from interlace.errors import ConfigError, PlanError
 from interlace.plan import make_plan
 from interlace.plan.cost import plan_cost
-from interlace.plan.widths import check_width_metrics
+from interlace.plan.split import plan_by
+from interlace.plan.widths import check_width_settings
 from interlace.records import (
     ModelShape,
     Plan,
@@ -150,8 +151,8 @@ def test_a_plan_that_contradicts_itself_is_refused(settings: Any, words: str) ->
 
 def test_a_recipe_must_score_the_parts_that_it_takes_out() -> None:
     with pytest.raises(ConfigError, match="Add 'attention_relevance' to metrics"):
-        check_width_metrics(PlanSettings(attention_parts=0.25), ("similarity", "mlp_relevance"))
-    check_width_metrics(PlanSettings(ffn_parts=0.25), ("mlp_relevance",))
+        check_width_settings(PlanSettings(attention_parts=0.25), ("similarity", "mlp_relevance"))
+    check_width_settings(PlanSettings(ffn_parts=0.25), ("mlp_relevance",))
     settings = PlanSettings(ffn_parts=0.25)
     assert settings.drop_fraction is None
-    assert make_plan(scores(), **vars(settings))["text"].parts == {"mlp": (2,)}
+    assert plan_by(settings, scores(), None)["text"].parts == {"mlp": (2,)}

@@ -45,6 +45,8 @@ def scores(random_scores):
         ({"num_drop": 2, "protect": {"vision": [1]}}, PlanError, "tower in protect"),
         ({"num_drop": 3, "protect": range(10)}, PlanError, "10 are protected.*only 2 may go"),
         ({"num_drop": 2, "group": "vision"}, PlanError, "token group 'vision'"),
+        ({"num_drop": 2, "group": "vison", "rule": "last"}, ConfigError, "Did you mean 'vision'"),
+        ({"num_drop": 2, "loss": max, "rule": "last"}, ConfigError, "'last' asks for no loss"),
         ({"num_drop": 2, "weights": {"relevance": 1}}, PlanError, "metric 'relevance'"),
         ({"num_drop": 2, "weights": {"similarity": 0}}, ConfigError, "above 0"),
         ({"num_drop": 2, "weights": {}}, ConfigError, "above 0"),

@@ -11,7 +11,8 @@ from interlace.config import PlanSettings
 from interlace.errors import ConfigError, PlanError
 from interlace.plan import make_plan
 from interlace.plan.cost import plan_cost
-from interlace.plan.widths import add_grafts, check_width_metrics
+from interlace.plan.split import plan_by
+from interlace.plan.widths import add_grafts, check_width_settings
 from interlace.records import (
     ModelShape,
     Plan,
@@ -121,6 +122,20 @@ def test_cost_follows_the_widths() -> None:
         ({"heads": 0.5, "width_metrics": {"heads": "head_taylor"}}, PlanError, "head_taylor"),
         ({"heads": 0.5, "width_metrics": {"head": "random"}}, ConfigError, "Did you mean 'heads'"),
         ({"graft": 2.0, "num_drop": 1}, ConfigError, "at most 1"),
+        ({"graft": 0.5, "heads": 0.25}, ConfigError, "no layer is dropped"),
+        ({"num_drop": 1, "spread": "ragged"}, ConfigError, "Give heads or ffn, or leave spread"),
+        ({"num_drop": 1, "spread": "raged"}, ConfigError, "Did you mean 'ragged'"),
+        (
+            {"heads": 0.25, "width_metrics": {"ffn": "random"}},
+            ConfigError,
+            "judges ffn, but none are cut",
+        ),
+        (
+            {"heads": 0.25, "width_metrics": {"heads": "ffn_norm"}},
+            ConfigError,
+            "metric of heads 'ffn_norm'.*head_norm",
+        ),
+        ({"heads": 0.25, "protect": (0, 99)}, PlanError, "99"),
         ({}, ConfigError, "Give either drop_fraction"),
     ],
 )
@@ -138,6 +153,24 @@ def test_scores_without_importance_or_sizes_are_refused() -> None:
         make_plan(dataclasses.replace(given, towers={"text": bare}), heads=0.5)
     with pytest.raises(PlanError, match="do not know the sizes"):
         make_plan(dataclasses.replace(given, shape=None), heads=0.5)
+
+
+@pytest.mark.parametrize("spread", ["uniform", "global"])
+def test_neurons_beyond_whole_bundles_are_the_most_important_ones_and_stay(spread: str) -> None:
+    given = scores()
+    odd = tuple(tuple(float(unit) for unit in range(20)) for _ in range(LAYERS))
+    shape = given.shape
+    assert shape is not None
+    sites = {"mlp": SiteShape("ffn", ((20,),) * LAYERS, 48)}
+    tower = dataclasses.replace(shape.towers["text"], sites=sites)
+    measured = dataclasses.replace(given["text"], importance={"ffn_norm": {"mlp": odd}})
+    given = dataclasses.replace(
+        given,
+        towers={"text": measured},
+        shape=dataclasses.replace(shape, towers={"text": tower}),
+    )
+    cut = make_plan(given, ffn=0.5, spread=spread)["text"].cut["mlp"]
+    assert cut == dict.fromkeys(range(LAYERS), tuple(range(8)))
 
 
 def test_grafting_needs_a_tuned_neighbour() -> None:
@@ -161,9 +194,9 @@ def test_merging_averages_importance() -> None:
 def test_a_recipe_must_score_what_it_cuts() -> None:
     cut = PlanSettings(heads=0.25)
     with pytest.raises(ConfigError, match="Add 'head_norm' to metrics"):
-        check_width_metrics(cut, ("similarity", "ffn_norm"))
-    check_width_metrics(cut, ("head_taylor",))
-    check_width_metrics(PlanSettings(ffn=0.25, width_metrics={"ffn": "random"}), ("similarity",))
+        check_width_settings(cut, ("similarity", "ffn_norm"))
+    check_width_settings(cut, ("head_taylor",))
+    check_width_settings(PlanSettings(ffn=0.25, width_metrics={"ffn": "random"}), ("similarity",))
 
 
 def test_gates_are_judged_by_where_they_are_and_a_recipe_has_none_yet() -> None:
@@ -177,11 +210,11 @@ def test_gates_are_judged_by_where_they_are_and_a_recipe_has_none_yet() -> None:
     assert by_norm["text"].cut == make_plan(scores(), heads=0.25)["text"].cut
     learned = PlanSettings(heads=0.25, width_metrics={"heads": "head_gate"})
     with pytest.raises(ConfigError, match="'head_gate' is learned while healing"):
-        check_width_metrics(learned, ("head_norm",))
+        check_width_settings(learned, ("head_norm",))
 
 
 def test_a_recipe_that_narrows_drops_no_layers_by_default() -> None:
     assert PlanSettings(heads=0.25).drop_fraction is None
     assert PlanSettings().drop_fraction == 0.25
-    plan = make_plan(scores(), **vars(PlanSettings(heads=0.25)))
+    plan = plan_by(PlanSettings(heads=0.25), scores(), None)
     assert plan["text"].drop == ()

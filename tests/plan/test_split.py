@@ -1,0 +1,176 @@
+"""Shares of all parameters: which splits are tried, and which is taken."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from interlace.config import PlanSettings
+from interlace.errors import ConfigError, PlanError
+from interlace.plan import split_plan
+from interlace.plan.cost import plan_cost
+from interlace.plan.split import check_settings, plan_by, splits
+from interlace.records import ModelShape, Plan, Scores, SiteShape, TowerScores, TowerShape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+LAYERS, NEURONS, GROUPS = 10, 64, 4
+# of one layer: norms and so on, heads, neurons
+PER_GROUP, PER_NEURON, REST = 160, 48, 88
+LAYER = REST + GROUPS * PER_GROUP + NEURONS * PER_NEURON
+
+
+def scores() -> Scores:
+    """Importance grows with layer and unit."""
+    sites = {
+        "attn": SiteShape("heads", ((2,) * GROUPS,) * LAYERS, 64, 32),
+        "mlp": SiteShape("ffn", ((NEURONS,),) * LAYERS, PER_NEURON),
+    }
+    shape = TowerShape(16, 8, 4, 4, NEURONS, (LAYER,) * LAYERS, causal=True, sites=sites)
+    layers = range(LAYERS)
+    heads = tuple(tuple(float(i + unit) for unit in range(2 * GROUPS)) for i in layers)
+    neurons = tuple(tuple(float(i * unit) for unit in range(NEURONS)) for i in layers)
+    tower = TowerScores(
+        LAYERS,
+        similarity={"all": {1: tuple(0.9 - 0.01 * i for i in range(LAYERS - 1))}},
+        importance={"head_norm": {"attn": heads}, "ffn_norm": {"mlp": neurons}},
+        pinned={LAYERS - 1: "last"},
+    )
+    return Scores({"text": tower}, shape=ModelShape({"text": shape}, 100_000, 4))
+
+
+class Loss:
+    """A loss of whole plans that is made up, and notes what it was asked."""
+
+    def __init__(self, of: Callable[[Plan], float]) -> None:
+        self._of = of
+        self.asked: list[Plan] = []
+
+    def __call__(self, tower: str, dropped: Iterable[int]) -> float:
+        """Return the sum of the layers that are gone."""
+        return float(sum(dropped))
+
+    def of_plan(self, plan: Plan) -> float:
+        """Return the made-up loss."""
+        self.asked.append(plan)
+        return self._of(plan)
+
+
+def near(plan: Plan, drop: int) -> float:
+    """Be lowest where so many layers go and neurons only."""
+    own = plan["text"]
+    return abs(len(own.drop) - drop) + len(own.cut.get("attn", {}))
+
+
+def gone(plan: Plan) -> float:
+    change = plan_cost(plan, {"text": 10})
+    return (change.before.parameters - change.after.parameters) / (LAYERS * LAYER)
+
+
+def test_every_split_comes_to_the_share() -> None:
+    shape = scores().shape
+    assert shape is not None
+    wanted = int(0.4 * LAYERS * LAYER)
+    found = splits(shape.towers["text"], wanted, 8)
+    assert {split.drop for split in found} == {0, 1, 2, 3, 4}
+    assert len({split.widths.heads for split in found}) > 1
+    bundle = 8 * PER_NEURON * LAYERS
+    for split in found:
+        assert split.drop * LAYER + split.widths.gone == pytest.approx(wanted, abs=bundle)
+    # no more layers than may go
+    assert max(split.drop for split in splits(shape.towers["text"], wanted, 2)) == 2
+
+
+@pytest.mark.parametrize("drop", [0, 2, 4])
+def test_the_split_with_the_lowest_loss_is_taken(drop: int) -> None:
+    loss = Loss(lambda plan: near(plan, drop))
+    plan = split_plan(scores(), parameters=0.4, loss=loss)
+    own = plan["text"]
+    # the rule tries the four layers most alike; the loss is lowest without the first of them
+    assert own.drop == tuple(range(1, drop + 1))
+    assert gone(plan) == pytest.approx(0.4, abs=0.05)
+    # where layers alone make up the share, their neighbours train
+    assert set(own.tune) == set(own.kept if own.cut else (0, 5, 6, 7))
+    assert plan.rule == "compensated"
+    assert not plan.standard
+    assert plan.settings["parameters"] == {"text": 0.4}
+    noted = plan.settings["split"]["text"]
+    assert noted["chosen"].startswith(f"{drop} layers")
+    assert noted["loss"] == 0
+    assert len(noted["tried"]) == len(loss.asked)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_of_the_best_split_widths_are_also_spread_over_all_layers() -> None:
+    def even(plan: Plan) -> bool:
+        return len({len(units) for units in plan["text"].cut.get("mlp", {}).values()}) < 2
+
+    loss = Loss(lambda plan: near(plan, 2) + 0.5 * even(plan))
+    plan = split_plan(scores(), parameters=0.4, loss=loss)
+    assert not even(plan)
+    assert "global" in plan.settings["split"]["text"]["chosen"]
+    # what plain transformers are to load is spread evenly
+    plan = split_plan(scores(), parameters=0.4, loss=loss, standard=True)
+    assert even(plan)
+    assert plan.standard
+
+
+def test_what_a_config_cannot_state_is_no_candidate_for_a_standard_checkpoint() -> None:
+    def of(plan: Plan) -> float:
+        if "attn" in plan["text"].cut or not plan["text"].drop:
+            raise PlanError("cannot state it")
+        return 1.0
+
+    plan = split_plan(scores(), parameters=0.4, loss=Loss(of), standard=True)
+    assert plan["text"].drop
+    with pytest.raises(PlanError, match="cannot state it"):
+        split_plan(scores(), parameters=0.4, loss=Loss(of))
+
+    def none(plan: Plan) -> float:
+        raise PlanError("cannot state it")
+
+    with pytest.raises(PlanError, match=r"leaves a standard checkpoint.*cannot state it"):
+        split_plan(scores(), parameters=0.4, loss=Loss(none), standard=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"parameters": 1.0}, ConfigError, "above 0 and below 1, got 1.0"),
+        ({"parameters": True}, ConfigError, "got True"),
+        ({"parameters": {"txt": 0.4}}, PlanError, "Did you mean 'text'"),
+        ({"loss": lambda *_: 0.0}, ConfigError, "Give interlace.layer_loss"),
+        ({"loss": Loss(lambda _: math.nan)}, PlanError, "no split leaves a finite loss"),
+        ({"group": "txt"}, ConfigError, "Did you mean 'text'"),
+        ({"width_metrics": {"ffn": "head_norm"}}, ConfigError, "metric of ffn"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_in_words(
+    arguments: Any, error: type[Exception], words: str
+) -> None:
+    given = {"parameters": 0.4, "loss": Loss(lambda plan: near(plan, 2))}
+    with pytest.raises(error, match=words):
+        split_plan(scores(), **{**given, **arguments})
+
+
+def test_sizes_must_be_known() -> None:
+    bare = Scores({"text": scores()["text"]})
+    with pytest.raises(PlanError, match="do not know the sizes"):
+        split_plan(bare, parameters=0.4, loss=Loss(lambda _: 0.0))
+
+
+def test_settings_say_which_of_the_two_plans() -> None:
+    loss = Loss(lambda plan: near(plan, 2))
+    settings = PlanSettings(parameters=0.4, rule="compensated")
+    assert settings.drop_fraction is None
+    check_settings(settings)
+    assert plan_by(settings, scores(), loss) == split_plan(scores(), parameters=0.4, loss=loss)
+    layers = plan_by(PlanSettings(num_drop=2, rule="compensated"), scores(), loss)
+    assert layers["text"].cut == {}
+    with pytest.raises(ConfigError, match="ffn, spread how much of something"):
+        check_settings(settings.replace(ffn=0.2, spread="global"))
+    with pytest.raises(ConfigError, match="Take rule='compensated', not 'interlace'"):
+        check_settings(PlanSettings(parameters=0.4))
