@@ -28,6 +28,7 @@ _OTHERS = "#BBBBBB"
 _LINES = {
     "compensated": ("compensated, ours", "#D55E00", "o"),
     "compensated_parts": ("compensated_parts, ours", "#882255", "p"),
+    "compensated_split": ("compensated_split, ours", "#AA4499", "d"),
     "interlace": ("INTERLACE, as published", "#0072B2", "s"),
     "shortgpt": ("ShortGPT", "#56B4E9", "^"),
     "uidl": ("UIDL", "#CC79A7", "v"),
