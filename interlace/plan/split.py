@@ -122,7 +122,7 @@ def splits(shape: TowerShape, wanted: int, most: int) -> list[Split]:
         most: layers that may go at most.
 
     Raises:
-        PlanError: as `widths_for`.
+        PlanError: no split comes to so many; or as `widths_for`.
     """
     total, depth = sum(shape.layer_parameters), len(shape.layer_parameters)
     most = min(wanted * depth // total, most)
@@ -131,7 +131,25 @@ def splits(shape: TowerShape, wanted: int, most: int) -> list[Split]:
         # by the mean of a layer, since which go is not known yet; the layers are alike
         rest = widths_for(shape, wanted - number * total // depth, range(depth - number))
         found += [Split(number, each) for each in rest if number or each.gone]
-    return found
+    gone = {split: split.drop * total // depth + split.widths.gone for split in found}
+    # whole bundles come within half of one, unless there are too few to go
+    bundle = FFN_MULTIPLE * sum(
+        site.parameters(layer) // site.num_units(layer)
+        for site in shape.sites.values()
+        if site.kind == "ffn"
+        for layer in range(depth)
+    )
+    near = [split for split in found if abs(gone[split] - wanted) <= bundle / 2 + depth]
+    if not near:
+        least, share, highest = (
+            f"{100 * number / total:.3g} %"
+            for number in (bundle, wanted, max(gone.values(), default=0))
+        )
+        raise PlanError(
+            f"{share} of the parameters of the layers is out of reach: about {least} and at most "
+            f"{highest} can go, since every layer keeps heads and neurons, and protected ones stay."
+        )
+    return near
 
 
 def split_plan(
@@ -159,8 +177,9 @@ def split_plan(
             "ffn_norm").
         parameters: share of what the layers of a tower hold, above 0 and below 1, or one per tower.
             Embeddings are not counted.
-        loss: of `interlace.layer_loss(vlm, calibration)`, which judges whole plans. It is asked
-            some four times as often as by `compensated` alone.
+        loss: of `interlace.layer_loss(vlm, calibration)`, which judges whole plans. Beside what
+            `compensated` asks, it is asked once per split: at most five numbers of dropped layers
+            times the KV groups of a layer, and once more.
         towers: as of `make_plan`, like those that follow.
         protect: likewise.
         seed: likewise.

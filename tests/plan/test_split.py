@@ -141,6 +141,11 @@ def test_what_a_config_cannot_state_is_no_candidate_for_a_standard_checkpoint() 
     [
         ({"parameters": 1.0}, ConfigError, "above 0 and below 1, got 1.0"),
         ({"parameters": True}, ConfigError, "got True"),
+        (
+            {"parameters": 0.95, "protect": tuple(range(LAYERS))},
+            PlanError,
+            "95 % of the parameters of the layers is out of reach: .* at most 83.4 %",
+        ),
         ({"parameters": {"txt": 0.4}}, PlanError, "Did you mean 'text'"),
         ({"loss": lambda *_: 0.0}, ConfigError, "Give interlace.layer_loss"),
         ({"loss": Loss(lambda _: math.nan)}, PlanError, "no split leaves a finite loss"),
