@@ -64,7 +64,7 @@ class Budget:
 
 
 FULL = Budget(calibration=128, held_out=256, heal_samples=1536, speed_batch=16, speed_rounds=7)
-QUICK = Budget(calibration=32, held_out=64, heal_samples=128, speed_batch=8, speed_rounds=3)
+QUICK = Budget(calibration=16, held_out=32, heal_samples=64, speed_batch=8, speed_rounds=3)
 
 BATCH_SIZE = 32
 HEALING = HealSettings(batch_size=BATCH_SIZE, learning_rate=5e-4, warmup_fraction=0.1)

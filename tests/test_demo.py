@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from interlace.models import VLM
 
 
-# it heals four students: some 90 s on a quiet core
+# it chooses, heals and measures four students: some 90 s on a quiet core
 @pytest.mark.timeout(600)
 def test_quick_demo_prints_a_table_and_writes_a_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
