@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from interlace.errors import ConfigError, PlanError
+from interlace.errors import PlanError
 from interlace.plan.protection import protected_layers
+from interlace.plan.shares import check_share, shape_of
 from interlace.records import TowerPlan
 
 if TYPE_CHECKING:
@@ -57,13 +58,9 @@ def add_parts(
         for tower, share in shares.items():
             if share is None:
                 continue
-            number: Any = share
-            real = isinstance(number, (int, float)) and not isinstance(number, bool)
-            if not (real and 0.0 < number < 1.0):
-                raise ConfigError(
-                    f"{argument} must be a share above 0 and below 1, got {share!r}. 0.25 takes "
-                    "the part out of a quarter of the kept layers."
-                )
+            number = check_share(
+                argument, share, "0.25 takes the part out of a quarter of the kept layers."
+            )
             plan = made.get(tower) or TowerPlan(scores[tower].num_layers)
             protected, _ = protected_layers(guards, scores, tower)
             made[tower] = _without(plan, scores, tower, argument, number, protected)
@@ -117,13 +114,8 @@ def _without(
 
 def _place(scores: Scores, tower: str, kind: str) -> tuple[str, SiteShape]:
     """Return the one place of a kind in the layers of a tower."""
-    shape = scores.shape
-    if shape is None or tower not in shape.towers:
-        raise PlanError(
-            f"The scores do not know the sizes of the tower '{tower}', so no part of its layers "
-            "can be taken out. Score a real model with score()."
-        )
-    found = {name: site for name, site in shape.towers[tower].sites.items() if site.kind == kind}
+    sites = shape_of(scores, tower).sites
+    found = {name: site for name, site in sites.items() if site.kind == kind}
     if kind == "heads" and any(site.cross for site in found.values()):
         raise PlanError(
             f"The layers of the tower '{tower}' also attend to another tower. Their relevance was "

@@ -21,6 +21,7 @@ from interlace.errors import ConfigError, PlanError
 from interlace.plan.parts import PARTS
 from interlace.plan.planner import arguments_of, make_plan, tower_names
 from interlace.plan.protection import protected_layers, resolve
+from interlace.plan.shares import check_share, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -210,7 +211,8 @@ def split_plan(
     chosen: dict[str, Plan] = {}
     notes: dict[str, Any] = {}
     for tower, share in shares.items():
-        shape = _shape_of(scores, tower, share)
+        check_share("parameters", share, "0.4 takes out two fifths of what the layers hold.")
+        shape = shape_of(scores, tower)
         protected, _ = protected_layers(guards, scores, tower)
         # the rule keeps the first and the last layer
         inner = range(1, scores[tower].num_layers - 1)
@@ -307,22 +309,6 @@ def check_settings(settings: PlanSettings) -> None:
             "A share of the parameters is split by how far repaired students are from the whole "
             f"model. Take rule={RULE!r}, not {settings.rule!r}."
         )
-
-
-def _shape_of(scores: Scores, tower: str, share: Any) -> TowerShape:
-    """Return the sizes of a tower that can lose such a share."""
-    real = isinstance(share, (int, float)) and not isinstance(share, bool)
-    if not (real and 0.0 < share < 1.0):
-        raise ConfigError(
-            f"parameters must be a share above 0 and below 1, got {share!r}. 0.4 takes out two "
-            "fifths of what the layers hold."
-        )
-    if scores.shape is None or tower not in scores.shape.towers:
-        raise PlanError(
-            f"The scores do not know the sizes of the tower '{tower}', so no share of its "
-            "parameters can be taken out. Score a real model with score()."
-        )
-    return scores.shape.towers[tower]
 
 
 def _best(

@@ -21,6 +21,7 @@ from interlace._records.gates import GATE_METRICS
 from interlace._records.shape import FFN_MULTIPLE
 from interlace.errors import ConfigError, PlanError, unknown_name
 from interlace.plan.parts import PARTS
+from interlace.plan.shares import check_share, shape_of
 from interlace.records import TowerPlan
 
 if TYPE_CHECKING:
@@ -172,13 +173,7 @@ def add_cuts(
         for tower, fraction in wanted.items():
             if fraction is None:
                 continue
-            number: Any = fraction
-            real = isinstance(number, (int, float)) and not isinstance(number, bool)
-            if not (real and 0.0 < number < 1.0):
-                raise ConfigError(
-                    f"{kind} must be a share above 0 and below 1, got {fraction!r}. 0.25 cuts a "
-                    "quarter of them."
-                )
+            number = check_share(kind, fraction, "0.25 cuts a quarter of them.")
             plan = made.get(tower) or TowerPlan(scores[tower].num_layers)
             chooser = _Chooser(scores, tower, kind, spread, metrics.get(kind), seed)
             cut = {**plan.cut, **chooser.choose(plan, number)}
@@ -234,12 +229,7 @@ class _Chooser:
     def __init__(
         self, scores: Scores, tower: str, kind: str, spread: str, metric: str | None, seed: int
     ) -> None:
-        if scores.shape is None or tower not in scores.shape.towers:
-            raise PlanError(
-                f"The scores do not know the sizes of the tower '{tower}', so nothing can be cut "
-                "from its layers. Score a real model with score()."
-            )
-        shapes = scores.shape.towers[tower].sites
+        shapes = shape_of(scores, tower).sites
         self.sites = {name: site for name, site in shapes.items() if site.kind == kind}
         if not self.sites:
             raise PlanError(
