@@ -133,12 +133,39 @@ class HealModel(nn.Module):
         """Count what the terms of a batch are averaged over; counts of several batches add up."""
         return count_items(batch, has_decoder=self._has_decoder, shift=self._shift)
 
-    def forward(self, counts: dict[str, float] | None = None, **batch: Any) -> dict[str, Tensor]:
+    def of_teacher(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return what the teacher says to a batch, which `forward` compares the student with.
+
+        Args:
+            batch: what the collator gave.
+
+        Returns:
+            What its head turns into the logits of the N tokens to predict, [N, D] or [N, V]; of a
+            contrastive model the similarities [images, texts].
+        """
+        assert self._teacher is not None
+        with torch.no_grad():
+            if self.objective == CONTRASTIVE:
+                similarities: Tensor = self._teacher.run(
+                    {**batch, "return_loss": True}
+                ).logits_per_image
+                return similarities
+            targets = self._targets(batch)
+            inputs = model_inputs(batch, self._reader.owner, self.objective)
+            read = self._teacher.predictions(inputs)
+            said: Tensor = aligned(read, targets)[targets != IGNORED]
+            return said
+
+    def forward(
+        self, counts: dict[str, float] | None = None, said: Tensor | None = None, **batch: Any
+    ) -> dict[str, Tensor]:
         """Compute the loss terms of one batch.
 
         Args:
             counts: what the terms are averaged over, summed over all batches and processes of the
                 optimiser step; default: this batch alone.
+            said: what `of_teacher` gave for this batch, to spare the teacher another run; of use
+                where no hidden states are compared.
             batch: what the collator gave.
 
         Returns:
@@ -148,10 +175,12 @@ class HealModel(nn.Module):
         """
         whole = counts if counts is not None else self.count(batch)
         penalty = self.gates.draw() if self.gates is not None else None
+        if self._teacher is not None and said is None:
+            said = self.of_teacher(batch)
         if self.objective == CONTRASTIVE:
-            loss, terms = self._contrastive(batch, whole)
+            loss, terms = self._contrastive(batch, whole, said)
         else:
-            loss, terms = self._predictive(batch, whole)
+            loss, terms = self._predictive(batch, whole, said)
         hidden = self._hidden(batch, whole)
         if hidden is not None:
             loss = loss + self.settings.hidden_weight * hidden
@@ -165,29 +194,27 @@ class HealModel(nn.Module):
             self._teacher.release()
         return {"loss": loss, **terms}
 
-    def _predictive(
-        self, batch: Mapping[str, Any], counts: Mapping[str, float]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        settings = self.settings
+    def _targets(self, batch: Mapping[str, Any]) -> Tensor:
         if "labels" not in batch:
             raise ConfigError(
                 f"A batch for the objective '{self.objective}' has no labels. The collator must "
                 "give them; collate with answers."
             )
-        targets = targets_of(batch["labels"], shift=self._shift)
+        return targets_of(batch["labels"], shift=self._shift)
+
+    def _predictive(
+        self, batch: Mapping[str, Any], counts: Mapping[str, float], said: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        settings, teacher = self.settings, self._teacher
+        targets = self._targets(batch)
         inputs = model_inputs(batch, self._reader.owner, self.objective)
         counted = targets != IGNORED
-        teacher, teacher_hidden = self._teacher, None
-        if teacher is not None:
-            with torch.no_grad():
-                read = teacher.predictions(inputs)
-                teacher_hidden = aligned(read, targets)[counted]
         hidden = aligned(self._reader.predictions(inputs), targets)[counted]
         loss, entropy, apart = head_terms(
             hidden,
             targets[counted],
             self._reader.head,
-            teacher_hidden=teacher_hidden,
+            teacher_hidden=said,
             teacher_head=teacher.head if teacher is not None else None,
             token_weights=label_weights(counted, settings.loss_reduction),
             ce_weight=settings.ce_weight,
@@ -202,23 +229,16 @@ class HealModel(nn.Module):
         return loss * share, terms
 
     def _contrastive(
-        self, batch: Mapping[str, Any], counts: Mapping[str, float]
+        self, batch: Mapping[str, Any], counts: Mapping[str, float], said: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         settings = self.settings
-        inputs = {**batch, "return_loss": True}
-        teacher_logits: Tensor | None = None
-        if self._teacher is not None:
-            with torch.no_grad():
-                teacher_logits = self._teacher.run(inputs).logits_per_image
-        output = self._reader.run(inputs)
+        output = self._reader.run({**batch, "return_loss": True})
         num_rows = output.logits_per_image.shape[0]
         own = output.loss * (num_rows / counts["samples"])
         loss = settings.ce_weight * own
         terms = {"ce": own.detach()}
-        if teacher_logits is not None and settings.kl_weight:
-            apart = similarity_divergence(
-                output.logits_per_image, teacher_logits, settings.temperature
-            )
+        if said is not None and settings.kl_weight:
+            apart = similarity_divergence(output.logits_per_image, said, settings.temperature)
             apart = apart / counts["samples"]
             loss = loss + settings.kl_weight * apart
             terms["kl"] = apart.detach()

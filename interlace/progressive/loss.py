@@ -5,6 +5,7 @@ Legend: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,12 +20,13 @@ from interlace.models.handle import check_vlm
 from interlace.plan.rules import USE_LOSS
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
+from interlace.surgery.bridges.calibration import Calibration
 from interlace.surgery.bridges.names import FOLD, REFIT, check_bridges, has_bridges, of_use
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from interlace.config import PlanSettings, PruneSettings, ScoreSettings
     from interlace.data.samples import Sample
@@ -62,17 +64,23 @@ class _Measure:
             model, objective=vlm.family.objective, settings=settings, paths=paths, **more
         )
 
-    def mean(self, batches: Batches, term: str) -> float:
-        """Return the mean of a term, "ce" or "kl", in nats."""
+    def of_teacher(self, batches: Batches) -> list[Tensor]:
+        """Return what the teacher says to each batch, kept on the CPU."""
+        inputs = (to_device(batch, self._device, self._dtype) for batch in batches)
+        return [self._model.of_teacher(each).cpu() for each in inputs]
+
+    def mean(self, batches: Batches, term: str, said: Sequence[Tensor] = ()) -> float:
+        """Return the mean of a term, "ce" or "kl", in nats; `said` is what `of_teacher` gave."""
         counts: dict[str, float] = {}
         for batch in batches:
             for key, value in self._model.count(batch).items():
                 counts[key] = counts.get(key, 0.0) + value
         total = 0.0
         with torch.no_grad():
-            for batch in batches:
+            for batch, known in itertools.zip_longest(batches, said):
                 inputs = to_device(batch, self._device, self._dtype)
-                total += self._model(counts=counts, **inputs)[term].item()
+                own = known if known is None else known.to(self._device)
+                total += self._model(counts=counts, said=own, **inputs)[term].item()
         return total
 
 
@@ -140,8 +148,9 @@ class CompensatedLoss:
 
     The mean over samples of KL(whole || student) over the tokens of the answer, or over the rows
     of similarities of a contrastive model. Every call cuts the model, fits the bridges of all its
-    cuts on half of the batches, and runs both models over the other half (over the same where there
-    is one batch only); a cut that was asked for before costs nothing.
+    cuts on half of the batches, and runs the student over the other half (over the same where there
+    is one batch only); a cut that was asked for before costs nothing. What the whole model says to
+    the answers is kept, and so is what runs in front of its towers.
     """
 
     def __init__(self, vlm: VLM, data: Sequence[Sample], batch_size: int, bridges: Any) -> None:
@@ -156,7 +165,11 @@ class CompensatedLoss:
         self._vlm, self._bridges, self._batch_size = vlm, bridges, batch_size
         batches = _batched(vlm, data, batch_size)
         half = len(batches) // 2
-        self._fitted, self._judged = batches[half:], batches[:half] or batches
+        self._judged = batches[:half] or batches
+        # one for all students
+        probe = Collator.for_model(vlm)(data[half * batch_size :][:1])
+        self._fitted = Calibration(vlm, batches[half:], batch_size, probe)
+        self._said: list[Tensor] = []
         self._known: dict[tuple[Any, ...], float] = {}
 
     def __call__(
@@ -191,7 +204,7 @@ class CompensatedLoss:
             InterlaceError: as `prune` raises it.
         """
         vlm, bridges = self._vlm, of_use(self._bridges, plan)
-        data = self._fitted if has_bridges(bridges) else None
+        data: Any = self._fitted if has_bridges(bridges) else None
         student = prune(vlm, plan, bridges=bridges, data=data, batch_size=self._batch_size)
         measure = _Measure(
             student,
@@ -200,7 +213,8 @@ class CompensatedLoss:
             teacher=make_shell(vlm.model),
             teacher_paths={name: each.path for name, each in vlm.towers.items()},
         )
-        return measure.mean(self._judged, "kl")
+        self._said = self._said or measure.of_teacher(self._judged)
+        return measure.mean(self._judged, "kl", self._said)
 
 
 def layer_loss(
@@ -215,8 +229,8 @@ def layer_loss(
 
     `sleb` asks for the loss of the task with layers skipped: one forward pass over the data a call.
     `compensated` and `compensated_parts` ask how far a student with repaired cuts is from the whole
-    model: for every place that was cut two passes over half of the data, and two more over the
-    other half.
+    model: for every place that was cut some layers of both models over half of the data, and the
+    student over the other half. What the whole model gives stays in memory.
 
     Args:
         vlm: the model that the plan is for; left as it is.

@@ -9,6 +9,7 @@ import torch
 import interlace as il
 from interlace.data.collate import Collator
 from interlace.errors import ConfigError, DataError
+from interlace.heal.model import HealModel
 from interlace.progressive.loss import CompensatedLoss, TaskLoss
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
@@ -80,6 +81,34 @@ def test_the_compensated_loss_of_a_plan_knows_widths_too() -> None:
     assert loss.of_plan(Plan(towers={"text": layers}, standard=False)) == loss("text", (7, 4))
     both = Plan(towers={"text": narrow}, standard=False)
     assert loss.of_plan(both) != loss("text", (4, 7))
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl", "clip"])
+def test_what_the_whole_model_gives_is_asked_for_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = il.open_model(f"bundled:{name}", dtype="float32", device="cpu")
+    data = il.samples("scenes", count=16, tasks=TASKS[name], processor=vlm.processor)
+    loss = CompensatedLoss(vlm, data, 4, "fold")
+    first = loss("text", (4,))
+    said: list[Any] = []
+    of_teacher = HealModel.of_teacher
+    monkeypatch.setattr(HealModel, "of_teacher", lambda *a: said.append(a) or of_teacher(*a))
+    ran: list[Any] = []
+    hook = vlm.towers["vision"].layers[0].register_forward_pre_hook(lambda *a: ran.append(a))
+    second = loss("text", (9, 3))
+    hook.remove()
+    assert not said
+    if name == "qwen3-vl":
+        # its text tower runs behind the vision tower, which is the same in all students
+        assert not ran
+    fresh = CompensatedLoss(vlm, data, 4, "fold")
+    assert fresh("text", (9, 3)) == pytest.approx(second, rel=1e-6)
+    assert fresh("text", (4,)) == pytest.approx(first, rel=1e-6)
+    # a student whose vision tower is another one is not given what the whole model's gives
+    assert fresh("vision", (2,)) == pytest.approx(
+        CompensatedLoss(vlm, data, 4, "fold")("vision", (2,)), rel=1e-6
+    )
 
 
 def test_the_compensated_loss_of_parts_is_that_of_their_plan() -> None:

@@ -54,13 +54,25 @@ def default_data(vlm: VLM) -> tuple[Sequence[Sample], str]:
 class Calibration:
     """The batches of the data, kept in memory: every cut runs over all of them.
 
+    What the teacher showed is kept too, so that one calibration can serve many students of it.
+
     Attributes:
         batches: what the model's forward takes, on the CPU.
+        probes: likewise, to see how layers work: a single sample first, where one is known, then
+            all batches, since not every one need reach every tower.
         fingerprint: of the data, where it has one.
     """
 
-    def __init__(self, vlm: VLM, data: Any, batch_size: int) -> None:
+    def __init__(
+        self, vlm: VLM, data: Any, batch_size: int, probe: Mapping[str, Any] | None = None
+    ) -> None:
         """Collate samples with their answers, or take batches as they are.
+
+        Args:
+            vlm: the teacher.
+            data: samples or batches.
+            batch_size: samples per batch.
+            probe: a batch of a single sample, where batches are given.
 
         Raises:
             ConfigError: a bad batch size, or samples for a model without a processor.
@@ -89,14 +101,19 @@ class Calibration:
             # samples of like length share a batch, so little is spent on padding
             items.sort(key=lambda each: sum(len(turn.text) for turn in each.turns))
             starts = range(0, len(items), batch_size)
+            probe = collate(items[:1])
             items = [collate(items[first : first + batch_size]) for first in starts]
         self.batches = [dict(item) for item in items]
+        self.probes = [*([dict(probe)] if probe is not None else []), *self.batches]
         self._extra: dict[str, Any] = {}
         if accepts(vlm.model, "logits_to_keep"):
             self._extra = {"logits_to_keep": 1}
-            for batch in self.batches:
+            for batch in self.probes:
                 batch.pop("labels", None)
         self._fronts: dict[nn.Module, Front] = {}
+        # tower -> what ends before it begins, and what that gave in the teacher
+        self._in_front: dict[str, tuple[dict[str, str], dict[str, dict[Any, Any]]]] = {}
+        self._surveyed: dict[frozenset[str], dict[str, TokenWeights]] = {}
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
         """Run either model on a batch."""
@@ -114,10 +131,12 @@ class Calibration:
             changed: towers in which the two differ.
         """
         vlm = self._vlm
-        others = {name: each.path for name, each in vlm.towers.items() if name != tower}
-        runs = (partial(self.run, vlm.model, batch) for batch in self.batches)
-        found = modules_in_front(vlm.model, vlm.towers[tower].path, others, runs)
-        kept: dict[str, dict[Any, Any]] = {path: {} for path in found.values()}
+        if tower not in self._in_front:
+            others = {name: each.path for name, each in vlm.towers.items() if name != tower}
+            runs = (partial(self.run, vlm.model, batch) for batch in self.batches)
+            found = modules_in_front(vlm.model, vlm.towers[tower].path, others, runs)
+            self._in_front[tower] = found, {path: {} for path in found.values()}
+        found, kept = self._in_front[tower]
         # what a changed tower gives may go through others that are alike
         alike = found.keys().isdisjoint(changed)
         own = kept if alike else {path: {} for path in kept}
@@ -151,8 +170,11 @@ class Calibration:
             DataError: the model cannot be run on the data, or less than 4 samples (images, in
                 towers that read them) run through one of the towers.
         """
+        wanted = frozenset(towers)
+        if wanted in self._surveyed:
+            return self._surveyed[wanted]
         counts: dict[str, torch.Tensor] = {}
-        num_units = dict.fromkeys(towers, 0)
+        num_units = dict.fromkeys(wanted, 0)
         batch: Mapping[str, Any] = {}
 
         def note(name: str, args: Any, kwargs: Any) -> None:
@@ -184,7 +206,10 @@ class Calibration:
                     f"least {HELD_OUT_EVERY} are needed, since some are held out. Give more data, "
                     "or no bridge to this tower."
                 )
-        return {name: TokenWeights(self._vlm, name, counts[name]) for name in counts}
+        self._surveyed[wanted] = {
+            name: TokenWeights(self._vlm, name, count) for name, count in counts.items()
+        }
+        return self._surveyed[wanted]
 
 
 def _num_units(units: torch.Tensor) -> int:

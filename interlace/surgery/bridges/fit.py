@@ -61,7 +61,8 @@ def fit_bridges(
         student: the model after it; given new weights, never written to in place.
         cuts: tower name -> its cut.
         names: tower name -> its bridge, for the towers that get one.
-        data: samples or batches of model inputs; None for the built-in scenes.
+        data: samples or batches of model inputs; None for the built-in scenes; or a calibration of
+            this model that has served before.
         batch_size: samples per forward pass.
         rank: of low-rank bridges, at least 1.
 
@@ -82,7 +83,7 @@ def fit_bridges(
     if data is None:
         data, note = default_data(vlm)
         notes.append(note)
-    calibration = Calibration(vlm, data, batch_size)
+    calibration = data if isinstance(data, Calibration) else Calibration(vlm, data, batch_size)
     bridges: list[Bridge] = []
     with contextlib.ExitStack() as stack:
         for model in (vlm.model, student):

@@ -34,7 +34,7 @@ from interlace.errors import PlanError
 from interlace.records import Bridge
 from interlace.surgery.bridges.names import FOLD, NONE, REFIT
 from interlace.surgery.bridges.observe import Reached, observe
-from interlace.surgery.bridges.resting import idling, starting
+from interlace.surgery.bridges.resting import Start, idling, starting
 from interlace.surgery.bridges.statistics import NormalEquations, choose
 from interlace.surgery.bridges.structure import (
     Call,
@@ -148,13 +148,19 @@ def _place(tower: _Tower, gap: Gap) -> Projection | str:
         return "no kept layer stands before it that could take it over"
     layers: Any = tower.student.get_submodule(gap.path)
     layer = layers[gap.position - 1]
-    reached = tower.reached
-    begin = partial(starting, layers, reached.student, gap.tower, reached.forms)
+    reached, calibration = tower.reached, tower.calibration
+
+    def run(batch: Mapping[str, Any]) -> Any:
+        # a probe of its own starts at the front; batches before this one do not reach the tower
+        known = reached.student if any(batch is each for each in calibration.batches) else Start()
+        with starting(layers, known, gap.tower, reached.forms):
+            return calibration.run(tower.student, batch)
+
     batch: Mapping[str, Any] = {}
     calls: list[Call] = []
-    with begin(), idling(layers[gap.position :], gap.tower, reached.forms):
-        for batch in tower.calibration.batches:
-            calls = record_calls([layer], partial(tower.calibration.run, tower.student, batch))
+    with idling(layers[gap.position :], gap.tower, reached.forms):
+        for batch in calibration.probes:
+            calls = record_calls([layer], partial(run, batch))
             if calls:
                 break
     found = find_projection(calls[0]) if calls else None
@@ -171,13 +177,8 @@ def _place(tower: _Tower, gap: Gap) -> Projection | str:
         )
     # others that read a layer expect what it gave in the teacher, which is what a refit aims at
     if gap.dropped and not gap.ends:
-
-        def run() -> Any:
-            # batches before this one do not reach the tower
-            with begin():
-                return tower.calibration.run(tower.student, batch)
-
-        if read_elsewhere(tower.student, layer, layers[gap.position], run):
+        behind = layers[gap.position]
+        if read_elsewhere(tower.student, layer, behind, partial(run, batch)):
             return (
                 f"the output of layer {gap.after} is also read by another part of the model, which "
                 "expects it as it is"

@@ -148,7 +148,7 @@ def _place(student: nn.Module, gap: Gap, calibration: Calibration) -> dict[str, 
         return {"module": module, "side": OUTPUT, "norm": None, "norm_kind": None}
     layer = student.get_submodule(f"{gap.path}.{gap.position}")
     norm: tuple[str, str] | tuple[None, None] = (None, None)
-    for batch in calibration.batches:
+    for batch in calibration.probes:
         calls = record_calls([layer], partial(calibration.run, student, batch))
         if calls:
             norm = _first_norm(calls[0]) or norm

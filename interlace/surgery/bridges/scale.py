@@ -147,7 +147,7 @@ def _writers(
     """
     layers: Any = student.get_submodule(first.path)
     behind = list(layers)[first.position :]
-    for batch in calibration.batches:
+    for batch in calibration.probes:
         calls = record_calls(behind, partial(calibration.run, student, batch))
         if len(calls) < len(behind):
             continue

@@ -121,7 +121,7 @@ def calibration(num_batches: int = 4, rows: int = 24, seed: int = 1) -> Any:
         torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64)
         for _ in range(num_batches)
     ]
-    return SimpleNamespace(batches=batches, run=lambda model, batch: model(batch))
+    return SimpleNamespace(batches=batches, probes=batches, run=lambda model, batch: model(batch))
 
 
 class Weights:
