@@ -4,9 +4,10 @@ For each seed, bundled model, fraction and method (`bench/methods`): make the st
 heal, measure again. Methods that take bridges do so for each of `--bridges none,fold`. The preset
 `bridges` compares bridges and does not heal; `ablation` shows how our own method differs without
 each of its parts and with optional ones; in `parameters` a fraction is one of all parameters of the
-layers, where a method can be held to it. Every method is given the same calibration samples,
-the same healing samples, batches and steps, and trains what it says. The seed changes the
-calibration samples, the healing samples and what methods draw; the held-out samples stay the same.
+layers, where a method can be held to it; `crowded` has harder scenes, and models trained on them.
+Every method is given the same calibration samples, the same healing samples, batches and steps, and
+trains what it says. The seed changes the calibration samples, the healing samples and what methods
+draw; the held-out samples stay the same.
 
 One JSON line per cell [model, method, fraction, seed] is written as soon as it is known, and cells
 that are there already are skipped, so a run can be stopped and continued. Seeds are the outermost
@@ -32,7 +33,15 @@ from methods.case import counts_of
 from methods.rules import OTHERS, OURS, OURS_SPLIT, PUBLISHED
 from retention_chart import plot
 from retention_report import table
-from subjects import SUBJECTS, measure, open_subject, test_samples, train_samples
+from subjects import (
+    BUNDLED,
+    CROWDED_SUBJECTS,
+    SUBJECTS,
+    measure,
+    open_subject,
+    test_samples,
+    train_samples,
+)
 
 from interlace.config import HealSettings
 from interlace.evaluate._common import Options
@@ -68,13 +77,14 @@ class Preset:
     fractions: tuple[float, ...]
     seeds: tuple[int, ...]
     sizes: Sizes
-    models: tuple[str, ...] = tuple(SUBJECTS)
+    models: tuple[str, ...] = BUNDLED
     rounds: int = 7
     exact: bool = False
     against: str = ""
 
 
 FULL = Sizes(128, 1024, 32, 256)
+PERCENT = ("interlace", "sleb", "last", "shortgpt", "linearpatch", "width", "magnitude")
 # 0.334, since a third of 12 layers is to be 4
 PRESETS = {
     "bridges": Preset(("interlace", "sleb"), (0.25, 0.334), (0,), Sizes(128, 0, 0, 128)),
@@ -89,10 +99,18 @@ PRESETS = {
     # the published budget: one percent of the training samples, one epoch; more samples to fit on
     # and more steps than in `full`
     "percent": Preset(
-        (OURS, "interlace", "sleb", "last", "shortgpt", "linearpatch", "width", "magnitude"),
+        (OURS, *PERCENT),
         (0.10, 0.15, 0.20, 0.25, 0.334, 0.50),
         (0, 1, 2),
         Sizes(512, 0.01, 8, 256, contrastive_batch=32),
+    ),
+    # the same on models and scenes that tell the methods apart
+    "crowded": Preset(
+        (OURS, OURS_SPLIT, *PERCENT),
+        (0.25, 0.334, 0.50),
+        (0, 1, 2),
+        Sizes(512, 0.01, 8, 256),
+        tuple(each.name for each in CROWDED_SUBJECTS),
     ),
 }
 

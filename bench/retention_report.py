@@ -14,6 +14,10 @@ COLUMNS = {
     ("blip", "caption/exact_match"): "BLIP exact caption",
     ("qwen3-vl", "vqa/accuracy"): "Qwen3-VL questions",
     ("qwen3-vl", "caption/cider"): "Qwen3-VL CIDEr",
+    ("blip-crowded", "caption/cider"): "BLIP CIDEr",
+    ("blip-crowded", "caption/exact_match"): "BLIP exact caption",
+    ("qwen3-vl-crowded", "vqa/accuracy"): "Qwen3-VL questions",
+    ("qwen3-vl-crowded", "caption/cider"): "Qwen3-VL CIDEr",
 }
 # (fraction, label of the method, model)
 Key = tuple[float, str, str]

@@ -1,20 +1,24 @@
-"""What the retention benchmarks measure on: the bundled models, their data and their figures."""
+"""What the retention benchmarks measure on: tiny models, their data and their figures."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import interlace as il
 from interlace.bundled.train import PHASES
+from interlace.data import Samples, make_scenes
+from interlace.data.boards import CROWDED, NUM_OBJECTS
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A bundled model, the towers that are pruned, and what it is measured on.
+    """A model, the towers that are pruned, and what it is measured on.
 
     Attributes:
-        name: of the bundled model.
+        name: of the model.
+        model: where it is.
         towers: that are pruned.
         tasks: task -> the metrics that count, each 0..1 or more, higher is better.
         longest: task -> longest answer in tokens; a little longer than the longest right one, so
@@ -23,9 +27,11 @@ class Subject:
         chat_tasks: tasks of the scenes that are nearest to those it was trained on.
         objective: of the loss, see `interlace.data.collate.Collator`.
         learning_rate: of healing.
+        num_objects: least and most objects of its scenes.
     """
 
     name: str
+    model: str
     towers: tuple[str, ...]
     tasks: dict[str, tuple[str, ...]]
     longest: dict[str, int]
@@ -33,11 +39,13 @@ class Subject:
     chat_tasks: tuple[str, ...]
     objective: str
     learning_rate: float
+    num_objects: tuple[int, int] = NUM_OBJECTS
 
 
 SUBJECTS = {
     "qwen3-vl": Subject(
         "qwen3-vl",
+        "bundled:qwen3-vl",
         ("text",),
         {"vqa": ("accuracy",), "caption": ("cider",)},
         {"vqa": 8, "caption": 56},
@@ -48,6 +56,7 @@ SUBJECTS = {
     ),
     "clip": Subject(
         "clip",
+        "bundled:clip",
         ("text", "vision"),
         {"retrieval": ("image_to_text_r1", "text_to_image_r1")},
         {},
@@ -58,6 +67,7 @@ SUBJECTS = {
     ),
     "blip": Subject(
         "blip",
+        "bundled:blip",
         ("text",),
         {"caption": ("cider", "exact_match")},
         {"caption": 56},
@@ -67,16 +77,36 @@ SUBJECTS = {
         5e-4,
     ),
 }
+# those that come with the package
+BUNDLED = tuple(SUBJECTS)
+
+
+def _crowded(name: str, longest: dict[str, int]) -> Subject:
+    """Return a bundled model that was trained further on crowded scenes: `bundled/train.py`."""
+    return replace(
+        SUBJECTS[name],
+        name=f"{name}-crowded",
+        model=str(Path(__file__).parent / "models" / f"{name}-crowded"),
+        longest=longest,
+        num_objects=CROWDED,
+    )
+
+
+CROWDED_SUBJECTS = (
+    _crowded("qwen3-vl", {"vqa": 8, "caption": 72}),
+    _crowded("blip", {"caption": 62}),
+)
+SUBJECTS |= {each.name: each for each in CROWDED_SUBJECTS}
 
 
 def trained_on(subject: Subject) -> int:
-    """Return how many scenes a bundled model was trained on."""
+    """Return how many scenes a model was trained on, since the bundled one if it began there."""
     return sum(phase.steps * phase.batch_size for phase in PHASES[subject.name])
 
 
 def open_subject(name: str, device: str | None = None) -> Any:
-    """Open a bundled model in fp32, on the CPU unless a device is named."""
-    return il.open_model(f"bundled:{name}", dtype="float32", device=device or "cpu")
+    """Open a model in fp32, on the CPU unless a device is named."""
+    return il.open_model(SUBJECTS[name].model, dtype="float32", device=device or "cpu")
 
 
 def train_samples(subject: Subject, vlm: Any, seed: int, number: int, count: float) -> Any:
@@ -85,23 +115,30 @@ def train_samples(subject: Subject, vlm: Any, seed: int, number: int, count: flo
     A `count` below 1 is a share of the scenes that the model was trained on, in their own form.
     """
     share = count < 1
-    return il.samples(
-        "scenes",
-        count=round(count * trained_on(subject)) if share else int(count),
-        tasks=subject.chat_tasks if share else subject.data_tasks,
+    return _scenes(
+        subject,
+        vlm,
+        round(count * trained_on(subject)) if share else int(count),
+        subject.chat_tasks if share else subject.data_tasks,
         seed=1000 * (seed + 1) + number,
-        processor=vlm.processor,
     )
 
 
 def test_samples(subject: Subject, vlm: Any, count: int) -> dict[str, Any]:
     """Return the held-out scenes of every task, the same for all seeds."""
-    return {
-        task: il.samples(
-            "scenes", count=count, tasks=(task,), split="test", processor=vlm.processor
-        )
-        for task in subject.tasks
-    }
+    return {task: _scenes(subject, vlm, count, (task,), "test") for task in subject.tasks}
+
+
+def _scenes(
+    subject: Subject,
+    vlm: Any,
+    count: int,
+    tasks: tuple[str, ...],
+    split: Literal["train", "test"] = "train",
+    seed: int = 0,
+) -> Samples:
+    made = make_scenes(count, tasks=tasks, seed=seed, split=split, num_objects=subject.num_objects)
+    return Samples(made, source="scenes", seed=seed, processor=vlm.processor)
 
 
 def measure(subject: Subject, vlm: Any, test: dict[str, Any]) -> dict[str, float]:

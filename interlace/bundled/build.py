@@ -27,7 +27,8 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from interlace.data.scenes import IMAGE_SIZE, vocabulary
+from interlace.data.boards import IMAGE_SIZE
+from interlace.data.scenes import vocabulary
 from interlace.models.processor import without_video
 
 if TYPE_CHECKING:

@@ -20,20 +20,23 @@ from safetensors.torch import load_model, save_model
 from transformers import CLIPModel
 
 from interlace._files import atomic_folder
+from interlace.bundled import PREFIX, resolve
 from interlace.bundled.build import build
-from interlace.data.collate import Collator
-from interlace.data.samples import IMAGE_PLACEHOLDER, Sample, Turn
-from interlace.data.scenes import (
-    CAPTION_PROMPT,
+from interlace.data.boards import (
     CELL_NAMES,
     COLOURS,
+    CROWDED,
     DIGITS,
+    NUM_OBJECTS,
     SHAPES,
     Scene,
     SceneImage,
-    ask,
     make_scene,
 )
+from interlace.data.collate import Collator
+from interlace.data.questions import ask
+from interlace.data.samples import IMAGE_PLACEHOLDER, Sample, Turn
+from interlace.data.scenes import CAPTION_PROMPT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +68,7 @@ class Phase:
         lists_last: put such lists at the end of the chat, where their answers give away nothing.
         hard_kinds: kinds of the other questions that need thought; one named twice is asked twice
             as often.
+        num_objects: least and most objects of a scene.
     """
 
     steps: int
@@ -79,6 +83,7 @@ class Phase:
     list_fraction: float = 0.0
     lists_last: bool = False
     hard_kinds: tuple[str, ...] = HARD_KINDS
+    num_objects: tuple[int, int] = NUM_OBJECTS
 
 
 PHASES = {
@@ -110,10 +115,27 @@ PHASES = {
     ),
     "clip": (Phase(1200, 192, 7e-4, warmup_steps=150),),
     "blip": (Phase(3000, 64, 8e-4),),
+    # a bundled model made ready for crowded scenes, which tell ways of pruning apart
+    "qwen3-vl-crowded": (
+        Phase(
+            1100,
+            48,
+            5e-4,
+            warmup_steps=30,
+            caption_fraction=0.2,
+            list_fraction=0.25,
+            lists_last=True,
+            hard_kinds=(*HARD_KINDS, "count", "exist"),
+            num_objects=CROWDED,
+        ),
+    ),
+    "blip-crowded": (Phase(1500, 64, 5e-4, num_objects=CROWDED),),
 }
 
 
 OBJECTIVES = {"qwen3-vl": "chat", "clip": "contrastive", "blip": "caption"}
+# models that go on from a bundled one
+STARTS = {"qwen3-vl-crowded": "qwen3-vl", "blip-crowded": "blip"}
 
 
 def _list(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -159,7 +181,7 @@ def _conversation(scene: Scene, rng: random.Random, phase: Phase, easy: bool) ->
 
 
 def _sample(identity: str, rng: random.Random, phase: Phase, easy: bool) -> Sample:
-    scene = make_scene(rng, "train")
+    scene = make_scene(rng, "train", phase.num_objects)
     turns = _conversation(scene, rng, phase, easy)
     return Sample(identity, "chat", (SceneImage(scene),), turns, scene.captions())
 
@@ -218,19 +240,22 @@ def _train_phase(
 def train(
     name: str, output: Path, *, seed: int = 0, first_phase: int = 1, bf16: bool = True
 ) -> None:
-    """Train one bundled model and save it.
+    """Train one bundled model, or a bundled one further, and save it.
 
     Args:
-        name: "qwen3-vl", "clip" or "blip".
+        name: "qwen3-vl", "clip", "blip", "qwen3-vl-crowded" or "blip-crowded".
         output: folder for the bf16 safetensors checkpoint and the processor. The state after each
             phase is kept beside it, as `<output>.phase<n>.safetensors`.
         seed: of the initialisation and the scenes.
         first_phase: phase to start with, 1-based; later ones start from the kept state.
         bf16: run the forward pass under bf16 autocast.
     """
-    model, processor = build(name, seed=seed)
+    kind = STARTS.get(name, name)
+    model, processor = build(kind, seed=seed)
+    if name in STARTS:
+        load_model(model, Path(resolve(PREFIX + kind)) / "model.safetensors")
     log.info("%s: %.2f M parameters", name, sum(p.numel() for p in model.parameters()) / 1e6)
-    collator = Collator(processor, OBJECTIVES[name])
+    collator = Collator(processor, OBJECTIVES[kind])
     # in bf16 on a CPU, the backward pass of fused attention is slower than writing attention out
     model.set_attn_implementation("eager")
     model.train()

@@ -16,7 +16,8 @@ from PIL import Image
 from retention import PRESETS, Bench, Job, jobs_of, measure_all
 from retention_chart import plot, points, speed_up
 from retention_report import table
-from subjects import SUBJECTS
+from subjects import CROWDED_SUBJECTS, SUBJECTS, measure, open_subject, train_samples
+from subjects import test_samples as held_out
 
 from interlace.errors import DataError, PlanError
 
@@ -74,6 +75,20 @@ def test_cells_of_a_seed_come_before_those_of_the_next(all_jobs: Any) -> None:
     first = {tuple(cell[:3]) for cell in cells if cell[3] == 0}
     assert {method for _, method, _ in first} == set(COMPARED)
     assert len(first) == len(cells) / 3
+
+
+@pytest.mark.parametrize("subject", CROWDED_SUBJECTS, ids=lambda each: each.name)
+def test_models_of_crowded_scenes_solve_them(subject: Any) -> None:
+    vlm = open_subject(subject.name)
+    test = held_out(subject, vlm, 48)
+    for samples in test.values():
+        assert min(len(each.images[0].scene.objects) for each in samples) > 6
+    found = measure(subject, vlm, test)
+    assert found["caption/cider"] > 9.0
+    assert found.get("vqa/accuracy", 1.0) > 0.85
+    # one percent of the scenes that it was trained on since
+    healing = train_samples(subject, vlm, 0, 1, 0.01)
+    assert len(healing) == {"qwen3-vl-crowded": 528, "blip-crowded": 960}[subject.name]
 
 
 def test_two_shards_share_all_cells_and_keep_units_together(all_jobs: Any, tmp_path: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_held_out_scenes_are_solved(name: str, task: str, metric: str, at_least:
 
 def test_training_conversations_have_the_shape_of_the_task() -> None:
     rng = random.Random(0)
-    for phase in PHASES["qwen3-vl"]:
+    for phase in (*PHASES["qwen3-vl"], *PHASES["qwen3-vl-crowded"]):
         samples = [_sample(str(number), rng, phase, easy=False) for number in range(60)]
         lengths = {len(sample.turns) for sample in samples}
         assert lengths == {2, 2 * phase.questions}
@@ -77,6 +78,18 @@ def test_a_few_training_steps_lower_the_loss(monkeypatch, tmp_path: Path, caplog
     assert len(losses) == 2
     assert losses[1] < losses[0]
     assert il.open_model(tmp_path / "blip").processor is not None
+
+
+def test_a_model_for_crowded_scenes_begins_as_the_bundled_one(
+    monkeypatch, tmp_path: Path, caplog
+) -> None:
+    (usual,) = PHASES["blip-crowded"]
+    monkeypatch.setitem(PHASES, "blip-crowded", (replace(usual, steps=50, batch_size=4),))
+    with caplog.at_level("INFO", logger="interlace"):
+        train("blip-crowded", tmp_path / "blip", bf16=False)
+    (loss,) = (float(loss) for loss in re.findall(r"loss ([\d.]+)", caplog.text))
+    # fresh weights start at 4
+    assert loss < 1.0
 
 
 def test_unknown_names_are_refused() -> None:

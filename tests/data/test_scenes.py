@@ -8,18 +8,17 @@ import re
 import numpy as np
 import pytest
 
-from interlace.data.scenes import (
+from interlace.data.boards import (
     CELL_NAMES,
-    CHAT_QUESTIONS,
     COLOURS,
+    CROWDED,
     DIGITS,
     SHAPES,
     Scene,
     _scans,
-    make_scenes,
     render,
-    vocabulary,
 )
+from interlace.data.scenes import CHAT_QUESTIONS, make_scenes, vocabulary
 from interlace.errors import DataError
 
 
@@ -135,6 +134,20 @@ def test_vocabulary_covers_every_text() -> None:
             assert known.issuperset(words)
 
 
+def test_scenes_hold_as_many_objects_as_asked() -> None:
+    made = make_scenes(200, tasks=("caption", "vqa"), seed=4, num_objects=CROWDED)
+    numbers = [len(sample.images[0].scene.objects) for sample in made]
+    assert set(numbers) == set(range(CROWDED[0], CROWDED[1] + 1))
+    full = make_scenes(1, num_objects=(16, 16))[0].images[0].scene
+    assert {thing.cell for thing in full.objects} == set(range(16))
+    # what is drawn differently is told apart by its name
+    usual = make_scenes(200, tasks=("caption", "vqa"), seed=4)
+    assert not {sample.id for sample in made} & {sample.id for sample in usual}
+    for sample in made[1::2]:
+        question = sample.turns[0].text.removeprefix("<image>\n")
+        assert sample.references == (_answer(sample.images[0].scene, question),), question
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -142,6 +155,9 @@ def test_vocabulary_covers_every_text() -> None:
         ({"count": 1, "split": "dev"}, "train"),
         ({"count": 1, "tasks": ("vqaa",)}, "Did you mean 'vqa'"),
         ({"count": 1, "tasks": ()}, "at least one"),
+        ({"count": 1, "num_objects": (5, 4)}, r"\(5, 4\); give the least and the most"),
+        ({"count": 1, "num_objects": (9, 17)}, "each 1..16"),
+        ({"count": 1, "num_objects": (0, 4)}, "each 1..16"),
     ],
 )
 def test_bad_requests_are_refused_in_words(options: dict[str, object], says: str) -> None:
