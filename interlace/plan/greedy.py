@@ -97,5 +97,5 @@ def _greedy(problem: Problem, name: str, shortlist: Shortlist) -> Choice:
             alone = tuple(losses.get(layer) for layer in range(problem.num_layers))
         drop.append(best)
         inner.remove(best)
-        reasons[best] = f"round {number + 1}: lowest loss {losses[best]:.4f}"
+        reasons[best] = f"round {number + 1}: lowest loss {losses[best]:.4g}"
     return finish(problem, drop, reasons, alone)

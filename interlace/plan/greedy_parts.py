@@ -75,7 +75,7 @@ def compensated_parts(problem: Problem) -> Choice:
         gone.append(best)
         left, loss = left - sizes[best], losses[best]
         site, layer = best
-        note = f"round {number + 1}: without {site}, loss {loss:.4f}"
+        note = f"round {number + 1}: without {site}, loss {loss:.4g}"
         reasons[layer] = f"{reasons[layer]}; {note}" if layer in reasons else note
     drop, parts = _grouped(gone, shape)
     tune = nearest_kept(problem, drop)

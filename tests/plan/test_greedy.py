@@ -52,7 +52,13 @@ def test_compensated_asks_only_for_the_layers_with_the_highest_scores():
     assert asked == [(4,), (2,), (6,), (7,), (6, 4), (6, 2), (6, 7), (6, 8)]
     assert plan.layer_scores[6] == 1.0
     assert plan.layer_scores[1] is None
-    assert "lowest loss 2.0000" in plan.reasons[2]
+    assert plan.reasons[2].endswith("lowest loss 2")
+
+
+def test_reasons_show_small_losses():
+    scores = Scores.from_similarity("text", {}, 6)
+    plan = make_plan(scores, num_drop=1, rule="sleb", loss=lambda *_: 1.234567e-5)["text"]
+    assert plan.reasons[plan.drop[0]].endswith("lowest loss 1.235e-05")
 
 
 def test_compensated_takes_other_scores_and_layers_without_one_last():

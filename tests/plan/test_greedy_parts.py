@@ -47,7 +47,7 @@ def test_the_cheapest_part_by_parameter_goes_until_the_layers_are_made_up() -> N
     assert own.drop == (1,)
     assert own.parts == {"attn": (2,)}
     assert pytest.approx(3000, abs=ATTENTION / 2) == FFN + 2 * ATTENTION
-    assert own.reasons[1] == "round 1: without mlp, loss 2.0000; round 2: without attn, loss 3.0000"
+    assert own.reasons[1] == "round 1: without mlp, loss 2; round 2: without attn, loss 3"
     assert set(own.tune) == {2}
     assert not plan.standard
 
