@@ -109,7 +109,7 @@ PRESETS = {
         (OURS, OURS_SPLIT, *PERCENT),
         (0.25, 0.334, 0.50),
         (0, 1, 2),
-        Sizes(512, 0.01, 8, 256),
+        Sizes(512, 0.01, 8, 256, contrastive_batch=32),
         tuple(each.name for each in CROWDED_SUBJECTS),
     ),
 }
@@ -147,7 +147,8 @@ class Bench:
         self._shared = functools.lru_cache(maxsize=len(SUBJECTS))(self._make_shared)
 
     def _make_test(self, name: str) -> dict[str, Any]:
-        return test_samples(SUBJECTS[name], self.model(name), self.sizes.held_out)
+        subject = SUBJECTS[name]
+        return test_samples(subject, self.model(name), subject.held_out or self.sizes.held_out)
 
     def _make_shared(self, name: str, seed: int) -> Shared:
         return Shared(SUBJECTS[name], self.model(name), seed, self.sizes)

@@ -14,6 +14,8 @@ COLUMNS = {
     ("blip", "caption/exact_match"): "BLIP exact caption",
     ("qwen3-vl", "vqa/accuracy"): "Qwen3-VL questions",
     ("qwen3-vl", "caption/cider"): "Qwen3-VL CIDEr",
+    ("clip-2048", "retrieval/image_to_text_r1"): "CLIP R@1, image to text",
+    ("clip-2048", "retrieval/text_to_image_r1"): "CLIP R@1, text to image",
     ("blip-crowded", "caption/cider"): "BLIP CIDEr",
     ("blip-crowded", "caption/exact_match"): "BLIP exact caption",
     ("qwen3-vl-crowded", "vqa/accuracy"): "Qwen3-VL questions",
