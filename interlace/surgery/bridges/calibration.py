@@ -170,11 +170,11 @@ class Calibration:
             DataError: the model cannot be run on the data, or less than 4 samples (images, in
                 towers that read them) run through one of the towers.
         """
-        wanted = frozenset(towers)
+        num_units = dict.fromkeys(towers, 0)
+        wanted = frozenset(num_units)
         if wanted in self._surveyed:
             return self._surveyed[wanted]
         counts: dict[str, torch.Tensor] = {}
-        num_units = dict.fromkeys(wanted, 0)
         batch: Mapping[str, Any] = {}
 
         def note(name: str, args: Any, kwargs: Any) -> None:
