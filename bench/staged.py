@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cells, read
-from subjects import SUBJECTS, measure, test_samples
+from subjects import BUNDLED, SUBJECTS, measure, test_samples
 
 import interlace as il
 from interlace.config import HealSettings, PlanSettings, ScoreSettings
@@ -138,7 +138,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=sorted(SUBJECTS), default=list(SUBJECTS))
+    parser.add_argument("--models", nargs="+", choices=BUNDLED, default=list(BUNDLED))
     parser.add_argument("--fractions", nargs="+", type=float, default=list(FRACTIONS))
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--seeds", type=int, default=1)
