@@ -167,7 +167,7 @@ class CompensatedLoss:
         half = len(batches) // 2
         self._judged = batches[:half] or batches
         # one for all students
-        probe = Collator.for_model(vlm)(data[half * batch_size :][:1])
+        (probe,) = _batched(vlm, data[half * batch_size :][:1], 1)
         self._fitted = Calibration(vlm, batches[half:], batch_size, probe)
         self._said: list[Tensor] = []
         self._known: dict[tuple[Any, ...], float] = {}
