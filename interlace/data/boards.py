@@ -84,7 +84,7 @@ class Scene:
     def captions(self) -> tuple[str, ...]:
         """Reference captions: the same objects in reading order behind different openings."""
         parts = [f"a {thing.name} at {CELL_NAMES[thing.cell]}" for thing in self.objects]
-        text = ", ".join(parts[:-1]) + f" and {parts[-1]}"
+        text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
         return tuple(opening + text for opening in CAPTION_OPENINGS)
 
 

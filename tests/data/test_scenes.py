@@ -140,6 +140,9 @@ def test_scenes_hold_as_many_objects_as_asked() -> None:
     assert set(numbers) == set(range(CROWDED[0], CROWDED[1] + 1))
     full = make_scenes(1, num_objects=(16, 16))[0].images[0].scene
     assert {thing.cell for thing in full.objects} == set(range(16))
+    (alone,) = make_scenes(1, tasks=("caption",), num_objects=(1, 1))
+    (thing,) = alone.images[0].scene.objects
+    assert alone.references[0] == f"a {thing.name} at {CELL_NAMES[thing.cell]}"
     # what is drawn differently is told apart by its name
     usual = make_scenes(200, tasks=("caption", "vqa"), seed=4)
     assert not {sample.id for sample in made} & {sample.id for sample in usual}
