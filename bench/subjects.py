@@ -95,11 +95,12 @@ def _crowded(name: str, longest: dict[str, int]) -> Subject:
     )
 
 
-# the captions of CLIP end at 6 objects, so among more of them is what makes it harder
+# The captions of CLIP end at 6 objects, so among more of them is what makes it harder. Of 1, 2 and
+# 5e-4 the rate is the one that is best for `sleb` at a half: what is lost among 256 hardly shows.
 CROWDED_SUBJECTS = (
     _crowded("qwen3-vl", {"vqa": 8, "caption": 72}),
     _crowded("blip", {"caption": 62}),
-    replace(SUBJECTS["clip"], name="clip-2048", held_out=2048),
+    replace(SUBJECTS["clip"], name="clip-2048", held_out=2048, learning_rate=2e-4),
 )
 SUBJECTS |= {each.name: each for each in CROWDED_SUBJECTS}
 

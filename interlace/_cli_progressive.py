@@ -68,6 +68,15 @@ def progressive(
     hidden_weight: Annotated[
         float, typer.Option(min=0.0, help="Weight of the hidden states' distillation in healing.")
     ] = RECOMMENDED_HEAL.hidden_weight,
+    validation_fraction: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=0.5,
+            help="Share of the samples that is not trained on and says how far healing goes. "
+            f"Default: {RECOMMENDED_HEAL.validation_fraction:g}, 0 with gates.",
+        ),
+    ] = None,
     save_steps: Annotated[
         int | None, typer.Option(min=1, help="Steps between checkpoints of healing.")
     ] = None,
@@ -88,6 +97,9 @@ def progressive(
     from interlace.pipeline import run as run_flow
     from interlace.report.tables import eval_table
 
+    if validation_fraction is None:
+        gated = gates != "none"
+        validation_fraction = 0.0 if gated else RECOMMENDED_HEAL.validation_fraction
     sections: dict[str, dict[str, Any]] = {
         "model": {
             "path": model,
@@ -109,6 +121,7 @@ def progressive(
             "learning_rate": learning_rate,
             "batch_size": batch_size,
             "hidden_weight": hidden_weight,
+            "validation_fraction": validation_fraction,
             "save_steps": save_steps,
             "gates": gates,
             "gate_units": split_names(gate_units),

@@ -86,6 +86,14 @@ def heal(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-5,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 16,
     accumulation: Annotated[int, typer.Option(min=1, help="Forward passes per step.")] = 1,
+    validation_fraction: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=0.5,
+            help="Share of the samples that is not trained on and says how far healing goes.",
+        ),
+    ] = 0.0,
     distil: Annotated[
         bool,
         typer.Option(help="Also learn from the dense model; off is the published recipe."),
@@ -124,6 +132,7 @@ def heal(
         learning_rate=learning_rate,
         batch_size=batch_size,
         accumulation=accumulation,
+        validation_fraction=validation_fraction,
         hidden_weight=1.0 if distil else 0.0,
         kl_weight=1.0 if distil else 0.0,
         bf16=bf16,

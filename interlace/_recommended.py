@@ -11,4 +11,5 @@ RECOMMENDED_PLAN = PlanSettings(rule="compensated")
 RECOMMENDED_PRUNE = PruneSettings(bridges="refit")
 # With its cuts repaired a student is near the dense model from the start, and the hidden states
 # say what is missing at every token.
-RECOMMENDED_HEAL = HealSettings(hidden_weight=20.0)
+# How long a step suits it nobody knows before, so a few samples say how far to go.
+RECOMMENDED_HEAL = HealSettings(hidden_weight=20.0, validation_fraction=0.05)

@@ -64,8 +64,8 @@ VARIANTS = {
         metrics=("similarity", "relevance"), plan={"weights": {"relevance": 1.0}}
     ),
     "ours_alignment": Variant(metrics=("similarity", "alignment"), plan={"protect": "alignment"}),
-    "ours_l1_gates": Variant(heal={"gates": "l1"}),
-    "ours_l0_gates": Variant(heal={"gates": "hard_concrete"}),
+    "ours_l1_gates": Variant(heal={"gates": "l1", "validation_fraction": 0.0}),
+    "ours_l0_gates": Variant(heal={"gates": "hard_concrete", "validation_fraction": 0.0}),
     "ours_grafted": Variant(
         metrics=("similarity", "head_norm", "ffn_norm"),
         # a half is the least that Qwen3-VL has, one of two KV groups

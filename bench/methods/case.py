@@ -43,6 +43,7 @@ class Sizes:
         held_out: to measure on, per task.
         contrastive_batch: the same where samples are compared within a batch, so that a smaller
             one is an easier task; 0 for as many.
+        validation: share of the samples to heal with that says how far to go.
     """
 
     calibration: int
@@ -50,6 +51,7 @@ class Sizes:
     heal_batch: int
     held_out: int
     contrastive_batch: int = 0
+    validation: float = 0.0
 
 
 class Shared:

@@ -32,7 +32,8 @@ def match_hidden(case: Case, student: Any) -> il.HealReport:
     Source: arXiv 2507.20749 (last hidden state); LLM-Streamline, arXiv 2403.19135 (behind the cut).
     Here the squared distance is relative to the teacher's norm.
     """
-    return heal(case, student, ce_weight=0.0, kl_weight=0.0)
+    weights = {"ce_weight": 0.0, "kl_weight": 0.0}
+    return heal(case, student, **weights, validation_fraction=0.0)
 
 
 METHODS = {

@@ -27,11 +27,14 @@ class HealReport(Record):
             without gates.
         unit_gates: tower -> original layer -> place in the layer, such as "self_attn" -> one factor
             per query head, or per 8 neurons; likewise. `Scores.with_gates` takes them.
+        validation: what the validation samples said, the kept point first: "share" of the way from
+            the student before healing (0) to the one after it (1), and there "ce", "kl" and their
+            weighted sum "loss"; empty without a validation_fraction.
     """
 
     kind: ClassVar[str] = "heal"
-    # 2: unit_gates
-    schema: ClassVar[int] = 2
+    # 2: unit_gates; 3: validation
+    schema: ClassVar[int] = 3
 
     steps: int
     num_samples: int
@@ -45,3 +48,4 @@ class HealReport(Record):
     settings: dict[str, Any] = field(default_factory=dict)
     gates: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
     unit_gates: dict[str, dict[int, dict[str, tuple[float, ...]]]] = field(default_factory=dict)
+    validation: tuple[dict[str, float], ...] = ()

@@ -90,6 +90,20 @@ def check_teacher(student: VLM, teacher: VLM) -> None:
         )
 
 
+def check_validation(settings: HealSettings, teacher: VLM | None) -> None:
+    """Refuse validation samples with nothing to judge predictions by.
+
+    Raises:
+        ConfigError: only the divergence from a teacher counts, and there is none.
+    """
+    if settings.validation_fraction and not settings.ce_weight and teacher is None:
+        raise ConfigError(
+            f"validation_fraction is {settings.validation_fraction:g} and ce_weight 0, so only the "
+            "divergence from a teacher can say which predictions are better, but healing is "
+            "without a teacher. Give one, or set ce_weight above 0."
+        )
+
+
 def inputs_of(
     student: VLM, teacher: VLM | None, plan: Plan, data: Samples | Sequence[Sample]
 ) -> dict[str, str]:

@@ -19,7 +19,8 @@ from interlace.errors import ConfigError, DataError
 from interlace.heal import checkpoints, checks
 from interlace.heal.anchors import find_anchors, plan_of, tuned_parameters
 from interlace.heal.arguments import count_steps, total_samples, training_arguments
-from interlace.heal.model import HealModel
+from interlace.heal.interpolation import split_off
+from interlace.heal.model import CONTRASTIVE, HealModel
 from interlace.heal.order import ShuffledRepeats
 from interlace.heal.shell import HALF, hand_over, make_shell, move_together
 from interlace.heal.sparsity import final_gates, fold, reported
@@ -111,6 +112,7 @@ def heal(
     gated = find_gated(student, plan.towers, units)
     if len(data) == 0:
         raise DataError("There are no samples to heal with. Give at least one.")
+    checks.check_validation(chosen, teacher)
     folder = checks.output_folder(output, resume=resume)
     checks.check_device(student)
     if teacher is not None:
@@ -118,7 +120,11 @@ def heal(
     # Read before training changes the weights.
     inputs = checks.inputs_of(student, teacher, plan, data)
     sizes = _sizes(student.model, names)
-    total = total_samples(len(data), chosen, checks.world_size())
+    # a contrastive loss compares two
+    least = 2 if student.family.objective == CONTRASTIVE else 1
+    share = chosen.validation_fraction
+    seen, judging = split_off(data, share, chosen.seed, least=least)
+    total = total_samples(len(seen), chosen, checks.world_size())
     if total == 0:
         logger.info("Healing is skipped: the settings ask for no steps.")
         return _report(student, chosen, inputs, sizes, None)
@@ -147,19 +153,20 @@ def heal(
         trainer = HealTrainer(
             _model(student, teacher, plan, names, gated, chosen, args),
             args,
-            dataset=ShuffledRepeats(data, total, chosen.seed),
+            dataset=ShuffledRepeats(seen, total, chosen.seed),
             collate=collate,
             identity=identity,
             advance=advance,
         )
         trainer.train(resume_from_checkpoint=str(found[0]) if found is not None else None)
+        points = trainer.interpolate(student.model.get_parameter, judging) if judging else ()
         trainer.close()
         trained = trainer.trained_values()
         hand_over(student.model, names, trained)
         gates = final_gates(trained("gates.values"), chosen.gates) if gated else []
         fold(student.model, gated, gates)
     report = _report(student, chosen, inputs, sizes, trainer)
-    return replace(report, **reported(gated, gates))
+    return replace(report, validation=points, **reported(gated, gates))
 
 
 @contextlib.contextmanager

@@ -129,9 +129,14 @@ class HealModel(nn.Module):
                 module.eval()
         return self
 
-    def count(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """Count what the terms of a batch are averaged over; counts of several batches add up."""
-        return count_items(batch, has_decoder=self._has_decoder, shift=self._shift)
+    def count(self, *batches: Mapping[str, Any]) -> dict[str, float]:
+        """Count what the terms of batches are averaged over, all batches together."""
+        counts: dict[str, float] = {}
+        for batch in batches:
+            found = count_items(batch, has_decoder=self._has_decoder, shift=self._shift)
+            for key, value in found.items():
+                counts[key] = counts.get(key, 0.0) + value
+        return counts
 
     def of_teacher(self, batch: Mapping[str, Any]) -> Tensor:
         """Return what the teacher says to a batch, which `forward` compares the student with.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from interlace.errors import CheckpointError, ConfigError, DataError
 from interlace.heal import checkpoints, moments
 from interlace.heal.batches import COUNTED
+from interlace.heal.interpolation import interpolate
 from interlace.heal.model import TERMS, HealModel
 from interlace.heal.shell import full_value, gathered, like_parameter
 
@@ -152,11 +154,7 @@ class HealTrainer(Trainer):  # type: ignore[misc]
             if batch is None:
                 break
             batches.append(batch)
-        own: dict[str, float] = {}
-        for batch in batches:
-            for key, value in self.healed.count(batch).items():
-                own[key] = own.get(key, 0.0) + value
-        self._counts = self._summed(own)
+        self._counts = self._summed(self.healed.count(*batches))
         self.progress["tokens"] += self._counts.get("tokens", 0.0)
         self.progress["num_samples"] += self._counts.get("samples", 0.0)
         # Anything but None tells the Trainer that the loss needs no further division.
@@ -219,6 +217,34 @@ class HealTrainer(Trainer):  # type: ignore[misc]
             for entry in self.state.log_history
             if "loss" in entry
         )
+
+    def interpolate(
+        self, start: Callable[[str], Tensor], samples: Sequence[Sample]
+    ) -> tuple[dict[str, float], ...]:
+        """Go back to the best point between start and end, as `interpolation.interpolate` does.
+
+        Args:
+            start: gives the whole tensor that a trained parameter had before training.
+            samples: not trained on; every process looks at all of them.
+        """
+        size = self.args.per_device_train_batch_size
+        starts = range(0, len(samples), size)
+        batches = [
+            self.data_collator([samples[i] for i in range(first, min(first + size, len(samples)))])
+            for first in starts
+        ]
+        self.model_wrapped.eval()
+        return interpolate(self._trained(), start, partial(self._losses_of, batches))
+
+    def _losses_of(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+        settings, counts = self.healed.settings, self.healed.count(*batches)
+        weights = {"ce": settings.ce_weight, "kl": settings.kl_weight}
+        sums: dict[str, float] = {}
+        for batch in batches:
+            terms = self.model_wrapped(counts=counts, **self._prepare_inputs(batch))
+            for name in weights.keys() & terms.keys():
+                sums[name] = sums.get(name, 0.0) + terms[name].item()
+        return {**sums, "loss": sum(weights[name] * value for name, value in sums.items())}
 
     def _trained(self) -> dict[str, nn.Parameter]:
         module = self.accelerator.unwrap_model(self.model_wrapped)

@@ -123,7 +123,8 @@ def progressive(
         plan: what to drop in all and by what rule; default: a quarter by "compensated".
         prune: how to cut; default: with the bridge "refit". Bridges are fitted on `calibration`,
             each stage's on the student it cuts; those at run time are refused.
-        heal: how to heal in all; default: `HealSettings(hidden_weight=20.0)`, which suits cuts that
+        heal: how to heal in all; default:
+            `HealSettings(hidden_weight=20.0, validation_fraction=0.05)`, which suits cuts that
             are repaired. With gates, all stages but the last learn them.
         max_new_tokens: longest answer where the guard's task generates.
 

@@ -17,10 +17,12 @@ from heal.toys import heal_model, toy, toy_collate, toy_samples
 from safetensors.torch import save_file
 
 from interlace.heal import checkpoints, heal, moments
+from interlace.heal.interpolation import interpolate
 from interlace.heal.shell import gathered, like_parameter
 from interlace.heal.trainer import HealTrainer
 
 if TYPE_CHECKING:
+    from interlace.heal.model import HealModel
     from interlace.models import VLM
 
 
@@ -80,7 +82,8 @@ def resumed(
     report = heal(
         student,
         teacher=teacher,
-        data=toy_samples(10),
+        data=toy_samples(12),
+        validation_fraction=1 / 6,
         collate=toy_collate(name, teacher.model),
         output=folder,
         resume=folder.exists(),
@@ -92,7 +95,7 @@ def resumed(
         save_steps=2,
     )
     _write_weights(student, result)
-    facts = [report.steps, report.num_samples, report.tokens, report.losses]
+    facts = [report.steps, report.num_samples, report.tokens, report.losses, report.validation]
     result.with_suffix(".json").write_text(json.dumps(facts))
 
 
@@ -104,7 +107,8 @@ def spread(result: Path) -> None:
     report = heal(
         student,
         teacher=teacher,
-        data=toy_samples(8),
+        data=toy_samples(10),
+        validation_fraction=0.2,
         collate=toy_collate("qwen3_vl", teacher.model),
         max_steps=4,
         save_steps=2,
@@ -146,6 +150,7 @@ def sharded(folder: Path) -> None:
     )
     fsdp2_prepare_model(accelerator, model)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    start = gathered(trained.items(), keep=True)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
     # The second pass finds the sharded weights as the first one left them.
     for _ in range(2):
@@ -163,11 +168,30 @@ def sharded(folder: Path) -> None:
     for name, parameter in trained.items():
         part = like_parameter(weights[name], parameter).to_local()
         same = same and torch.equal(part, parameter.to_local())
+    half_way, losses = _half_way(model, trained, start, collate(samples))
     if rank == 0:
         save_file(gradients, folder / "gradients.safetensors")
         save_file(weights, folder / "weights.safetensors")
+        save_file({**half_way, "losses": losses}, folder / "half_way.safetensors")
     torch.distributed.destroy_process_group()
     sys.exit(0 if same and again.keys() == stored.keys() else 1)
+
+
+def _half_way(
+    model: HealModel,
+    trained: dict[str, torch.nn.Parameter],
+    start: dict[str, torch.Tensor],
+    batch: dict[str, Any],
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Go back to the middle, and return the weights there and the losses of all points."""
+    losses = []
+
+    def validate() -> dict[str, float]:
+        losses.append(model(**batch)["loss"].item())
+        return {"loss": abs(len(losses) - 3)}
+
+    assert interpolate(trained, start.__getitem__, validate)[0]["share"] == 0.5
+    return gathered(trained.items(), keep=True), torch.tensor(losses)
 
 
 def whole(folder: Path) -> None:
@@ -176,6 +200,7 @@ def whole(folder: Path) -> None:
     model = heal_model(student, teacher)
     batch = toy_collate("qwen3_vl", teacher.model)(toy_samples(4))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    start = {n: p.detach().clone() for n, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
     for _ in range(2):
         optimizer.zero_grad()
@@ -184,6 +209,8 @@ def whole(folder: Path) -> None:
         optimizer.step()
     save_file(gradients, folder / "gradients.safetensors")
     save_file({n: p.detach() for n, p in trained.items()}, folder / "weights.safetensors")
+    half_way, losses = _half_way(model, trained, start, batch)
+    save_file({**half_way, "losses": losses}, folder / "half_way.safetensors")
 
 
 if __name__ == "__main__":

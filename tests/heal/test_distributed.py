@@ -31,6 +31,8 @@ def _compare(one: Path, other: Path) -> None:
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5, msg=name)
     reports = [HealReport.load(path.with_suffix(".json")) for path in (one, other)]
     assert reports[0].tokens == reports[1].tokens
+    for left, right in zip(*(report.validation for report in reports), strict=True):
+        assert left == pytest.approx(right, rel=1e-4)
     for left, right in zip(*(report.losses for report in reports), strict=True):
         assert left == pytest.approx(right, rel=1e-4)
 
@@ -73,7 +75,7 @@ def test_sharded_gradients_equal_whole_ones(tmp_path: Path) -> None:
         folder.mkdir()
     assert run_child(whole, one) == 0
     _together(sharded, two)
-    for file in ("gradients.safetensors", "weights.safetensors"):
+    for file in ("gradients.safetensors", "weights.safetensors", "half_way.safetensors"):
         left, right = load_file(one / file), load_file(two / file)
         assert left.keys() == right.keys()
         for name, value in left.items():

@@ -1,0 +1,104 @@
+"""How far healing goes: to the point of its straight way that validation samples like best.
+
+Legend: none; this file moves parameters, not activations.
+
+A learning rate that a badly cut student needs moves one that is nearly whole too far, and nobody
+knows beforehand which it is. The way back costs a few forward passes instead of another run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Subset
+
+from interlace.errors import DataError
+from interlace.heal.shell import like_parameter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import nn
+
+    from interlace.data.samples import Sample
+
+# Tried shares of the way from the student as it came to the healed one.
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def split_off(
+    data: Sequence[Sample], share: float, seed: int, *, least: int = 1
+) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """Split samples at random into those to train on and those to validate with.
+
+    Args:
+        data: all samples.
+        share: of them to validate with, 0..0.5; 0 keeps all for training.
+        seed: of the choice.
+        least: samples that say anything; contrastive losses compare two.
+
+    Raises:
+        DataError: none would be left to train on.
+    """
+    if share == 0.0:
+        return data, ()
+    count = max(least, round(share * len(data)))
+    if count >= len(data):
+        raise DataError(
+            f"validation_fraction is {share:g}, which keeps back {count} samples, but there are "
+            f"only {len(data)}. Give more samples, or set validation_fraction to 0."
+        )
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    samples: Any = data
+    training: Any = Subset(samples, sorted(order[count:]))
+    validation: Any = Subset(samples, sorted(order[:count]))
+    return training, validation
+
+
+@torch.no_grad()
+def interpolate(
+    trained: Mapping[str, nn.Parameter],
+    start: Callable[[str], torch.Tensor],
+    validate: Callable[[], dict[str, float]],
+) -> tuple[dict[str, float], ...]:
+    """Leave trained parameters at the best of a few points between their start and where they are.
+
+    Every process of the run must call this together.
+
+    Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (WiSE-FT), section 3,
+    with the coefficient chosen on validation samples.
+
+    Args:
+        trained: name -> parameter at its end, sharded or not; changed in place.
+        start: gives the whole tensor that a name had before training.
+        validate: gives the losses of the model as it is; the least "loss" is best, and of equal
+            ones the furthest.
+
+    Returns:
+        "share" of the way and the losses there, point by point, the kept one first.
+    """
+    ends = {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+    def move(share: float) -> None:
+        for name, parameter in trained.items():
+            end = ends[name]
+            if share == 1.0:
+                parameter.copy_(end)
+                continue
+            begin = like_parameter(start(name).to(end.device, end.dtype), parameter)
+            parameter.copy_(begin + share * (end - begin))
+
+    found = []
+    for share in SHARES:
+        move(share)
+        found.append({"share": share, **validate()})
+    found.sort(key=_worth)
+    move(found[0]["share"])
+    return tuple(found)
+
+
+def _worth(point: Mapping[str, float]) -> tuple[float, float]:
+    loss = point["loss"]
+    return (loss if math.isfinite(loss) else math.inf, -point["share"])

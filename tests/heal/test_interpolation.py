@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from heal.toys import toy, toy_collate, toy_samples
+from torch import nn
+
+from interlace.config import HealSettings
+from interlace.errors import ConfigError, DataError
+from interlace.heal import heal
+from interlace.heal.interpolation import SHARES, interpolate, split_off
+from interlace.records import HealReport
+
+
+def _kept(losses: dict[float, float], end: float = 4.0) -> tuple[float, list[float]]:
+    """Settle a single weight between 0 and `end`; losses are by the place on the way."""
+    weight = nn.Parameter(torch.tensor([end]))
+
+    def validate() -> dict[str, float]:
+        return {"loss": losses[weight.item() / end]}
+
+    points = interpolate({"weight": weight}, lambda _: torch.zeros(1), validate)
+    return weight.item() / end, [point["share"] for point in points]
+
+
+def test_the_best_point_of_the_way_is_kept_and_reported_first() -> None:
+    assert SHARES == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert _kept({0.0: 3.0, 0.25: 1.0, 0.5: 2.0, 0.75: 4.0, 1.0: 5.0}) == (
+        0.25,
+        [0.25, 0.5, 0.0, 0.75, 1.0],
+    )
+    # of equal ones the furthest, and what is not finite is worst
+    assert _kept({0.0: 3.0, 0.25: 1.0, 0.5: 1.0, 0.75: math.nan, 1.0: math.inf})[0] == 0.5
+    assert _kept(dict.fromkeys(SHARES, 1.0))[0] == 1.0
+
+
+@pytest.mark.parametrize("kept", [0.0, 1.0])
+def test_both_ends_are_exact(kept: float) -> None:
+    start, end = torch.randn(64) * 1e-3, torch.randn(64) * 1e3
+    weight = nn.Parameter(end.clone())
+    shares = iter(SHARES)
+
+    def validate() -> dict[str, float]:
+        return {"loss": float(next(shares) != kept)}
+
+    interpolate({"weight": weight}, {"weight": start}.__getitem__, validate)
+    assert torch.equal(weight, end if kept else start)
+
+
+def test_samples_are_split_at_random_and_once_for_all() -> None:
+    data: Any = list(range(40))
+    trained, judging = split_off(data, 0.1, seed=3)
+    assert len(judging) == 4
+    assert sorted([*trained, *judging]) == data
+    assert [list(part) for part in split_off(data, 0.1, seed=3)] == [list(trained), list(judging)]
+    assert list(split_off(data, 0.1, seed=4)[1]) != list(judging)
+    assert split_off(data, 0.0, seed=3) == (data, ())
+    assert len(split_off(data, 0.01, seed=3, least=2)[1]) == 2
+    with pytest.raises(DataError, match="keeps back 2 samples, but there are only 2"):
+        split_off(data[:2], 0.1, seed=0, least=2)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "clip"])
+def test_healing_that_goes_too_far_is_taken_back(name: str) -> None:
+    teacher, student = toy(name)
+    before = {n: value.detach().clone() for n, value in student.model.state_dict().items()}
+    shared: dict[str, Any] = {"collate": toy_collate(name, student.model), "batch_size": 4}
+    # steps of this length leave nothing of the model; what it knows is what the teacher says
+    report = heal(
+        student,
+        teacher=teacher,
+        data=toy_samples(20),
+        validation_fraction=0.2,
+        ce_weight=0.0,
+        learning_rate=1.0,
+        warmup_fraction=0.0,
+        schedule="constant",
+        **shared,
+    )
+    assert report.num_samples == 16
+    assert sorted(point["share"] for point in report.validation) == list(SHARES)
+    losses = [point["loss"] for point in report.validation]
+    assert losses == sorted(losses)
+    for point in report.validation:
+        assert point["loss"] == pytest.approx(point["kl"])
+    assert report.validation[0]["share"] == 0.0
+    for key, value in student.model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert HealReport.from_json(report.to_json()) == report
+
+
+def test_the_student_is_left_at_the_point_that_the_report_names() -> None:
+    ends, kept = {}, {}
+    for validation_fraction in (0.0, 0.2):
+        teacher, student = toy("qwen3_vl")
+        start = {n: p.detach().clone() for n, p in student.model.named_parameters()}
+        data = toy_samples(20)
+        report = heal(
+            student,
+            teacher=teacher,
+            data=data if validation_fraction else list(split_off(data, 0.2, seed=42)[0]),
+            collate=toy_collate("qwen3_vl", student.model),
+            batch_size=4,
+            learning_rate=1e-2,
+            validation_fraction=validation_fraction,
+        )
+        (kept if validation_fraction else ends).update(student.model.named_parameters())
+    share = report.validation[0]["share"]
+    assert share > 0.0
+    for name, value in kept.items():
+        expected = start[name] + share * (ends[name] - start[name])
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_without_a_teacher_the_task_alone_judges() -> None:
+    _, student = toy("qwen3_vl")
+    report = heal(
+        student,
+        data=toy_samples(8),
+        collate=toy_collate("qwen3_vl", student.model),
+        validation_fraction=0.25,
+        ce_weight=2.0,
+    )
+    for point in report.validation:
+        assert point.keys() == {"share", "ce", "loss"}
+        assert point["loss"] == pytest.approx(2.0 * point["ce"])
+
+
+def test_settings_that_leave_nothing_to_judge_by_are_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing says which predictions"):
+        HealSettings(validation_fraction=0.1, ce_weight=0.0, kl_weight=0.0)
+    with pytest.raises(ConfigError, match="neither open nor closed"):
+        HealSettings(validation_fraction=0.1, gates="l1")
+    _, student = toy("qwen3_vl")
+    with pytest.raises(ConfigError, match="without a teacher"):
+        heal(student, data=toy_samples(8), validation_fraction=0.25, ce_weight=0.0)
