@@ -218,7 +218,7 @@ class Bench:
                 "trained_parameters": report.trainable_parameters,
             }
             if report.validation:
-                found["heal"]["share"] = report.validation[0]["share"]
+                found["heal"]["share"] = report.share
             found["heal_seconds"] = round(report.seconds, 1)
             found["healed"] = self._measure(name, student)
         if chosen.sparse:

@@ -153,7 +153,8 @@ def heal(
         resume=resume,
     )
     run_export(student, output, records=(chosen, report), overwrite=overwrite)
-    say(f"Wrote {output} after {report.steps} steps on {report.num_samples} samples")
+    kept = f", {report.share:.0%} of the way kept" if report.validation else ""
+    say(f"Wrote {output} after {report.steps} steps on {report.num_samples} samples{kept}")
 
 
 def export(

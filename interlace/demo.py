@@ -116,7 +116,10 @@ def _measure_rule(
     healing_data = samples("scenes", count=budget.heal_samples, seed=2, processor=vlm.processor)
     settings = HEALING
     if rule == OURS:
-        settings = HEALING.replace(hidden_weight=RECOMMENDED_HEAL.hidden_weight)
+        settings = HEALING.replace(
+            hidden_weight=RECOMMENDED_HEAL.hidden_weight,
+            validation_fraction=RECOMMENDED_HEAL.validation_fraction,
+        )
     healing = heal(student, teacher=vlm, data=healing_data, settings=settings)
     healed = evaluate(student, batch_size=64, **measure)
     return Row(rule, plan, student, raw, healed, healing)

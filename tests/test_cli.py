@@ -104,9 +104,13 @@ def test_several_metrics_choose_together(interlace, tmp_path: Path) -> None:
 def test_heal_writes_a_student_and_can_be_resumed(interlace, scores: Path, tmp_path: Path) -> None:
     plan, healed = tmp_path / "plan.json", tmp_path / "healed"
     assert interlace("plan", scores, "-o", plan)[0] == 0
-    options = ("--count", 32, "--max-steps", 2, "--batch-size", 4, "--learning-rate", 1e-4)
+    options = (
+        "--count", 32, "--max-steps", 2, "--batch-size", 4, "--learning-rate", 1e-4,
+        "--validation-fraction", 0.125,
+    )  # fmt: skip
     first = interlace("heal", "bundled:qwen3-vl", plan, "-o", healed, *options)
     assert first[0] == 0, first
+    assert "% of the way kept" in first[1]
     assert (healed / "model.safetensors").exists()
     again = interlace("heal", "bundled:qwen3-vl", plan, "-o", healed, *options)
     assert again[0] == 2
@@ -129,6 +133,9 @@ def test_progressive_says_where_a_stage_was_rolled_back(interlace, tmp_path: Pat
     assert "no student to hand over" in told
     assert (tmp_path / "out" / "progressive" / "stage-1" / "student").is_dir()
     assert not (tmp_path / "out" / "model").exists()
+
+
+GATED = ("--gates", "l1")
 
 
 @pytest.mark.parametrize(
@@ -159,6 +166,12 @@ def test_progressive_says_where_a_stage_was_rolled_back(interlace, tmp_path: Pat
         (("progressive", "bundled:clip", "-o", "OUT", "--guard", "lost"), "Give 'loss'"),
         (("progressive", "bundled:clip", "-o", "OUT", "--gates", "l2"), "Did you mean 'l1'"),
         (("progressive", "bundled:clip", "-o", "OUT", "--gate-units", "heds"), "mean 'heads'"),
+        # gates switch the share that validates off, unless it is asked for
+        (("progressive", "bundled:clip", "-o", "OUT", *GATED, "--rule", "slebb"), "mean 'sleb'"),
+        (
+            ("progressive", "bundled:clip", "-o", "OUT", *GATED, "--validation-fraction", "0.1"),
+            "neither open nor closed",
+        ),
         (("plan", "SCORES", "-o", "OUT", "--protect", "autoo"), "give auto, alignment, none"),
         (("plan", "SCORES", "-o", "OUT", "--rule", "sleb"), "asks the model for its loss"),
         (("eval", "bundled:clip", "--task", "retrieval", "--split", "tset"), "split of scenes"),

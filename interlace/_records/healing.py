@@ -49,3 +49,8 @@ class HealReport(Record):
     gates: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
     unit_gates: dict[str, dict[int, dict[str, tuple[float, ...]]]] = field(default_factory=dict)
     validation: tuple[dict[str, float], ...] = ()
+
+    @property
+    def share(self) -> float:
+        """How much of the way to the trained student was kept, 0..1; 1 without validation."""
+        return self.validation[0]["share"] if self.validation else 1.0

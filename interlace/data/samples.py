@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,6 +123,10 @@ class Samples(Sequence[Sample]):
         if num_samples < 1:
             raise ConfigError(f"subset of {num_samples} samples: give a number of at least 1.")
         return self._with(self._items[:num_samples])
+
+    def select(self, places: Iterable[int]) -> Samples:
+        """Give the samples at some places, in the order of these."""
+        return self._with([self._items[place] for place in places])
 
     @cached_property
     def fingerprint(self) -> str:

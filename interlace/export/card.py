@@ -199,6 +199,7 @@ def _healing(report: HealReport) -> str:
             f"{_number(report.trainable_parameters)} of {_number(report.total_parameters)}",
         ),
         ("time", f"{report.seconds:.0f} s"),
+        *([("kept of the way", f"{report.share:.0%}")] if report.validation else []),
         *((f"final {name}", _number(value)) for name, value in report.final.items()),
     ]
     return "\n\n".join(("## Healing", _table(("", "value"), rows)))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interlace._files import check_place
 from interlace.data.samples import Samples
-from interlace.errors import ConfigError
+from interlace.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from interlace.config import HealSettings
     from interlace.data.samples import Sample
     from interlace.models import VLM
@@ -90,33 +89,70 @@ def check_teacher(student: VLM, teacher: VLM) -> None:
         )
 
 
-def check_validation(settings: HealSettings, teacher: VLM | None) -> None:
+def check_samples(**given: Any) -> None:
+    """Refuse what are no samples.
+
+    Raises:
+        DataError: names the argument.
+    """
+    for name, data in given.items():
+        if isinstance(data, str) or not isinstance(data, Sequence):
+            raise DataError(
+                f"{name} is a {type(data).__name__}; give samples, such as those of "
+                "interlace.samples."
+            )
+
+
+def check_validation(
+    settings: HealSettings, teacher: VLM | None, validation: Sequence[Sample]
+) -> None:
     """Refuse validation samples with nothing to judge predictions by.
 
     Raises:
-        ConfigError: only the divergence from a teacher counts, and there is none.
+        ConfigError: samples of both kinds, only the divergence from a teacher counts and there is
+            none, no predictions count, or there are gates.
     """
-    if settings.validation_fraction and not settings.ce_weight and teacher is None:
+    share = settings.validation_fraction
+    if validation and share:
         raise ConfigError(
-            f"validation_fraction is {settings.validation_fraction:g} and ce_weight 0, so only the "
-            "divergence from a teacher can say which predictions are better, but healing is "
-            "without a teacher. Give one, or set ce_weight above 0."
+            f"There are {len(validation)} validation samples, and validation_fraction is "
+            f"{share:g}. Give one of them."
+        )
+    if not (validation or share):
+        return
+    # what cannot go with a share cannot go with samples either
+    settings.replace(validation_fraction=share or 0.5)
+    if not settings.ce_weight and teacher is None:
+        raise ConfigError(
+            "There are validation samples and ce_weight is 0, so only the divergence from a "
+            "teacher can say which predictions are better, but healing is without a teacher. Give "
+            "one, or set ce_weight above 0."
         )
 
 
 def inputs_of(
-    student: VLM, teacher: VLM | None, plan: Plan, data: Samples | Sequence[Sample]
+    student: VLM,
+    teacher: VLM | None,
+    plan: Plan,
+    data: Samples | Sequence[Sample],
+    validation: Samples | Sequence[Sample],
 ) -> dict[str, str]:
     """Return the fingerprints of what a run starts from."""
-    samples = data if isinstance(data, Samples) else Samples(data, source="a sequence")
     inputs = {
         "plan": plan.fingerprint,
-        "data": samples.fingerprint,
+        "data": _fingerprint(data),
         "student": student.fingerprint,
     }
+    if validation:
+        inputs["validation"] = _fingerprint(validation)
     if teacher is not None:
         inputs["teacher"] = teacher.fingerprint
     return inputs
+
+
+def _fingerprint(data: Samples | Sequence[Sample]) -> str:
+    samples = data if isinstance(data, Samples) else Samples(data, source="a sequence")
+    return samples.fingerprint
 
 
 def identity_of(inputs: dict[str, str], settings: HealSettings, num_samples: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from interlace.heal import checkpoints, checks
 from interlace.heal.anchors import find_anchors, plan_of, tuned_parameters
 from interlace.heal.arguments import count_steps, total_samples, training_arguments
 from interlace.heal.interpolation import split_off
-from interlace.heal.model import CONTRASTIVE, HealModel
+from interlace.heal.model import HealModel
 from interlace.heal.order import ShuffledRepeats
 from interlace.heal.shell import HALF, hand_over, make_shell, move_together
 from interlace.heal.sparsity import final_gates, fold, reported
@@ -31,7 +30,7 @@ from interlace.records import HealReport, Provenance
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
     from transformers import TrainingArguments
@@ -51,6 +50,7 @@ def heal(
     *,
     teacher: VLM | None = None,
     data: Samples | Sequence[Sample],
+    validation: Samples | Sequence[Sample] = (),
     settings: HealSettings | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -78,6 +78,8 @@ def heal(
         teacher: the model before the cut; without one there is no distillation. Its weights are not
             changed; it is left on the training device as well.
         data: samples to train on.
+        validation: samples that say how far to go, as `validation_fraction` of `HealSettings` does
+            with a share of `data`; of use instead of it.
         settings: default: `HealSettings()`.
         output: folder for checkpoints, made by this call; without it none are written.
         resume: continue from the newest complete checkpoint in `output`, or start where there is
@@ -100,11 +102,7 @@ def heal(
     check_vlm(student, "student")
     if teacher is not None:
         check_vlm(teacher, "teacher")
-    given: Any = data
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        raise DataError(
-            f"data is a {type(given).__name__}; give samples, such as those of interlace.samples."
-        )
+    checks.check_samples(data=data, validation=validation)
     chosen = (settings or HealSettings()).replace(**overrides)
     plan = plan_of(student)
     names = tuned_parameters(student, plan)
@@ -112,18 +110,16 @@ def heal(
     gated = find_gated(student, plan.towers, units)
     if len(data) == 0:
         raise DataError("There are no samples to heal with. Give at least one.")
-    checks.check_validation(chosen, teacher)
+    checks.check_validation(chosen, teacher, validation)
     folder = checks.output_folder(output, resume=resume)
     checks.check_device(student)
     if teacher is not None:
         checks.check_teacher(student, teacher)
     # Read before training changes the weights.
-    inputs = checks.inputs_of(student, teacher, plan, data)
+    inputs = checks.inputs_of(student, teacher, plan, data, validation)
     sizes = _sizes(student.model, names)
-    # a contrastive loss compares two
-    least = 2 if student.family.objective == CONTRASTIVE else 1
-    share = chosen.validation_fraction
-    seen, judging = split_off(data, share, chosen.seed, least=least)
+    seen, kept_back = split_off(data, chosen, student.family.objective)
+    judging = validation or kept_back
     total = total_samples(len(seen), chosen, checks.world_size())
     if total == 0:
         logger.info("Healing is skipped: the settings ask for no steps.")
@@ -166,7 +162,10 @@ def heal(
         gates = final_gates(trained("gates.values"), chosen.gates) if gated else []
         fold(student.model, gated, gates)
     report = _report(student, chosen, inputs, sizes, trainer)
-    return replace(report, validation=points, **reported(gated, gates))
+    report = replace(report, validation=points, **reported(gated, gates))
+    if points:
+        logger.info("The validation samples keep %.0f %% of the way.", 100 * report.share)
+    return report
 
 
 @contextlib.contextmanager

@@ -9,12 +9,13 @@ knows beforehand which it is. The way back costs a few forward passes instead of
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.data import Subset
 
+from interlace.data.samples import Samples
 from interlace.errors import DataError
+from interlace.heal.model import CONTRASTIVE
 from interlace.heal.shell import like_parameter
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from interlace.config import HealSettings
     from interlace.data.samples import Sample
 
 # Tried shares of the way from the student as it came to the healed one.
@@ -29,32 +31,31 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def split_off(
-    data: Sequence[Sample], share: float, seed: int, *, least: int = 1
-) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    data: Sequence[Sample], settings: HealSettings, objective: str
+) -> tuple[Samples, Samples]:
     """Split samples at random into those to train on and those to validate with.
 
     Args:
         data: all samples.
-        share: of them to validate with, 0..0.5; 0 keeps all for training.
-        seed: of the choice.
-        least: samples that say anything; contrastive losses compare two.
+        settings: with the share to validate with, and the seed of the choice.
+        objective: of the loss; a contrastive one takes two samples at least.
 
     Raises:
         DataError: none would be left to train on.
     """
+    samples = data if isinstance(data, Samples) else Samples(data)
+    share = settings.validation_fraction
     if share == 0.0:
-        return data, ()
-    count = max(least, round(share * len(data)))
+        return samples, Samples(())
+    count = max(2 if objective == CONTRASTIVE else 1, round(share * len(data)))
     if count >= len(data):
         raise DataError(
             f"validation_fraction is {share:g}, which keeps back {count} samples, but there are "
             f"only {len(data)}. Give more samples, or set validation_fraction to 0."
         )
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    samples: Any = data
-    training: Any = Subset(samples, sorted(order[count:]))
-    validation: Any = Subset(samples, sorted(order[:count]))
-    return training, validation
+    seeded = torch.Generator().manual_seed(settings.seed)
+    order = torch.randperm(len(data), generator=seeded).tolist()
+    return samples.select(sorted(order[count:])), samples.select(sorted(order[:count]))
 
 
 @torch.no_grad()

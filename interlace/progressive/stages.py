@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from interlace._files import sha256_of
 from interlace.errors import ConfigError
 from interlace.heal import heal
+from interlace.heal.interpolation import split_off
 from interlace.heal.sparsity import layer_importance
 from interlace.heal.units import find_gated
 from interlace.plan.rules import USE_LOSS
@@ -126,6 +127,9 @@ class Run:
         self.setup = setup
         self.state = state
         self.dense = dense
+        # the same for all stages: none trains on what another validates with
+        objective = setup.vlm.family.objective
+        self.training, self.validation = split_off(setup.healing, setup.heal, objective)
         self.weight = gate_weight(
             setup.plan,
             setup.progressive.gate_importance,
@@ -151,7 +155,7 @@ class Run:
                 "The last stage learns no gates, and this run has no other. Drop more layers in "
                 "more stages, or set heal.gates to 'none'."
             )
-        slices = split_healing(setup.healing, setup.heal, len(gone))
+        slices = split_healing(self.training, setup.heal, len(gone))
         base = self._measured("dense", setup.vlm, self.dense, None)
         done: list[Stage] = []
         for number, goal in enumerate(gone, start=1):
@@ -242,14 +246,18 @@ class Run:
         plan = whole(before.plan, cut, self.dense, number)
         # the gates of the last stage would have no next choice to speak in
         settings = setup.heal.replace(
-            epochs=1.0, max_steps=None, **({"gates": "none"} if last else {})
+            epochs=1.0,
+            max_steps=None,
+            validation_fraction=0.0,
+            **({"gates": "none"} if last else {}),
         )
+        samples = [] if data is None else [data.fingerprint, self.validation.fingerprint]
         key = sha256_of(
             [
                 plan_key,
                 plan.fingerprint,
                 setup.prune.to_dict(),
-                "" if data is None else [data.fingerprint, settings.to_dict()],
+                [*samples, settings.to_dict()] if samples else "",
             ]
         )
         name = f"stage-{number}/student"
@@ -312,6 +320,7 @@ class Run:
                 made,
                 teacher=setup.vlm,
                 data=data,
+                validation=self.validation,
                 settings=settings,
                 output=checkpoints,
                 resume=checkpoints.exists(),

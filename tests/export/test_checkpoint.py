@@ -30,6 +30,7 @@ HEALED = HealReport(
     total_parameters=5000,
     final={"loss": 0.321},
     seconds=33.2,
+    validation=({"share": 0.75, "loss": 0.3}, {"share": 1.0, "loss": 0.4}),
 )
 MEASURED = EvalReport(
     metrics={"vqa": {"accuracy": 0.875}},
@@ -191,6 +192,7 @@ def test_the_card_states_what_the_records_say(student: VLM) -> None:
     assert f"{student.record.parameters_after:,} now" in card
     assert "| vqa | 256 | accuracy | 0.875 | 0.9375 | 93.3% |" in card
     assert "| final loss | 0.321 |" in card
+    assert "| kept of the way | 75% |" in card
     assert "| trained parameters | 1,000 of 5,000 |" in card
     assert "CLIPModel.from_pretrained" in card
     # no path of a machine, no claim without a record

@@ -51,16 +51,24 @@ def test_both_ends_are_exact(kept: float) -> None:
 
 
 def test_samples_are_split_at_random_and_once_for_all() -> None:
-    data: Any = list(range(40))
-    trained, judging = split_off(data, 0.1, seed=3)
-    assert len(judging) == 4
-    assert sorted([*trained, *judging]) == data
-    assert [list(part) for part in split_off(data, 0.1, seed=3)] == [list(trained), list(judging)]
-    assert list(split_off(data, 0.1, seed=4)[1]) != list(judging)
-    assert split_off(data, 0.0, seed=3) == (data, ())
-    assert len(split_off(data, 0.01, seed=3, least=2)[1]) == 2
+    data = toy_samples(40)
+
+    def split(share: float, seed: int = 3, objective: str = "chat", count: int = 40) -> list[Any]:
+        settings = HealSettings(validation_fraction=share, seed=seed)
+        parts = split_off(data[:count], settings, objective)
+        return [[sample.id for sample in part] for part in parts]
+
+    ids = [sample.id for sample in data]
+    training, validation = split(0.1)
+    assert len(validation) == 4
+    assert sorted([*training, *validation]) == sorted(ids)
+    assert split(0.1) == [training, validation]
+    assert split(0.1, seed=4)[1] != validation
+    assert split(0.0) == [ids, []]
+    # a single pair has nothing to be told from
+    assert [len(split(0.01, objective=kind)[1]) for kind in ("chat", "contrastive")] == [1, 2]
     with pytest.raises(DataError, match="keeps back 2 samples, but there are only 2"):
-        split_off(data[:2], 0.1, seed=0, least=2)
+        split(0.1, objective="contrastive", count=2)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "clip"])
@@ -94,6 +102,7 @@ def test_healing_that_goes_too_far_is_taken_back(name: str) -> None:
 
 def test_the_student_is_left_at_the_point_that_the_report_names() -> None:
     ends, kept = {}, {}
+    wanted = HealSettings(validation_fraction=0.2)
     for validation_fraction in (0.0, 0.2):
         teacher, student = toy("qwen3_vl")
         start = {n: p.detach().clone() for n, p in student.model.named_parameters()}
@@ -101,7 +110,7 @@ def test_the_student_is_left_at_the_point_that_the_report_names() -> None:
         report = heal(
             student,
             teacher=teacher,
-            data=data if validation_fraction else list(split_off(data, 0.2, seed=42)[0]),
+            data=data if validation_fraction else split_off(data, wanted, "chat")[0],
             collate=toy_collate("qwen3_vl", student.model),
             batch_size=4,
             learning_rate=1e-2,
@@ -129,6 +138,23 @@ def test_without_a_teacher_the_task_alone_judges() -> None:
         assert point["loss"] == pytest.approx(2.0 * point["ce"])
 
 
+def test_samples_of_their_own_say_the_same_as_a_share() -> None:
+    data, wanted = toy_samples(20), HealSettings(validation_fraction=0.2, batch_size=4)
+    training, validation = split_off(data, wanted, "chat")
+    reports = []
+    for given in (
+        {"data": data, "settings": wanted},
+        {"data": training, "validation": validation, "batch_size": 4},
+    ):
+        teacher, student = toy("qwen3_vl")
+        collate = toy_collate("qwen3_vl", student.model)
+        reports.append(heal(student, teacher=teacher, collate=collate, **given))
+    assert reports[0].validation == reports[1].validation
+    assert reports[0].losses == reports[1].losses
+    assert "validation" not in reports[0].inputs
+    assert reports[1].inputs["validation"] == validation.fingerprint
+
+
 def test_settings_that_leave_nothing_to_judge_by_are_refused() -> None:
     with pytest.raises(ConfigError, match="nothing says which predictions"):
         HealSettings(validation_fraction=0.1, ce_weight=0.0, kl_weight=0.0)
@@ -137,3 +163,9 @@ def test_settings_that_leave_nothing_to_judge_by_are_refused() -> None:
     _, student = toy("qwen3_vl")
     with pytest.raises(ConfigError, match="without a teacher"):
         heal(student, data=toy_samples(8), validation_fraction=0.25, ce_weight=0.0)
+    with pytest.raises(ConfigError, match="4 validation samples, and validation_fraction"):
+        heal(student, data=toy_samples(8), validation=toy_samples(4), validation_fraction=0.25)
+    with pytest.raises(ConfigError, match="neither open nor closed"):
+        heal(student, data=toy_samples(8), validation=toy_samples(4), gates="l1")
+    with pytest.raises(DataError, match="validation is a str"):
+        heal(student, data=toy_samples(8), validation="scenes")

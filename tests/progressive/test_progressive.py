@@ -70,7 +70,7 @@ def test_one_run_yields_every_smaller_fraction(vlm: Any, tmp_path: Path) -> None
 
 
 def test_it_heals_on_the_tokens_of_one_cut(vlm: Any, tmp_path: Path) -> None:
-    plain = {"heal": {"gates": "none", "epochs": 2.0}}
+    plain = {"heal": {"gates": "none", "epochs": 2.0, "validation_fraction": 0.25}}
     staged = small(vlm, tmp_path / "staged", **plain, stages=3)
     single = small(vlm, tmp_path / "single", **plain, stages=1)
     assert len(staged.stages) == 3
@@ -78,7 +78,11 @@ def test_it_heals_on_the_tokens_of_one_cut(vlm: Any, tmp_path: Path) -> None:
     for key in ("steps", "num_samples", "tokens"):
         total = sum(getattr(stage.record, key) for stage in staged.stages)
         assert total == getattr(single.stages[0].record, key), key
-    assert single.stages[0].record.num_samples == 16
+    assert single.stages[0].record.num_samples == 2 * 6
+    # none trains on what another validates with
+    judging = {stage.healed.inputs["validation"] for stage in (*staged.stages, *single.stages)}
+    assert len(judging) == 1
+    assert all(len(stage.healed.validation) == 5 for stage in staged.stages)
     # a single stage is the flow of a single cut
     data = il.samples("scenes", count=8, tasks=("retrieval",), processor=vlm.processor)
     scores = il.score(vlm, data, batch_size=8, towers=("text",))
