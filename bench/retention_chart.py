@@ -144,8 +144,9 @@ def _panel(axes: Any, model: str, found: Any, ours: str, entries: dict[str, Any]
         shown, colour, marker = _LINES.get(method, ("other methods", _OTHERS, "."))
         style: dict[str, Any] = {"color": colour, "marker": marker, "lw": 1.0, "ms": 5, "zorder": 2}
         if method == ours and not bridges:
-            shown = shown if method in _LINES else method
-            style |= {"color": _OURS, "marker": "o", "lw": 2.6, "ms": 8, "zorder": 4}
+            if method not in _LINES:
+                shown, style["color"] = method, _OURS
+            style |= {"lw": 2.6, "ms": 8, "zorder": 4}
         elif colour == _OTHERS:
             style |= {"zorder": 1}
         elif bridges:

@@ -33,7 +33,7 @@ from interlace.models.prediction import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -129,7 +129,7 @@ class HealModel(nn.Module):
                 module.eval()
         return self
 
-    def count(self, *batches: Mapping[str, Any]) -> dict[str, float]:
+    def count(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """Count what the terms of batches are averaged over, all batches together."""
         counts: dict[str, float] = {}
         for batch in batches:
@@ -137,6 +137,11 @@ class HealModel(nn.Module):
             for key, value in found.items():
                 counts[key] = counts.get(key, 0.0) + value
         return counts
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher to compare with."""
+        return self._teacher is not None
 
     def of_teacher(self, batch: Mapping[str, Any]) -> Tensor:
         """Return what the teacher says to a batch, which `forward` compares the student with.
@@ -169,8 +174,8 @@ class HealModel(nn.Module):
         Args:
             counts: what the terms are averaged over, summed over all batches and processes of the
                 optimiser step; default: this batch alone.
-            said: what `of_teacher` gave for this batch, to spare the teacher another run; of use
-                where no hidden states are compared.
+            said: what `of_teacher` gave for this batch, to spare the teacher another run; no hidden
+                states are compared then.
             batch: what the collator gave.
 
         Returns:
@@ -178,10 +183,13 @@ class HealModel(nn.Module):
             "kl" and "gates" (their penalty): the batch's SHARE of each average, so that shares of
             one step add up.
         """
-        whole = counts if counts is not None else self.count(batch)
+        whole = counts if counts is not None else self.count([batch])
         penalty = self.gates.draw() if self.gates is not None else None
         if self._teacher is not None and said is None:
             said = self.of_teacher(batch)
+        elif self._teacher is not None:
+            # the states that it holds are those of another batch
+            self._teacher.release()
         if self.objective == CONTRASTIVE:
             loss, terms = self._contrastive(batch, whole, said)
         else:

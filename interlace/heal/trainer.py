@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from interlace.errors import CheckpointError, ConfigError, DataError
@@ -26,7 +25,7 @@ from interlace.heal.model import TERMS, HealModel
 from interlace.heal.shell import full_value, gathered, like_parameter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor, nn
     from torch.utils.data import Dataset, Sampler
@@ -154,7 +153,7 @@ class HealTrainer(Trainer):  # type: ignore[misc]
             if batch is None:
                 break
             batches.append(batch)
-        self._counts = self._summed(self.healed.count(*batches))
+        self._counts = self._summed(self.healed.count(batches))
         self.progress["tokens"] += self._counts.get("tokens", 0.0)
         self.progress["num_samples"] += self._counts.get("samples", 0.0)
         # Anything but None tells the Trainer that the loss needs no further division.
@@ -227,21 +226,42 @@ class HealTrainer(Trainer):  # type: ignore[misc]
             start: gives the whole tensor that a trained parameter had before training.
             samples: not trained on; every process looks at all of them.
         """
-        size = self.args.per_device_train_batch_size
-        starts = range(0, len(samples), size)
-        batches = [
-            self.data_collator([samples[i] for i in range(first, min(first + size, len(samples)))])
-            for first in starts
-        ]
+        # batches are made anew for every point: their images need not stay in memory
+        batches: DataLoader[dict[str, Tensor]] = DataLoader(
+            samples,  # type: ignore[arg-type]
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        said: list[Tensor | None] = []
+        counts = self.healed.count(self._heard(batches, said))
         self.model_wrapped.eval()
-        return interpolate(self._trained(), start, partial(self._losses_of, batches))
+        return interpolate(self._trained(), start, lambda: self._validated(batches, counts, said))
 
-    def _losses_of(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-        settings, counts = self.healed.settings, self.healed.count(*batches)
+    def _heard(
+        self, batches: Iterable[dict[str, Tensor]], said: list[Tensor | None]
+    ) -> Iterator[dict[str, Tensor]]:
+        """Hand batches on, and keep what the teacher says to each."""
+        for batch in batches:
+            told = None
+            if self.healed.has_teacher:
+                told = self.healed.of_teacher(self._prepare_inputs(batch)).cpu()
+            said.append(told)
+            yield batch
+
+    def _validated(
+        self,
+        batches: Iterable[dict[str, Tensor]],
+        counts: dict[str, float],
+        said: Iterable[Tensor | None],
+    ) -> dict[str, float]:
+        """Return the losses of the predictions as the weights are, and their weighted sum."""
+        settings = self.healed.settings
         weights = {"ce": settings.ce_weight, "kl": settings.kl_weight}
         sums: dict[str, float] = {}
-        for batch in batches:
-            terms = self.model_wrapped(counts=counts, **self._prepare_inputs(batch))
+        for batch, told in zip(batches, said, strict=True):
+            inputs = self._prepare_inputs({**batch, "said": told})
+            terms = self.model_wrapped(counts=counts, **inputs)
             for name in weights.keys() & terms.keys():
                 sums[name] = sums.get(name, 0.0) + terms[name].item()
         return {**sums, "loss": sum(weights[name] * value for name, value in sums.items())}

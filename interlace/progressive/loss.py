@@ -71,7 +71,7 @@ class _Measure:
 
     def mean(self, batches: Batches, term: str, said: Sequence[Tensor] = ()) -> float:
         """Return the mean of a term, "ce" or "kl", in nats; `said` is what `of_teacher` gave."""
-        counts = self._model.count(*batches)
+        counts = self._model.count(batches)
         total = 0.0
         with torch.no_grad():
             for batch, known in itertools.zip_longest(batches, said):

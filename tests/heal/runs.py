@@ -136,7 +136,7 @@ def sharded(folder: Path) -> None:
     model = heal_model(student, teacher, chunk_tokens=3)
     collate = toy_collate("qwen3_vl", teacher.model)
     samples = toy_samples(4)
-    counts = model.count(collate(samples))
+    counts = model.count([collate(samples)])
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
     )

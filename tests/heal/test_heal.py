@@ -106,8 +106,9 @@ def test_recomputing_activations_changes_nothing() -> None:
 def test_half_precision_is_trained_in_fp32_and_stays_half() -> None:
     teacher, student = toy("qwen3_vl", dtype=torch.bfloat16)
     before = _values(student)
-    report = _heal("qwen3_vl", student, teacher)
+    report = _heal("qwen3_vl", student, teacher, validation=toy_samples(8))
     changed = _changed(student, before)
+    assert report.share > 0
     assert changed
     assert {value.dtype for value in student.model.state_dict().values()} == {torch.bfloat16}
     assert report.final["loss"] > 0
@@ -181,7 +182,10 @@ def test_healing_on_a_gpu_keeps_frozen_weights_shared() -> None:
     device = torch.device("cuda", 0)
     move_together([student.model, teacher.model], device)
     taught, before = _values(teacher), _values(student)
-    report = _heal("qwen3_vl", student, teacher, max_steps=20, num_workers=1)
+    report = _heal(
+        "qwen3_vl", student, teacher, max_steps=20, num_workers=1, validation=toy_samples(8)
+    )
+    assert report.share > 0
     assert report.losses[-1]["loss"] < report.losses[0]["loss"]
     assert _changed(teacher, taught) == set()
     changed = _changed(student, before)

@@ -155,7 +155,7 @@ def test_shares_of_a_split_batch_add_up() -> None:
     whole, parts = collate(samples), [collate(samples[:2]), collate(samples[2:])]
     counts: dict[str, float] = {}
     for part in parts:
-        for key, value in model.count(part).items():
+        for key, value in model.count([part]).items():
             counts[key] = counts.get(key, 0.0) + value
     split = [model(counts=counts, **part) for part in parts]
     for key, value in model(**whole).items():
