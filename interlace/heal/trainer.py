@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
@@ -264,7 +265,10 @@ class HealTrainer(Trainer):  # type: ignore[misc]
             terms = self.model_wrapped(counts=counts, **inputs)
             for name in weights.keys() & terms.keys():
                 sums[name] = sums.get(name, 0.0) + terms[name].item()
-        return {**sums, "loss": sum(weights[name] * value for name, value in sums.items())}
+        losses = {**sums, "loss": sum(weights[name] * value for name, value in sums.items())}
+        # one process decides: by a rounding error others could stop at another point
+        agreed: list[dict[str, float]] = broadcast_object_list([losses])
+        return agreed[0]
 
     def _trained(self) -> dict[str, nn.Parameter]:
         module = self.accelerator.unwrap_model(self.model_wrapped)

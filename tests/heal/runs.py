@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 
 from interlace.heal import checkpoints, heal, moments
 from interlace.heal.interpolation import interpolate
+from interlace.heal.model import HealModel
 from interlace.heal.shell import gathered, like_parameter
 from interlace.heal.trainer import HealTrainer
 
 if TYPE_CHECKING:
-    from interlace.heal.model import HealModel
     from interlace.models import VLM
 
 
@@ -99,9 +99,26 @@ def resumed(
     result.with_suffix(".json").write_text(json.dumps(facts))
 
 
+def _contrary() -> None:
+    """Let this process find the worst point of healing's way the best."""
+    plain = HealModel.forward
+
+    def forward(self: HealModel, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        terms = plain(self, *args, **kwargs)
+        return terms if self.training else {name: -value for name, value in terms.items()}
+
+    HealModel.forward = forward
+
+
 def spread(result: Path) -> None:
-    """Heal as one of several processes (or alone) and write the outcome, as the first of them."""
+    """Heal as one of several processes (or alone) and write the outcome, as the first of them.
+
+    A second process disagrees about how far to go, and writes beside `result`.
+    """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        _contrary()
     folder = result.with_suffix(".run")
     teacher, student = toy("qwen3_vl", ("text", "vision"))
     report = heal(
@@ -118,7 +135,9 @@ def spread(result: Path) -> None:
         output=folder,
         resume=(folder / "checkpoint-2").exists(),
     )
-    if os.environ.get("RANK", "0") == "0":
+    if rank != "0":
+        _write_weights(student, result.with_name(f"{result.name}-{rank}"))
+    else:
         _write_weights(student, result)
         result.with_suffix(".json").write_text(report.to_json())
     if torch.distributed.is_initialized():
