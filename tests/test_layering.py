@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "interlace"
 STAGES = ("scores", "plan", "surgery", "heal", "evaluate", "export")
 # small modules without a layer of their own
 BASE = (
-    "errors", "records", "config", "_settings", "_records", "_coerce", "_files", "_lazy",
-    "_progress", "_torch_utils",
+    "errors", "records", "config", "_settings", "_heal_settings", "_records", "_coerce", "_files",
+    "_lazy", "_progress", "_torch_utils",
 )  # fmt: skip
 # what a unit may import beside itself; units that are not named see everything below them
 ALLOWED = {
@@ -23,7 +23,8 @@ ALLOWED = {
     "records": ("errors", "_records", "_coerce", "_files"),
     "_records": ("errors", "_coerce", "_files"),
     "_settings": ("errors", "_coerce", "_files"),
-    "config": ("errors", "_settings", "_coerce", "_files"),
+    "_heal_settings": ("errors", "_settings"),
+    "config": ("errors", "_settings", "_heal_settings", "_coerce", "_files"),
     "data": BASE,
     "bundled": ("errors",),
     "models": (*BASE, "ops", "bundled"),
@@ -31,7 +32,9 @@ ALLOWED = {
     **dict.fromkeys(STAGES, (*BASE, "ops", "models", "data")),
     "plan": ("errors", "records", "_records", "config", "_settings", "_files", "_progress"),
 }
-WITHOUT_TORCH = ("errors", "records", "_records", "config", "_settings", "plan")
+WITHOUT_TORCH = (
+    "errors", "records", "_records", "config", "_settings", "_heal_settings", "plan"
+)  # fmt: skip
 # the scripts that train the bundled models stand above everything, unlike the package they lie in
 SCRIPTS = ("bundled.build", "bundled.train")
 
