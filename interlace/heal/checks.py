@@ -13,7 +13,6 @@ from interlace.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from interlace.config import HealSettings
-    from interlace.data.samples import Sample
     from interlace.models import VLM
     from interlace.records import Plan
 
@@ -89,23 +88,26 @@ def check_teacher(student: VLM, teacher: VLM) -> None:
         )
 
 
-def check_samples(**given: Any) -> None:
-    """Refuse what are no samples.
+def as_samples(name: str, given: Any) -> Samples:
+    """Return what a user gave as samples.
+
+    Args:
+        name: of the argument.
+        given: samples, or a sequence of them.
 
     Raises:
-        DataError: names the argument.
+        DataError: it is neither.
     """
-    for name, data in given.items():
-        if isinstance(data, str) or not isinstance(data, Sequence):
-            raise DataError(
-                f"{name} is a {type(data).__name__}; give samples, such as those of "
-                "interlace.samples."
-            )
+    if isinstance(given, Samples):
+        return given
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise DataError(
+            f"{name} is a {type(given).__name__}; give samples, such as those of interlace.samples."
+        )
+    return Samples(given, source="a sequence")
 
 
-def check_validation(
-    settings: HealSettings, teacher: VLM | None, validation: Sequence[Sample]
-) -> None:
+def check_validation(settings: HealSettings, teacher: VLM | None, validation: Samples) -> None:
     """Refuse validation samples with nothing to judge predictions by.
 
     Raises:
@@ -134,25 +136,20 @@ def inputs_of(
     student: VLM,
     teacher: VLM | None,
     plan: Plan,
-    data: Samples | Sequence[Sample],
-    validation: Samples | Sequence[Sample],
+    data: Samples,
+    validation: Samples,
 ) -> dict[str, str]:
     """Return the fingerprints of what a run starts from."""
     inputs = {
         "plan": plan.fingerprint,
-        "data": _fingerprint(data),
+        "data": data.fingerprint,
         "student": student.fingerprint,
     }
     if validation:
-        inputs["validation"] = _fingerprint(validation)
+        inputs["validation"] = validation.fingerprint
     if teacher is not None:
         inputs["teacher"] = teacher.fingerprint
     return inputs
-
-
-def _fingerprint(data: Samples | Sequence[Sample]) -> str:
-    samples = data if isinstance(data, Samples) else Samples(data, source="a sequence")
-    return samples.fingerprint
 
 
 def identity_of(inputs: dict[str, str], settings: HealSettings, num_samples: int) -> dict[str, Any]:

@@ -102,13 +102,14 @@ def heal(
     check_vlm(student, "student")
     if teacher is not None:
         check_vlm(teacher, "teacher")
-    checks.check_samples(data=data, validation=validation)
+    samples = checks.as_samples("data", data)
+    validation = checks.as_samples("validation", validation)
     chosen = (settings or HealSettings()).replace(**overrides)
     plan = plan_of(student)
     names = tuned_parameters(student, plan)
     units = chosen.gate_units if chosen.gates != "none" else ()
     gated = find_gated(student, plan.towers, units)
-    if len(data) == 0:
+    if len(samples) == 0:
         raise DataError("There are no samples to heal with. Give at least one.")
     checks.check_validation(chosen, teacher, validation)
     folder = checks.output_folder(output, resume=resume)
@@ -116,9 +117,9 @@ def heal(
     if teacher is not None:
         checks.check_teacher(student, teacher)
     # Read before training changes the weights.
-    inputs = checks.inputs_of(student, teacher, plan, data, validation)
+    inputs = checks.inputs_of(student, teacher, plan, samples, validation)
     sizes = _sizes(student.model, names)
-    seen, kept_back = split_off(data, chosen, student.family.objective)
+    seen, kept_back = split_off(samples, chosen, student.family.objective)
     judging = validation or kept_back
     total = total_samples(len(seen), chosen, checks.world_size())
     if total == 0:

@@ -19,42 +19,38 @@ from interlace.heal.model import CONTRASTIVE
 from interlace.heal.shell import like_parameter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from torch import nn
 
     from interlace.config import HealSettings
-    from interlace.data.samples import Sample
 
 # Tried shares of the way from the student as it came to the healed one.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def split_off(
-    data: Sequence[Sample], settings: HealSettings, objective: str
-) -> tuple[Samples, Samples]:
+def split_off(samples: Samples, settings: HealSettings, objective: str) -> tuple[Samples, Samples]:
     """Split samples at random into those to train on and those to validate with.
 
     Args:
-        data: all samples.
+        samples: all of them.
         settings: with the share to validate with, and the seed of the choice.
         objective: of the loss; a contrastive one takes two samples at least.
 
     Raises:
         DataError: none would be left to train on.
     """
-    samples = data if isinstance(data, Samples) else Samples(data)
     share = settings.validation_fraction
     if share == 0.0:
         return samples, Samples(())
-    count = max(2 if objective == CONTRASTIVE else 1, round(share * len(data)))
-    if count >= len(data):
+    count = max(2 if objective == CONTRASTIVE else 1, round(share * len(samples)))
+    if count >= len(samples):
         raise DataError(
             f"validation_fraction is {share:g}, which keeps back {count} samples, but there are "
-            f"only {len(data)}. Give more samples, or set validation_fraction to 0."
+            f"only {len(samples)}. Give more samples, or set validation_fraction to 0."
         )
     seeded = torch.Generator().manual_seed(settings.seed)
-    order = torch.randperm(len(data), generator=seeded).tolist()
+    order = torch.randperm(len(samples), generator=seeded).tolist()
     return samples.select(sorted(order[count:])), samples.select(sorted(order[:count]))
 
 

@@ -9,6 +9,7 @@ from heal.toys import toy, toy_collate, toy_samples
 from torch import nn
 
 from interlace.config import HealSettings
+from interlace.data.samples import Samples
 from interlace.errors import ConfigError, DataError
 from interlace.heal import heal
 from interlace.heal.interpolation import SHARES, interpolate, split_off
@@ -55,7 +56,7 @@ def test_samples_are_split_at_random_and_once_for_all() -> None:
 
     def split(share: float, seed: int = 3, objective: str = "chat", count: int = 40) -> list[Any]:
         settings = HealSettings(validation_fraction=share, seed=seed)
-        parts = split_off(data[:count], settings, objective)
+        parts = split_off(Samples(data[:count]), settings, objective)
         return [[sample.id for sample in part] for part in parts]
 
     ids = [sample.id for sample in data]
@@ -110,7 +111,7 @@ def test_the_student_is_left_at_the_point_that_the_report_names() -> None:
         report = heal(
             student,
             teacher=teacher,
-            data=data if validation_fraction else split_off(data, wanted, "chat")[0],
+            data=data if validation_fraction else split_off(Samples(data), wanted, "chat")[0],
             collate=toy_collate("qwen3_vl", student.model),
             batch_size=4,
             learning_rate=1e-2,
@@ -140,7 +141,7 @@ def test_without_a_teacher_the_task_alone_judges() -> None:
 
 def test_samples_of_their_own_say_the_same_as_a_share() -> None:
     data, wanted = toy_samples(20), HealSettings(validation_fraction=0.2, batch_size=4)
-    training, validation = split_off(data, wanted, "chat")
+    training, validation = split_off(Samples(data), wanted, "chat")
     reports = []
     for given in (
         {"data": data, "settings": wanted},
