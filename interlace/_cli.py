@@ -11,7 +11,7 @@ import typer
 
 from interlace._files import check_new_file
 from interlace.errors import ConfigError
-from interlace.surgery.bridges.names import BRIDGES, check_bridges
+from interlace.surgery.bridges.names import BRIDGES, TOKEN_WEIGHTS, check_bridges
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,6 +120,13 @@ Bridges = Annotated[
     typer.Option(
         help=f"What stands in for the removed layers: {', '.join(BRIDGES)}; or per tower, such as "
         "text=fold,vision=none."
+    ),
+]
+TokenWeights = Annotated[
+    str,
+    typer.Option(
+        help=f"What counts in the fits of bridges: {' or '.join(TOKEN_WEIGHTS)} (by how much the "
+        "predictions hang on a token; takes gradients)."
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]

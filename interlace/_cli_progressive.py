@@ -19,6 +19,7 @@ from interlace._cli import (
     Root,
     Seed,
     Split,
+    TokenWeights,
     output_option,
     read_bridges,
     say,
@@ -26,6 +27,7 @@ from interlace._cli import (
 )
 from interlace._recommended import RECOMMENDED_HEAL, RECOMMENDED_PLAN, RECOMMENDED_PRUNE
 from interlace.plan.rules import rule_names
+from interlace.surgery.bridges.names import has_bridges
 
 
 def progressive(
@@ -39,6 +41,7 @@ def progressive(
         str, typer.Option(help=f"How layers are chosen: {', '.join(rule_names())}.")
     ] = RECOMMENDED_PLAN.rule,
     bridges: Bridges = str(RECOMMENDED_PRUNE.bridges),
+    token_weights: TokenWeights | None = None,
     min_retention: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Roll back a stage that keeps less than this, 0..1."),
@@ -97,6 +100,9 @@ def progressive(
     from interlace.pipeline import run as run_flow
     from interlace.report.tables import eval_table
 
+    wanted = read_bridges(bridges)
+    if token_weights is None:
+        token_weights = RECOMMENDED_PRUNE.token_weights if has_bridges(wanted) else "even"
     if validation_fraction is None:
         gated = gates != "none"
         validation_fraction = 0.0 if gated else RECOMMENDED_HEAL.validation_fraction
@@ -116,7 +122,7 @@ def progressive(
             "seed": seed,
         },
         "plan": {"drop_fraction": drop_fraction, "rule": rule, "towers": split_names(tower)},
-        "prune": {"bridges": read_bridges(bridges)},
+        "prune": {"bridges": wanted, "token_weights": token_weights},
         "heal": {
             "learning_rate": learning_rate,
             "batch_size": batch_size,

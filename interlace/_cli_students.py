@@ -20,6 +20,7 @@ from interlace._cli import (
     Root,
     Seed,
     Split,
+    TokenWeights,
     open_vlm,
     output_option,
     read_bridges,
@@ -27,7 +28,7 @@ from interlace._cli import (
     say,
 )
 from interlace._files import check_new_folder
-from interlace.surgery.bridges.names import BRIDGE_SAMPLES, has_bridges
+from interlace.surgery.bridges.names import BRIDGE_SAMPLES, check_token_weights, has_bridges
 
 
 def prune(
@@ -38,6 +39,7 @@ def prune(
         bool, typer.Option("--allow-pinned", help="Also drop layers that the family pins.")
     ] = False,
     bridges: Bridges = "none",
+    token_weights: TokenWeights = "even",
     data: Data = "scenes",
     root: Root = None,
     split: Split = "train",
@@ -59,12 +61,20 @@ def prune(
 
     check_new_folder(output, overwrite=overwrite)
     wanted = read_bridges(bridges)
+    check_token_weights(token_weights, wanted)
     chosen = Plan.load(plan_file)
     dense = open_vlm(model, dtype, device, trust_remote_code)
     calibration = None
     if has_bridges(wanted) or data != "scenes":
         calibration = read_samples(dense, data, root, split, count, seed, max_bad_fraction)
-    student = run_prune(dense, chosen, allow_pinned=allow_pinned, bridges=wanted, data=calibration)
+    student = run_prune(
+        dense,
+        chosen,
+        allow_pinned=allow_pinned,
+        bridges=wanted,
+        data=calibration,
+        token_weights=token_weights,
+    )
     run_export(student, output, records=(chosen,), overwrite=overwrite)
     say(f"Wrote {output} ({student.num_parameters():,} parameters)")
 
@@ -79,6 +89,7 @@ def heal(
     count: Count = 4096,
     max_bad_fraction: MaxBad = 0.01,
     bridges: Bridges = "none",
+    token_weights: TokenWeights = "even",
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps, instead of epochs.")
@@ -125,6 +136,7 @@ def heal(
 
     check_new_folder(output, overwrite=overwrite)
     wanted = read_bridges(bridges)
+    check_token_weights(token_weights, wanted)
     chosen = Plan.load(plan_file)
     settings = HealSettings(
         epochs=epochs,
@@ -143,7 +155,9 @@ def heal(
     teacher = open_vlm(model, dtype, device, trust_remote_code)
     healing = read_samples(teacher, data, root, split, count, seed, max_bad_fraction)
     calibration = healing.subset(BRIDGE_SAMPLES) if has_bridges(wanted) else None
-    student = run_prune(teacher, chosen, bridges=wanted, data=calibration)
+    student = run_prune(
+        teacher, chosen, bridges=wanted, data=calibration, token_weights=token_weights
+    )
     report = run_heal(
         student,
         teacher=teacher if distil else None,

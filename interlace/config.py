@@ -204,11 +204,23 @@ class PruneSettings(Settings):
             "diagonal" or "lowrank", or a table of them per tower. They are fitted on the
             calibration samples.
         rank: of low-rank bridges.
+        token_weights: by what the tokens count in the fits: "even", or "fisher", by how much the
+            predictions of the dense model hang on them, which takes gradients.
     """
 
     allow_pinned: bool = False
     bridges: str | dict[str, str] = "none"
     rank: int = within(16, 1)
+    token_weights: Literal["even", "fisher"] = "even"
+
+    def _check_together(self) -> None:
+        names = self.bridges.values() if isinstance(self.bridges, dict) else [self.bridges]
+        if self.token_weights != "even" and all(name == "none" for name in names):
+            raise ConfigError(
+                f"PruneSettings: token_weights is {self.token_weights!r}, but bridges is "
+                f"{self.bridges!r}, so nothing is fitted. Name a bridge, or set token_weights to "
+                "'even'."
+            )
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,18 @@ def _cut(rule: str, vlm: VLM, scores: Scores, calibration: Samples) -> VLM:
     wanted: dict[str, Any] = {"drop_fraction": DROP_FRACTION, "rule": rule, "protect": "auto"}
     if rule != OURS:
         return prune(vlm, make_plan(scores, **wanted))
-    loss = layer_loss(vlm, calibration[:LOSS_SAMPLES], rule, batch_size=BATCH_SIZE)
-    plan = make_plan(scores, loss=loss, **wanted)
-    bridges = RECOMMENDED_PRUNE.bridges
-    return prune(vlm, plan, bridges=bridges, data=calibration, batch_size=BATCH_SIZE)
+    weighed = RECOMMENDED_PRUNE.token_weights
+    loss = layer_loss(
+        vlm, calibration[:LOSS_SAMPLES], rule, batch_size=BATCH_SIZE, token_weights=weighed
+    )
+    return prune(
+        vlm,
+        make_plan(scores, loss=loss, **wanted),
+        bridges=RECOMMENDED_PRUNE.bridges,
+        data=calibration,
+        batch_size=BATCH_SIZE,
+        token_weights=weighed,
+    )
 
 
 def _measure_rule(

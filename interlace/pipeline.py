@@ -222,6 +222,7 @@ def run(
         data=calibration if has_bridges(settings.prune.bridges) else None,
         batch_size=settings.score.batch_size,
         rank=settings.prune.rank,
+        token_weights=settings.prune.token_weights,
     )
     prune_key = sha256_of([plan_key, settings.prune.to_dict(), settings.score.batch_size])
 

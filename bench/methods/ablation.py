@@ -12,7 +12,7 @@ from interlace._recommended import RECOMMENDED_HEAL
 from interlace.config import PlanSettings, ScoreSettings
 from interlace.errors import PlanError
 from methods.case import BATCH_SIZE, LOSS_SAMPLES, Case, Made, Method
-from methods.ours import REPAIR, match_states
+from methods.ours import REPAIR, WEIGHED, match_states
 from methods.rules import OURS, cut, plan_by, tune_all
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Variant:
         metrics: what is scored.
         plan: options of `make_plan`.
         bridges: of the student; the layers are chosen with folded cuts all the same.
+        token_weights: of the bridges; likewise.
         tune_all: train all layers that stay, not the neighbours of the cuts alone.
         heal: settings of healing.
         timed: as of `Method`.
@@ -37,6 +38,7 @@ class Variant:
     metrics: tuple[str, ...] = ("similarity",)
     plan: Mapping[str, Any] = field(default_factory=dict)
     bridges: str = REPAIR
+    token_weights: str = WEIGHED
     tune_all: bool = False
     heal: Mapping[str, Any] = field(default_factory=dict)
     timed: str = "layers"
@@ -44,7 +46,8 @@ class Variant:
 
 VARIANTS = {
     # without a part
-    "ours_no_bridges": Variant(bridges="none"),
+    "ours_no_bridges": Variant(bridges="none", token_weights="even"),
+    "ours_even_tokens": Variant(token_weights="even"),
     "ours_fold_alone": Variant(bridges="fold"),
     "ours_chosen_unrepaired": Variant(rule="sleb"),
     "ours_chosen_by_cosine": Variant(rule="shortgpt"),
@@ -91,9 +94,10 @@ def make(variant: Variant, case: Case) -> Made:
         == (set(usual[name].drop), set(usual[name].tune), usual[name].graft)
         for name, each in plan.towers.items()
     )
-    if alike and variant.bridges == REPAIR and not variant.heal:
+    repaired = (variant.bridges, variant.token_weights) == (REPAIR, WEIGHED)
+    if alike and repaired and not variant.heal:
         return Made(None, same_as=OURS)
-    return Made(cut(case, plan, variant.bridges))
+    return Made(cut(case, plan, variant.bridges, variant.token_weights))
 
 
 def in_stages(case: Case) -> Made:

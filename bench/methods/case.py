@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from subjects import Subject, train_samples
 
 import interlace as il
+from interlace._recommended import RECOMMENDED_PRUNE
 from interlace._torch_utils import inference, to_device
 from interlace.data.collate import Collator
 from interlace.errors import PlanError
@@ -106,7 +107,13 @@ class Shared:
     @cached_property
     def repaired_loss(self) -> CompensatedLoss:
         """How far a student with folded cuts is from the dense model; what is known is kept."""
-        return CompensatedLoss(self.vlm, self.calibration[:REPAIR_SAMPLES], BATCH_SIZE, "fold")
+        return CompensatedLoss(
+            self.vlm,
+            self.calibration[:REPAIR_SAMPLES],
+            BATCH_SIZE,
+            "fold",
+            RECOMMENDED_PRUNE.token_weights,
+        )
 
     @cached_property
     def _loss_batches(self) -> list[dict[str, Any]]:

@@ -9,12 +9,12 @@ from interlace._recommended import RECOMMENDED_HEAL, RECOMMENDED_PRUNE
 from methods.case import Case, Made, Method, heal
 from methods.rules import OURS, OURS_PARTS, OURS_SPLIT, cut, plan_by
 
-REPAIR = str(RECOMMENDED_PRUNE.bridges)
+REPAIR, WEIGHED = str(RECOMMENDED_PRUNE.bridges), RECOMMENDED_PRUNE.token_weights
 
 
 def compensated(case: Case) -> Made:
     """Drop what a repaired student misses least, and refit what stays."""
-    return Made(cut(case, plan_by(OURS, case), REPAIR))
+    return Made(cut(case, plan_by(OURS, case), REPAIR, WEIGHED))
 
 
 def match_states(case: Case, student: Any, **overrides: Any) -> il.HealReport:
@@ -24,7 +24,7 @@ def match_states(case: Case, student: Any, **overrides: Any) -> il.HealReport:
 
 def compensated_parts(case: Case) -> Made:
     """Do so with single attentions and feed-forward parts, of as many parameters."""
-    student = cut(case, plan_by(OURS_PARTS, case), REPAIR)
+    student = cut(case, plan_by(OURS_PARTS, case), REPAIR, WEIGHED)
     parts = {
         f"{tower} {place}": list(layers)
         for tower, planned in student.plan.towers.items()
@@ -43,7 +43,7 @@ def compensated_split(case: Case) -> Made:
         seed=shared.seed,
     )
     notes = (f"{tower}: {each['chosen']}" for tower, each in plan.settings["split"].items())
-    return Made(cut(case, plan, REPAIR), "; ".join(notes))
+    return Made(cut(case, plan, REPAIR, WEIGHED), "; ".join(notes))
 
 
 METHODS = {

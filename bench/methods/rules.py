@@ -8,7 +8,7 @@ from typing import Any
 
 import interlace as il
 from interlace.plan.rules import USE_LOSS
-from interlace.surgery.bridges.names import has_bridges
+from interlace.surgery.bridges.names import EVEN, has_bridges
 from methods.case import BATCH_SIZE, Case, Made, Method
 
 PUBLISHED = ("interlace", "interlace_oa", "interlace_tn", "random", "consecutive")
@@ -50,10 +50,17 @@ def tune_all(plan: il.Plan) -> il.Plan:
     return replace(plan, towers=towers)
 
 
-def cut(case: Case, plan: il.Plan, bridges: str) -> Any:
+def cut(case: Case, plan: il.Plan, bridges: str, token_weights: str = EVEN) -> Any:
     """Make the student of a plan, its bridges fitted on the calibration samples."""
     data = case.shared.calibration if has_bridges(bridges) else None
-    return il.prune(case.vlm, plan, bridges=bridges, data=data, batch_size=BATCH_SIZE)
+    return il.prune(
+        case.vlm,
+        plan,
+        bridges=bridges,
+        data=data,
+        batch_size=BATCH_SIZE,
+        token_weights=token_weights,
+    )
 
 
 def drop_by(rule: str, case: Case) -> Made:

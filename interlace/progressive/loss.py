@@ -21,7 +21,15 @@ from interlace.plan.rules import USE_LOSS
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
 from interlace.surgery.bridges.calibration import Calibration
-from interlace.surgery.bridges.names import FOLD, REFIT, check_bridges, has_bridges, of_use
+from interlace.surgery.bridges.names import (
+    EVEN,
+    FOLD,
+    REFIT,
+    check_bridges,
+    check_token_weights,
+    has_bridges,
+    of_use,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -150,7 +158,14 @@ class CompensatedLoss:
     the answers is kept, and so is what runs in front of its towers.
     """
 
-    def __init__(self, vlm: VLM, data: Sequence[Sample], batch_size: int, bridges: Any) -> None:
+    def __init__(
+        self,
+        vlm: VLM,
+        data: Sequence[Sample],
+        batch_size: int,
+        bridges: Any,
+        token_weights: str = EVEN,
+    ) -> None:
         """Prepare the batches; the model is left as it is.
 
         Args:
@@ -158,6 +173,7 @@ class CompensatedLoss:
             data: samples with their answers.
             batch_size: samples per forward pass.
             bridges: as of `prune`.
+            token_weights: likewise.
         """
         self._vlm, self._bridges, self._batch_size = vlm, bridges, batch_size
         batches = _batched(vlm, data, batch_size)
@@ -165,7 +181,7 @@ class CompensatedLoss:
         self._judged = batches[:half] or batches
         # one for all students
         (probe,) = _batched(vlm, data[half * batch_size :][:1], 1)
-        self._fitted = Calibration(vlm, batches[half:], batch_size, probe)
+        self._fitted = Calibration(vlm, batches[half:], batch_size, probe, token_weights)
         self._said: list[Tensor] = []
         self._known: dict[tuple[Any, ...], float] = {}
 
@@ -221,6 +237,7 @@ def layer_loss(
     *,
     batch_size: int = 8,
     bridges: str | dict[str, str] = FOLD,
+    token_weights: str = EVEN,
 ) -> Loss:
     """Make what a rule that chooses by the loss asks: `make_plan(..., rule=rule, loss=...)`.
 
@@ -235,13 +252,14 @@ def layer_loss(
         rule: "compensated", "compensated_parts" or "sleb".
         batch_size: samples per forward pass; images and texts are compared within a batch.
         bridges: what repairs the cuts, as `prune` will be told; `sleb` has no use for it.
+        token_weights: likewise.
 
     Returns:
         A function (tower, dropped layers) -> loss, in nats; but for `sleb` also of the parts that
         layers lose, as `make_plan` describes it.
 
     Raises:
-        ConfigError: the rule asks for no loss, or the bridges are not known.
+        ConfigError: the rule asks for no loss, or the bridges or token weights are not known.
         DataError: no samples.
     """
     check_vlm(vlm, "model")
@@ -251,8 +269,9 @@ def layer_loss(
             f"{', '.join(sorted(USE_LOSS))}; leave loss out for the others."
         )
     check_bridges(bridges)
+    check_token_weights(token_weights, bridges)
     if rule in (COMPENSATED, COMPENSATED_PARTS):
-        return CompensatedLoss(vlm, data, batch_size, bridges)
+        return CompensatedLoss(vlm, data, batch_size, bridges, token_weights)
     return TaskLoss(vlm, data, batch_size)
 
 
@@ -276,7 +295,14 @@ def recipe_loss(settings: _Sections, vlm: VLM, data: Sequence[Sample]) -> Loss |
         bridges = {name: _judged_by(kind) for name, kind in bridges.items()}
     else:
         bridges = _judged_by(bridges)
-    return layer_loss(vlm, data[:LOSS_SAMPLES], rule, batch_size=size, bridges=bridges)
+    return layer_loss(
+        vlm,
+        data[:LOSS_SAMPLES],
+        rule,
+        batch_size=size,
+        bridges=bridges,
+        token_weights=settings.prune.token_weights,
+    )
 
 
 def _judged_by(bridge: str) -> str:

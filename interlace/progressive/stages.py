@@ -23,7 +23,7 @@ from interlace.progressive.schedule import gone_after, split_healing
 from interlace.records import EvalReport, Plan, Scores, StageRecord
 from interlace.scores import score
 from interlace.surgery import prune
-from interlace.surgery.bridges.names import has_bridges, of_use
+from interlace.surgery.bridges.names import EVEN, has_bridges, of_use
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -302,12 +302,13 @@ class Run:
         """Cut and heal the student of a stage, and keep it."""
         setup, state = self.setup, self.state
         bridges = of_use(setup.prune.bridges, cut)
+        weighed = setup.prune.token_weights if has_bridges(bridges) else EVEN
         made = prune(
             student,
             cut,
             data=setup.calibration if has_bridges(bridges) else None,
             batch_size=setup.score.batch_size,
-            **{**vars(setup.prune), "bridges": bridges},
+            **{**vars(setup.prune), "bridges": bridges, "token_weights": weighed},
         )
         made.plan = plan
         if made.record is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from interlace.errors import ConfigError, DataError
-from interlace.scores.losses import check_gradients
+from interlace.models.predictor import check_gradients
 from interlace.scores.probes import Probe
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Sensitivity(Probe):
             return hook
 
         model = trial.vlm.model
-        check_gradients(trial.vlm, "sensitivity")
+        check_gradients(trial.vlm, "'sensitivity' cannot be scored")
         before = [(each, each.requires_grad, each.grad) for each in model.parameters()]
         handles = []
         try:

@@ -20,9 +20,10 @@ import torch
 from interlace._progress import track
 from interlace._torch_utils import inference, to_device, without_cache
 from interlace.errors import DataError, ShapeError
+from interlace.models.predictor import check_gradients
 from interlace.models.sites import find_sites
 from interlace.models.states import layer_input
-from interlace.scores.losses import SampleLoss, check_gradients
+from interlace.scores.losses import SampleLoss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -191,7 +192,7 @@ class Gauges:
         """
         for name, kind in self._classes.items():
             if kind.gradient:
-                check_gradients(self._vlm, name)
+                check_gradients(self._vlm, f"'{name}' cannot be scored")
             loss = SampleLoss(self._vlm) if kind.gradient else None
             own = (batches.labelled() if kind.gradient else batches.padded()).part(rank, world)
             watches = [watch for watch in self._watches[name] if watch.gauges]

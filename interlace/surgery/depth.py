@@ -18,7 +18,13 @@ from interlace.models.bridges import run_time
 from interlace.models.handle import VLM, check_vlm
 from interlace.records import Plan, Provenance, PruneRecord
 from interlace.surgery.bridges.fit import Fitted, fit_bridges
-from interlace.surgery.bridges.names import NONE, bridges_by_tower, check_bridges
+from interlace.surgery.bridges.names import (
+    EVEN,
+    NONE,
+    bridges_by_tower,
+    check_bridges,
+    check_token_weights,
+)
 from interlace.surgery.cuts import (
     Cut,
     check_cut,
@@ -60,6 +66,7 @@ def prune(
     data: Sequence[Sample] | Iterable[Mapping[str, Any]] | None = None,
     batch_size: int = 8,
     rank: int = 16,
+    token_weights: str = EVEN,
 ) -> VLM:
     """Make a student without the layers, parts, heads and neurons that a plan takes out.
 
@@ -98,10 +105,9 @@ def prune(
     layers gave in the whole model. All three live in the weights of a standard checkpoint and cost
     nothing at run time; weights that they change are the student's own, and train only where the
     plan says.
-    "diagonal" and "lowrank" are modules at the cuts whose parameters train when healing; such a
-    student is saved by `export` and opened by `open_model`, not by plain transformers. A cut
-    without a place for a bridge stays without one, and the manifest says why. See
-    docs/math/bridges.md.
+    "diagonal" and "lowrank" are modules at the cuts whose parameters train when healing; only
+    `open_model` opens such a student. A cut without a place for a bridge stays without one, and the
+    manifest says why. See docs/math/bridges.md.
 
     Args:
         vlm: the model; left exactly as it is.
@@ -118,6 +124,9 @@ def prune(
             the manifest then notes.
         batch_size: samples per forward pass when fitting.
         rank: of low-rank bridges, at least 1; at most the width is used.
+        token_weights: what counts in the fits: all tokens "even", or each by how much the
+            predictions of `vlm` hang on it, layer by layer: "fisher". That takes answers, or labels
+            in the batches, and a forward and four backward passes per batch, without weights.
 
     Returns:
         The student; `student.plan` is the plan, `student.record` the manifest,
@@ -128,12 +137,13 @@ def prune(
             or leaves fewer than 2 layers, or a layer no heads; the model has run-time bridges or is
             not as transformers builds it (adapters, quantised or fused modules); or stock
             transformers cannot express the result although the plan demands it, a bridge included.
-        ConfigError: unknown bridges, data without bridges, or samples for a model without
-            processor.
+        ConfigError: unknown bridges or token weights; these or data without bridges; samples for
+            a model without processor.
         DataError: data for bridges that cannot be used, or less than 4 samples of it.
     """
     check_vlm(vlm, "model")
     check_bridges(bridges)
+    check_token_weights(token_weights, bridges)
     if vlm.record is not None and run_time(vlm.record.bridges):
         raise PlanError(
             f"{vlm.name} has run-time bridges, which stock transformers does not build, so it "
@@ -175,7 +185,7 @@ def prune(
     model = _finish(vlm.model, draft, list(cuts.values()), by_hand, widths)
     fitted = Fitted()
     if wanted:
-        fitted = fit_bridges(vlm, model, cuts, wanted, data, batch_size, rank)
+        fitted = fit_bridges(vlm, model, cuts, wanted, data, batch_size, rank, token_weights)
     return _hand_over(vlm, plan, cuts, model, changes, fingerprint, widths, fitted)
 
 

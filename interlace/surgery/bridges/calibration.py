@@ -18,8 +18,9 @@ from interlace.data.samples import Sample, samples, scenes_tasks
 from interlace.errors import ConfigError, DataError
 from interlace.models.states import layer_input
 from interlace.models.tokens import token_units
+from interlace.surgery.bridges.fisher import Fisher
 from interlace.surgery.bridges.front import Front, modules_in_front
-from interlace.surgery.bridges.names import BRIDGE_SAMPLES
+from interlace.surgery.bridges.names import BRIDGE_SAMPLES, EVEN, FISHER
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 # Every so manieth sample is held out.
 HELD_OUT_EVERY = 4
+# Beside their Fisher traces, which are 1 on average, all tokens count this much: what later layers
+# make of a state that hardly matters is not left to chance, and few samples fit few tokens badly.
+_ALIKE = 1.0
 
 
 def default_data(vlm: VLM) -> tuple[Sequence[Sample], str]:
@@ -61,10 +65,16 @@ class Calibration:
         probes: likewise, to see how layers work: a single sample first, where one is known, then
             all batches, since not every one need reach every tower.
         fingerprint: of the data, where it has one.
+        token_weights: by what the tokens count, as of `prune`.
     """
 
     def __init__(
-        self, vlm: VLM, data: Any, batch_size: int, probe: Mapping[str, Any] | None = None
+        self,
+        vlm: VLM,
+        data: Any,
+        batch_size: int,
+        probe: Mapping[str, Any] | None = None,
+        token_weights: str = EVEN,
     ) -> None:
         """Collate samples with their answers, or take batches as they are.
 
@@ -73,6 +83,7 @@ class Calibration:
             data: samples or batches.
             batch_size: samples per batch.
             probe: a batch of a single sample, where batches are given.
+            token_weights: as of `prune`.
 
         Raises:
             ConfigError: a bad batch size, or samples for a model without a processor.
@@ -105,6 +116,8 @@ class Calibration:
             items = [collate(items[first : first + batch_size]) for first in starts]
         self.batches = [dict(item) for item in items]
         self.probes = [*([dict(probe)] if probe is not None else []), *self.batches]
+        self.token_weights = token_weights
+        self._labels = [batch.get("labels") for batch in self.batches]
         self._extra: dict[str, Any] = {}
         if accepts(vlm.model, "logits_to_keep"):
             self._extra = {"logits_to_keep": 1}
@@ -168,7 +181,9 @@ class Calibration:
 
         Raises:
             DataError: the model cannot be run on the data, or less than 4 samples (images, in
-                towers that read them) run through one of the towers.
+                towers that read them) run through one of the towers; or as `Fisher` raises it.
+            ConfigError: as `Fisher` raises it.
+            FamilyError: likewise.
         """
         num_units = dict.fromkeys(towers, 0)
         wanted = frozenset(num_units)
@@ -206,10 +221,21 @@ class Calibration:
                     f"least {HELD_OUT_EVERY} are needed, since some are held out. Give more data, "
                     "or no bridge to this tower."
                 )
-        self._surveyed[wanted] = {
-            name: TokenWeights(self._vlm, name, count) for name, count in counts.items()
-        }
-        return self._surveyed[wanted]
+        found = {name: TokenWeights(self._vlm, name, count) for name, count in counts.items()}
+        if self.token_weights == FISHER:
+            self._ask_predictions(found)
+        self._surveyed[wanted] = found
+        return found
+
+    def _ask_predictions(self, weights: Mapping[str, TokenWeights]) -> None:
+        """Tell the token weights of towers how much the teacher's predictions hang on each."""
+        vlm = self._vlm
+        fisher = Fisher(vlm)
+        for batch, labels in zip(self.batches, self._labels, strict=True):
+            given = batch if labels is None else {**batch, "labels": labels}
+            inputs = to_device(given, vlm.device, vlm.dtype)
+            for name, traces in fisher.traces(inputs, weights).items():
+                weights[name].learn(traces)
 
 
 def _num_units(units: torch.Tensor) -> int:
@@ -217,7 +243,11 @@ def _num_units(units: torch.Tensor) -> int:
 
 
 class TokenWeights:
-    """How much every token of a tower counts: text and image tokens have equal mass in all."""
+    """How much every token of a tower counts: text and image tokens have equal mass in all.
+
+    Where the traces of the Fisher information are known, tokens count by them as well, each state
+    of the tower by its own (fisher.py).
+    """
 
     def __init__(self, vlm: VLM, tower: str, counts: torch.Tensor) -> None:
         """Fix the weights.
@@ -233,20 +263,30 @@ class TokenWeights:
         mass = torch.where(counts > 0, 1.0 / (present * counts.clamp_min(1)).double(), 0.0)
         # padding has the number -1, so it takes the last entry
         self._mass = torch.cat([mass, mass.new_zeros(1)])
-        self._seen = 0
+        self._seen = self._run = 0
+        # state -> the traces of every run, in the order of the batches
+        self._traces: dict[int, list[torch.Tensor]] = {}
+        self._means: dict[int, float] = {}
+        self._count = int(counts.sum())
+
+    def learn(self, traces: Mapping[int, Sequence[torch.Tensor]]) -> None:
+        """Take in the traces of a batch: state -> [N] of every run."""
+        for state, runs in traces.items():
+            self._traces.setdefault(state, []).extend(runs)
 
     def restart(self) -> None:
         """Begin a pass over the batches."""
-        self._seen = 0
+        self._seen = self._run = 0
 
     def of(
-        self, batch: Mapping[str, Any], hidden: torch.Tensor
+        self, batch: Mapping[str, Any], hidden: torch.Tensor, state: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tell what the tokens of the next run of the tower count.
 
         Args:
             batch: the inputs the models were run on.
             hidden: hidden states of the run.
+            state: number of the state in the teacher, 0..L.
 
         Returns:
             (weight [N] fp64, 0 for padding; held out [N] bool), on the device of `hidden`.
@@ -254,5 +294,17 @@ class TokenWeights:
         units, modality = token_units(self._vlm, self._tower, batch, hidden)
         weight = self._mass.to(modality.device)[modality.long()]
         held = (units + self._seen) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        if self._traces:
+            trace = self._traces[state][self._run].to(weight)
+            weight = weight * (trace / self._mean(state) + _ALIKE)
         self._seen += _num_units(units)
+        self._run += 1
         return weight, held
+
+    def _mean(self, state: int) -> float:
+        """Return the mean trace of a state over all tokens but padding, whose traces are 0."""
+        if state not in self._means:
+            total = sum(float(each.sum()) for each in self._traces[state])
+            # where no prediction hangs on the state, all tokens count alike
+            self._means[state] = total / self._count if total else 1.0
+        return self._means[state]

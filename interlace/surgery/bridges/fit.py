@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from interlace.models.bridges import DIAGONAL, LOWRANK
 from interlace.surgery.bridges.calibration import Calibration, default_data
 from interlace.surgery.bridges.fold import fit_fold
 from interlace.surgery.bridges.gaps import find_gaps
-from interlace.surgery.bridges.names import FOLD, REFIT
+from interlace.surgery.bridges.names import EVEN, FOLD, REFIT
 from interlace.surgery.bridges.runtime import fit_run_time
 from interlace.surgery.bridges.scale import fit_scale
 
@@ -50,6 +50,7 @@ def fit_bridges(
     data: Any,
     batch_size: int,
     rank: int,
+    token_weights: str,
 ) -> Fitted:
     """Fit the bridges of a student.
 
@@ -65,6 +66,7 @@ def fit_bridges(
             this model that has served before.
         batch_size: samples per forward pass.
         rank: of low-rank bridges, at least 1.
+        token_weights: as of `prune`; that of a calibration is its own.
 
     Raises:
         PlanError: a bridge cannot be expressed in a tower.
@@ -83,7 +85,10 @@ def fit_bridges(
     if data is None:
         data, note = default_data(vlm)
         notes.append(note)
-    calibration = data if isinstance(data, Calibration) else Calibration(vlm, data, batch_size)
+    if isinstance(data, Calibration):
+        calibration = data
+    else:
+        calibration = Calibration(vlm, data, batch_size, token_weights=token_weights)
     bridges: list[Bridge] = []
     with contextlib.ExitStack() as stack:
         for model in (vlm.model, student):
@@ -100,6 +105,12 @@ def fit_bridges(
                 fit = fits[names[tower]]
                 with calibration.looking_at(tower, student, cuts):
                     bridges += fit(vlm.model, student, gaps, calibration, weights)
+    if calibration.token_weights != EVEN:
+        weighed = {"token_weights": calibration.token_weights}
+        bridges = [
+            replace(each, settings={**each.settings, **weighed}) if each.settings else each
+            for each in bridges
+        ]
     notes += [
         f"{bridge.tower} layers {', '.join(map(str, bridge.dropped))} have no bridge: {bridge.note}"
         for bridge in bridges

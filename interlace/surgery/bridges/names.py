@@ -26,6 +26,9 @@ RUN_TIME = {
     "lowrank": "a low-rank map beside the identity at every cut, at run time",
 }
 BRIDGES = (NONE, *FOLDED, *RUN_TIME)
+EVEN, FISHER = "even", "fisher"
+# By what the tokens count in a fit.
+TOKEN_WEIGHTS = (EVEN, FISHER)
 # How many samples bridges are fitted on where nobody says another number.
 BRIDGE_SAMPLES = 512
 
@@ -54,6 +57,22 @@ def has_bridges(bridges: str | Mapping[str, str], but: Collection[str] = ()) -> 
     """Tell whether a choice of bridges asks for any, or for any but some."""
     names = bridges.values() if isinstance(bridges, Mapping) else [bridges]
     return any(name != NONE and name not in but for name in names)
+
+
+def check_token_weights(name: Any, bridges: str | Mapping[str, str]) -> None:
+    """Check a choice of token weights, beside a choice of bridges.
+
+    Raises:
+        ConfigError: an unknown name, or nothing is fitted.
+    """
+    if name not in TOKEN_WEIGHTS:
+        raise ConfigError(unknown_name("kind of token weights", name, TOKEN_WEIGHTS))
+    if name != EVEN and not has_bridges(bridges):
+        raise ConfigError(
+            f"token_weights={name!r} says what counts in the fits of bridges, and "
+            f"bridges={bridges!r} asks for none. Name a bridge, such as 'refit', or leave "
+            "token_weights out."
+        )
 
 
 def of_use(bridges: str | Mapping[str, str], plan: Plan) -> str | dict[str, str]:

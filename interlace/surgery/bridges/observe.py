@@ -149,7 +149,7 @@ def observe(
                 )
             for run, (goal, state) in enumerate(zip(goals, states, strict=True)):
                 caught = {name: each[run] for name, each in inputs.items()}
-                yield _select(gap, goal, state, caught, *weights.of(batch, goal))
+                yield _select(gap, goal, state, caught, *weights.of(batch, goal, gap.goal))
             if reached is not None:
                 for kept, new in zip(passed, (goals, before), strict=True):
                     kept += [each.cpu() for each in new]

@@ -93,7 +93,7 @@ def test_text_and_images_have_equal_mass_and_every_fourth_sample_is_held_out() -
     rows = []
     for batch in batches:
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-        weight, held = surveyed["text"].of(batch, torch.zeros(*ids.shape, 1))
+        weight, held = surveyed["text"].of(batch, torch.zeros(*ids.shape, 1), 0)
         weight, held = weight.view_as(ids), held.view_as(ids)
         mass["image"] += float(weight[(ids == tiny.IMAGE) & mask].sum())
         mass["text"] += float(weight[(ids != tiny.IMAGE) & mask].sum())

@@ -130,7 +130,7 @@ class Weights:
     def restart(self) -> None:
         pass
 
-    def of(self, _: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, _: Any, hidden: torch.Tensor, _state: int) -> tuple[torch.Tensor, torch.Tensor]:
         row = torch.arange(len(hidden))
         weight = torch.where(row % 3 == 0, 2.0, 1.0).double()
         weight[-1] = 0.0

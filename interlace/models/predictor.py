@@ -1,0 +1,142 @@
+"""What a model predicts for the answers of a batch, with a graph where gradients are on.
+
+Legend: B samples, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from interlace._torch_utils import accepts
+from interlace.errors import ConfigError, DataError, FamilyError
+from interlace.models.prediction import (
+    IGNORED,
+    aligned,
+    find_head,
+    is_encoder_decoder,
+    model_inputs,
+    targets_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from interlace.models.handle import VLM
+
+
+def check_gradients(vlm: VLM, refusal: str) -> None:
+    """Refuse what needs gradients through weights that allow none.
+
+    Args:
+        vlm: the model.
+        refusal: what cannot be done then, such as "'sensitivity' cannot be scored".
+
+    Raises:
+        ConfigError: the weights are inference tensors.
+    """
+    if any(parameter.is_inference() for parameter in vlm.model.parameters()):
+        raise ConfigError(
+            f"The weights of {vlm.name} were made under torch.inference_mode(), so no gradient can "
+            f"pass through them and {refusal}. Open the model outside of it, or leave that out."
+        )
+
+
+class Predictor:
+    """Runs a model on batches as the collator gives them with answers.
+
+    Attributes:
+        contrastive: its predictions are similarities of images and texts.
+    """
+
+    def __init__(self, vlm: VLM) -> None:
+        """Find the model's head and what its predictions line up with."""
+        self._vlm = vlm
+        self._objective = vlm.family.objective
+        self.contrastive = self._objective == "contrastive"
+        found = None if self.contrastive else find_head(vlm.model)
+        self._head = found[0] if found is not None else None
+        self._owner: nn.Module = found[1] if found is not None else vlm.model
+        self._shift = not is_encoder_decoder(self._owner)
+
+    def answers(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Predict the tokens of the answers.
+
+        Args:
+            inputs: the batch, on the model's device.
+
+        Returns:
+            Logits [B, T, V] of some places, all that predict an answer among them, fp32 (fp64 for
+            an fp64 model), and the tokens there [B, T], -100 where none counts.
+
+        Raises:
+            DataError: no labels, or a sample without any.
+            FamilyError: the model gives neither logits nor a head to make them with.
+        """
+        labels = inputs.get("labels")
+        if not isinstance(labels, torch.Tensor):
+            raise DataError(
+                f"The loss of {self._vlm.name} needs labels, but a batch holds only "
+                f"{', '.join(inputs)}. Give samples with answers, or batches collated with them."
+            )
+        targets = targets_of(labels, shift=self._shift)
+        given = model_inputs(inputs, self._owner, self._objective)
+        if accepts(self._vlm.model, "logits_to_keep"):
+            # The logits of places that predict nothing of an answer would cost memory for nothing.
+            places = (targets != IGNORED).any(0).nonzero().flatten()
+            given["logits_to_keep"] = places
+            targets = targets[:, places]
+        logits = aligned(self._logits(given), targets)
+        if not bool((targets != IGNORED).any(1).all()):
+            raise DataError(
+                "A sample has no answer token, so it has no loss. Give every sample an answer, or "
+                "leave it out."
+            )
+        return _wide(logits), targets
+
+    def _logits(self, given: Mapping[str, Any]) -> Tensor:
+        caught: list[Tensor] = []
+        handle = None
+        if self._head is not None:
+            # BLIP's question answerer makes logits and keeps them to itself.
+            handle = self._head.register_forward_hook(lambda *call: caught.append(call[2]))
+        try:
+            output = self._vlm.model(**given)
+        finally:
+            if handle is not None:
+                handle.remove()
+        logits = getattr(output, "logits", None)
+        if logits is None and caught:
+            logits = caught[-1]
+        if not isinstance(logits, torch.Tensor):
+            raise FamilyError(
+                f"{type(self._vlm.model).__name__} gives neither logits nor a head to make them "
+                "with, so metrics that need its loss cannot be scored. Leave them out of metrics."
+            )
+        return logits
+
+    def similarities(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Compare every text of a batch with every image: logits [B, B], a row per text, fp32.
+
+        Raises:
+            DataError: not as many images as texts.
+        """
+        logits = _wide(self._vlm.model(**inputs).logits_per_text)
+        if logits.shape[0] != logits.shape[1]:
+            raise DataError(
+                f"A batch has {logits.shape[0]} texts and {logits.shape[1]} images; a contrastive "
+                "loss needs one image for every text."
+            )
+        return logits
+
+    @property
+    def sigmoid(self) -> bool:
+        """Whether a similarity says by itself how likely a pair is (SigLIP)."""
+        return hasattr(self._vlm.model, "logit_bias")
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
