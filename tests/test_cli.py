@@ -178,6 +178,11 @@ GATED = ("--gates", "l1")
         (("prune", "MODEL", "PLAN", "-o", "OUT", "--bridges", "fodl"), "Did you mean 'fold'"),
         (("heal", "MODEL", "PLAN", "-o", "OUT", "--bridges", "text=fodl"), "Did you mean 'fold'"),
         (("prune", "MODEL", "PLAN", "-o", "OUT", "--bridges", "text=fold,text=none"), "once"),
+        (("prune", "MODEL", "PLAN", "-o", "OUT", "--token-weights", "fisher"), "asks for none"),
+        (
+            ("heal", "MODEL", "PLAN", "-o", "OUT", "--bridges", "fold", "--token-weights", "evn"),
+            "Did you mean 'even'",
+        ),
         (("plan", "SCORES", "-o", "OUT", "--protect", ","), "or whole numbers"),
     ],
 )
@@ -326,10 +331,12 @@ def test_bridges_are_fitted_where_they_are_asked_for(
     assert "loses nothing by this plan" in err
     assert not (tmp_path / "out").exists()
     options = ("--count", 8, "--max-steps", 1, "--batch-size", 4, "--bridges", "scale")
+    options += ("--token-weights", "fisher")
     step = interlace("heal", "bundled:qwen3-vl", plan, "-o", tmp_path / "healed", *options)
     assert step[0] == 0, step
     manifest = json.loads((tmp_path / "healed" / "interlace.json").read_text())
     assert [bridge["kind"] for bridge in manifest["bridges"]] == ["scale"]
+    assert manifest["bridges"][0]["settings"]["token_weights"] == "fisher"
 
 
 def test_existing_output_is_kept(interlace, scores: Path, tmp_path: Path) -> None:

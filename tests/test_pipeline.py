@@ -69,9 +69,11 @@ def test_bridges_are_fitted_on_the_calibration_samples(tmp_path: Path) -> None:
     out = tmp_path / "out"
     text = "[export]\nverify = false\n" + RECIPE.replace('["fidelity", "vqa"]', '["fidelity"]')
     text = text.replace("max_steps = 2", "max_steps = 0") + '[prune]\nbridges = "fold"\n'
+    text += 'token_weights = "fisher"\n'
     bridged = il.run(_recipe(tmp_path, text), out)
     student = il.open_model(bridged.folder)
     assert {bridge.kind for bridge in student.record.bridges} == {"fold"}
+    assert {b.settings["token_weights"] for b in student.record.bridges} == {"fisher"}
     assert student.record.inputs["data"] == bridged.scores.inputs["data"]
     again = il.run(_recipe(tmp_path, text), out)
     assert set(again.skipped) == {"scores", "plan", "eval_raw", "eval", "export"}

@@ -71,10 +71,9 @@ def prune(
     """Make a student without the layers, parts, heads and neurons that a plan takes out.
 
     The student is a model of its own, built by transformers from its own config. Frozen parameters
-    share their memory with `vlm`; the layers that the plan tunes have copies, and they alone have
-    `requires_grad` set. Moving one of the two models to another device or dtype ends the sharing,
-    not the correctness. Hooks, gradient checkpointing and other run-time switches of `vlm` are not
-    taken over; its train or eval mode is.
+    share their memory with `vlm`, until one of the two is moved to another device or dtype; the
+    layers that the plan tunes have copies, and they alone have `requires_grad` set. Hooks and other
+    run-time switches of `vlm` are not taken over; its train or eval mode is.
 
     A student may be pruned again. Its layers keep their numbers in the first model, which a plan
     counts in; a plan made from scores of the student itself, whose towers are as deep as the

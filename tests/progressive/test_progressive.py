@@ -140,6 +140,7 @@ def test_the_default_rule_needs_no_callback(vlm: Any, tmp_path: Path) -> None:
     assert made.stages[0].healed is None
     assert made.record.settings["plan"]["rule"] == "compensated"
     assert made.record.settings["prune"]["bridges"] == "refit"
+    assert made.record.settings["prune"]["token_weights"] == "fisher"
 
 
 def test_one_stage_can_take_parts(vlm: Any, tmp_path: Path) -> None:
