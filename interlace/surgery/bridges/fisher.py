@@ -156,7 +156,9 @@ class _Watch:
         def add(gradient: Tensor) -> None:
             total.add_(gradient.double().square().sum(-1).reshape(-1))
 
-        hidden.register_hook(add)  # type: ignore[no-untyped-call]
+        # a tower that works without gradients of its own accord has traces of 0
+        if hidden.requires_grad:
+            hidden.register_hook(add)  # type: ignore[no-untyped-call]
 
     def traces(self) -> Traces:
         """Return the means over the draws, on the CPU."""
