@@ -122,13 +122,11 @@ Bridges = Annotated[
         "text=fold,vision=none."
     ),
 ]
-TokenWeights = Annotated[
-    str,
-    typer.Option(
-        help=f"What counts in the fits of bridges: {' or '.join(TOKEN_WEIGHTS)} (by how much the "
-        "predictions hang on a token; takes gradients)."
-    ),
-]
+WEIGHED = (
+    f"What counts in the fits of bridges: {' or '.join(TOKEN_WEIGHTS)} (by how much the "
+    "predictions hang on a token; takes gradients)."
+)
+TokenWeights = Annotated[str, typer.Option(help=WEIGHED)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 

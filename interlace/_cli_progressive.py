@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from interlace._cli import (
+    WEIGHED,
     Bridges,
     Count,
     Data,
@@ -19,7 +20,6 @@ from interlace._cli import (
     Root,
     Seed,
     Split,
-    TokenWeights,
     output_option,
     read_bridges,
     say,
@@ -41,7 +41,12 @@ def progressive(
         str, typer.Option(help=f"How layers are chosen: {', '.join(rule_names())}.")
     ] = RECOMMENDED_PLAN.rule,
     bridges: Bridges = str(RECOMMENDED_PRUNE.bridges),
-    token_weights: TokenWeights | None = None,
+    token_weights: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{WEIGHED} Default: {RECOMMENDED_PRUNE.token_weights} where there are bridges."
+        ),
+    ] = None,
     min_retention: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Roll back a stage that keeps less than this, 0..1."),

@@ -6,7 +6,10 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+import typer
 from PIL import Image
+
+from interlace.cli import app
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,6 +40,18 @@ def test_help_names_every_command(interlace) -> None:
         sub_code, sub_out, _ = interlace(command, "--help")
         assert sub_code == 0
         assert "Usage" in sub_out
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    commands = typer.main.get_command(app).commands
+    assert commands.keys() == set(COMMANDS)
+    silent = [
+        (name, option.name)
+        for name, command in commands.items()
+        for option in command.params
+        if not option.help
+    ]
+    assert not silent
 
 
 def test_the_steps_one_by_one(interlace, tmp_path: Path) -> None:
