@@ -27,7 +27,7 @@ from interlace._cli import (
 )
 from interlace._recommended import RECOMMENDED_HEAL, RECOMMENDED_PLAN, RECOMMENDED_PRUNE
 from interlace.plan.rules import rule_names
-from interlace.surgery.bridges.names import has_bridges
+from interlace.surgery.bridges.names import EVEN, has_bridges
 
 
 def progressive(
@@ -107,7 +107,7 @@ def progressive(
 
     wanted = read_bridges(bridges)
     if token_weights is None:
-        token_weights = RECOMMENDED_PRUNE.token_weights if has_bridges(wanted) else "even"
+        token_weights = RECOMMENDED_PRUNE.token_weights if has_bridges(wanted) else EVEN
     if validation_fraction is None:
         gated = gates != "none"
         validation_fraction = 0.0 if gated else RECOMMENDED_HEAL.validation_fraction

@@ -114,7 +114,8 @@ class Predictor:
         if not isinstance(logits, torch.Tensor):
             raise FamilyError(
                 f"{type(self._vlm.model).__name__} gives neither logits nor a head to make them "
-                "with, so metrics that need its loss cannot be scored. Leave them out of metrics."
+                "with, so metrics that need its loss cannot be scored. Leave them out of metrics, "
+                "and fit bridges with token_weights='even'."
             )
         return logits
 
