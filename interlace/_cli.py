@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from interlace._files import check_new_file
+from interlace._launch import is_first_process
 from interlace.errors import ConfigError
 from interlace.surgery.bridges.names import BRIDGES, TOKEN_WEIGHTS, check_bridges
 
@@ -131,8 +132,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 
 
 def say(text: str) -> None:
-    """Write a line to standard output."""
-    typer.echo(text)
+    """Write a line to standard output; of several processes the first one does."""
+    if is_first_process():
+        typer.echo(text)
 
 
 def terminal_width() -> int:
@@ -295,12 +297,15 @@ def open_vlm(model: str, dtype: str | None, device: str | None, remote: bool) ->
     """Open a model as the options say."""
     from transformers.utils import logging as transformers_logging
 
+    from interlace._torch_utils import default_device
     from interlace.models import open_model
 
     if not sys.stderr.isatty():
         # a bar without a terminal fills logs with its every state
         transformers_logging.disable_progress_bar()
-    return open_model(model, dtype=dtype, device=device, trust_remote_code=remote)
+    return open_model(
+        model, dtype=dtype, device=device or default_device(), trust_remote_code=remote
+    )
 
 
 def read_samples(
@@ -322,14 +327,16 @@ def read_samples(
 
 
 def save_record(record: Record, path: Path) -> None:
-    """Save a record and say where."""
-    record.save(path)
-    say(f"Wrote {path}")
+    """Save a record and say where; of several processes the first one does."""
+    if is_first_process():
+        record.save(path)
+        say(f"Wrote {path}")
 
 
 def save_picture(figure: Figure, path: Path) -> None:
-    """Save a figure and say where."""
+    """Save a figure and say where; of several processes the first one does."""
     from interlace.report.plots import save_figure
 
-    save_figure(figure, path)
-    say(f"Wrote {path}")
+    if is_first_process():
+        save_figure(figure, path)
+        say(f"Wrote {path}")

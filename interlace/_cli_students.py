@@ -28,6 +28,7 @@ from interlace._cli import (
     say,
 )
 from interlace._files import check_new_folder
+from interlace._launch import is_first_process
 from interlace.surgery.bridges.names import BRIDGE_SAMPLES, check_token_weights, has_bridges
 
 
@@ -126,7 +127,8 @@ def heal(
     """Cut the dense model by the plan, train the tuned layers, and save the result.
 
     Checkpoints go to OUTPUT.healing beside the result; `--resume` goes on from the newest. Bridges
-    are fitted on the first 512 samples of the data.
+    are fitted on the first 512 samples of the data. Under torchrun the processes train together,
+    each on batches of its own.
     """
     from interlace.config import HealSettings
     from interlace.export import export as run_export
@@ -166,7 +168,8 @@ def heal(
         output=output.with_name(output.name + ".healing"),
         resume=resume,
     )
-    run_export(student, output, records=(chosen, report), overwrite=overwrite)
+    if is_first_process():
+        run_export(student, output, records=(chosen, report), overwrite=overwrite)
     kept = f", {report.share:.0%} of the way kept" if report.validation else ""
     say(f"Wrote {output} after {report.steps} steps on {report.num_samples} samples{kept}")
 

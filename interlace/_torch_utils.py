@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,11 +94,25 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
+def default_device() -> str:
+    """Return the GPU of this process, where there is one, else "cpu"."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    # torchrun starts a process for each GPU
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+
+
 def process_rank() -> tuple[int, int]:
     """Return this process's number and how many there are; (0, 1) outside torch.distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def leave_processes() -> None:
+    """Take leave of the other processes, where this one has joined them."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -109,13 +124,17 @@ def joined_processes() -> Iterator[tuple[int, int]]:
     """
     own = dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized()
     if own:
+        # Its default arguments hold the group that they find, past its end: the threads of that
+        # group then die with the interpreter, and now and again take it down with an abort.
+        import torch.distributed.nn  # noqa: F401
+
         # Only small sums travel, so the processes need not talk through the GPUs.
         dist.init_process_group("gloo")
     try:
         yield process_rank()
     finally:
         if own:
-            dist.destroy_process_group()
+            leave_processes()
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:

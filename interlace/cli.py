@@ -55,6 +55,7 @@ from interlace._cli import (
 )
 from interlace._cli_progressive import progressive
 from interlace._cli_students import export, heal, prune
+from interlace._launch import check_single_process
 from interlace.errors import InterlaceError
 from interlace.plan.rules import USE_LOSS, check_rule_without_model, rule_names
 
@@ -103,7 +104,10 @@ def score(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure how redundant every layer is; by similarity in one forward pass per sample."""
+    """Measure how redundant every layer is; by similarity in one forward pass per sample.
+
+    Under torchrun the processes share the samples.
+    """
     from interlace.config import ScoreSettings
     from interlace.scores import score as run_score
     from interlace.scores.metrics import metric_classes
@@ -303,6 +307,12 @@ def doctor() -> None:
     say_table(["what", "on this machine"], [[key, value] for key, value in examine().items()])
 
 
+@app.callback()
+def _alone(context: typer.Context) -> None:
+    if context.invoked_subcommand not in ("score", "heal"):
+        check_single_process(f"interlace {context.invoked_subcommand}")
+
+
 def main() -> None:
     """Run the command line; errors of the package end with exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -316,6 +326,12 @@ def main() -> None:
     except InterlaceError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2)
+    finally:
+        # torch ends noisily where it is left to it; a command that needed no torch loads none here
+        if "torch" in sys.modules:
+            from interlace._torch_utils import leave_processes
+
+            leave_processes()
 
 
 if __name__ == "__main__":

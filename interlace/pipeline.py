@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from interlace._files import check_new_folder, check_place, sha256_of
 from interlace._fused_evaluation import evaluate_fused
+from interlace._launch import check_single_process
 from interlace._recipe_checks import check_names, check_towers
 from interlace._stages import STATE, Stages
+from interlace._torch_utils import default_device
 from interlace.config import DataSettings, EvalSettings, Recipe
 from interlace.data.samples import Samples, samples, scenes_tasks
 from interlace.errors import ConfigError, PlanError
@@ -172,6 +174,7 @@ def run(
             f"The recipe is a {type(recipe).__name__}; give a Recipe (Recipe.from_dict makes one "
             "of nested dicts) or the path of a TOML file."
         )
+    check_single_process("A recipe")
     settings = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     check_names(settings)
     folder = Path(output)
@@ -186,7 +189,7 @@ def run(
     vlm = open_model(
         settings.model.path,
         dtype=settings.model.dtype,
-        device=settings.model.device,
+        device=settings.model.device or default_device(),
         trust_remote_code=settings.model.trust_remote_code,
     )
     check_towers(settings, vlm)

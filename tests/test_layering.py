@@ -14,7 +14,7 @@ STAGES = ("scores", "plan", "surgery", "heal", "evaluate", "export")
 # small modules without a layer of their own
 BASE = (
     "errors", "records", "config", "_settings", "_heal_settings", "_records", "_coerce", "_files",
-    "_lazy", "_progress", "_torch_utils",
+    "_launch", "_lazy", "_progress", "_torch_utils",
 )  # fmt: skip
 # what a unit may import beside itself; units that are not named see everything below them
 ALLOWED = {

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interlace._files import check_place
+from interlace._launch import is_first_process, world_size
 from interlace.data.samples import Samples
 from interlace.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    import os
+
     from interlace.config import HealSettings
     from interlace.models import VLM
     from interlace.records import Plan
 
 # These change how a run is carried out, not what comes out of it but for rounding.
 FREE_SETTINGS = ("num_workers", "save_steps", "chunk_tokens", "gradient_checkpointing")
-
-
-def world_size() -> int:
-    """Return the number of processes of the run, as its launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first_process() -> bool:
-    """Tell whether this is the process that writes and reports."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def output_folder(output: str | os.PathLike[str] | None, *, resume: bool) -> Path | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from interlace._launch import is_first_process, world_size
 from interlace._progress import bar, quiet
 from interlace.config import HealSettings
 from interlace.data.collate import Collator
@@ -121,13 +122,13 @@ def heal(
     sizes = _sizes(student.model, names)
     seen, kept_back = split_off(samples, chosen, student.family.objective)
     judging = validation or kept_back
-    total = total_samples(len(seen), chosen, checks.world_size())
+    total = total_samples(len(seen), chosen, world_size())
     if total == 0:
         logger.info("Healing is skipped: the settings ask for no steps.")
         return _report(student, chosen, inputs, sizes, None)
     collate = collate or Collator.for_model(student, seed=chosen.seed)
     identity = checks.identity_of(inputs, chosen, total)
-    steps = count_steps(total, chosen, checks.world_size())
+    steps = count_steps(total, chosen, world_size())
     with contextlib.ExitStack() as stack:
         if folder is None:
             made = stack.enter_context(tempfile.TemporaryDirectory(prefix="interlace-heal-"))
@@ -135,7 +136,7 @@ def heal(
             stack.callback(_remove_if_empty, folder)
         work = folder or Path(made)
         stack.enter_context(_own_randomness())
-        if not checks.is_first_process():
+        if not is_first_process():
             stack.enter_context(quiet())
         found = checkpoints.newest(work) if resume else None
         if found is not None:
@@ -164,7 +165,7 @@ def heal(
         fold(student.model, gated, gates)
     report = _report(student, chosen, inputs, sizes, trainer)
     report = replace(report, validation=points, **reported(gated, gates))
-    if points:
+    if points and is_first_process():
         logger.info("The validation samples keep %.0f %% of the way.", 100 * report.share)
     return report
 
@@ -186,7 +187,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _device_arguments(student: VLM, plan: Plan, settings: HealSettings) -> dict[str, Any]:
-    alone_on_cpu = student.device.type == "cpu" and checks.world_size() == 1
+    alone_on_cpu = student.device.type == "cpu" and world_size() == 1
     return {
         "bf16": settings.bf16 or student.dtype in HALF,
         "use_cpu": alone_on_cpu or not torch.accelerator.is_available(),

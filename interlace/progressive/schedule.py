@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from interlace.data.samples import Samples
 from interlace.errors import ConfigError
 from interlace.heal.arguments import count_steps, total_samples
-from interlace.heal.checks import world_size
 from interlace.heal.order import ShuffledRepeats
 
 if TYPE_CHECKING:
@@ -101,12 +100,11 @@ def split_healing(
     Raises:
         ConfigError: fewer steps than stages.
     """
-    processes = world_size()
-    total = total_samples(len(data), settings, processes)
+    total = total_samples(len(data), settings, 1)
     if total == 0:
         return None
-    steps = split_steps(count_steps(total, settings, processes), stages)
-    per_step = settings.batch_size * settings.accumulation * processes
+    steps = split_steps(count_steps(total, settings, 1), stages)
+    per_step = settings.batch_size * settings.accumulation
     order = ShuffledRepeats(data, total, settings.seed)
     whole = Samples([order[i] for i in range(total)], source=getattr(data, "source", "memory"))
     ends = [min(sum(steps[: i + 1]) * per_step, total) for i in range(len(steps))]

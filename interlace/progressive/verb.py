@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interlace._files import check_place
+from interlace._launch import check_single_process
 from interlace._recommended import RECOMMENDED_HEAL, RECOMMENDED_PLAN, RECOMMENDED_PRUNE
 from interlace._stages import STATE, Stages
 from interlace.config import (
@@ -141,6 +142,7 @@ def progressive(
 
     Source: cosine schedule: UPop (arXiv 2301.13741). Gates: see `interlace.heal.sparsity`.
     """
+    check_single_process("progressive")
     check_vlm(vlm, "model")
     for name, data in (("calibration", calibration), ("healing", healing)):
         _check_samples(name, data)

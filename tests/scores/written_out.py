@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+
+# loaded later, its default arguments would hold the group, whose threads can abort at the end
+import torch.distributed.nn
 import torch.nn.functional as functional
 from tiny import TINY, tiny_inputs
 
@@ -139,11 +142,23 @@ def every_metric(parts: Sequence[dict[str, torch.Tensor]]) -> Scores:
     )
 
 
-def score_in_process(rank: int, folder: str) -> None:
-    """One of two processes: scores, then scores data that breaks in the second process alone."""
+def _join(rank: int, folder: str) -> None:
+    """Join the other one of two processes."""
     torch.set_num_threads(1)
     store = Path(folder) / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+
+def _leave() -> None:
+    """Leave the other one, with none of the threads that talked to it left behind."""
+    dist.destroy_process_group()
+    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in threads if "gloo" in name], threads
+
+
+def score_in_process(rank: int, folder: str) -> None:
+    """One of two processes: scores, then scores data that breaks in the second process alone."""
+    _join(rank, folder)
     vlm, singles = opened("qwen3_vl"), one_by_one(batch_of("qwen3_vl"))
     scores = score(vlm, singles, progress=False)
     (Path(folder) / f"{rank}.json").write_text(scores.to_json())
@@ -152,14 +167,12 @@ def score_in_process(rank: int, folder: str) -> None:
         score(vlm, singles, progress=False)
     except DataError as error:
         (Path(folder) / f"{rank}.txt").write_text(str(error))
-    dist.destroy_process_group()
+    _leave()
 
 
 def score_everything_in_process(rank: int, folder: str) -> None:
     """One of two processes: scores all metrics, then a tower that only the first one runs."""
-    torch.set_num_threads(1)
-    store = Path(folder) / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    _join(rank, folder)
     vlm, parts = opened("qwen3_vl"), parts_of_the_whole()
     (Path(folder) / f"all-{rank}.json").write_text(every_metric(parts).to_json())
     # it writes into its output, so it cannot be replayed
@@ -167,4 +180,4 @@ def score_everything_in_process(rank: int, folder: str) -> None:
     noted = score(vlm, parts[:2], metrics=("relevance",), progress=False)
     (Path(folder) / f"noted-{rank}.json").write_text(noted.to_json())
     handle.remove()
-    dist.destroy_process_group()
+    _leave()
