@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path  # noqa: TC003 (typer reads it at run time)
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -295,14 +294,9 @@ def check_outputs(output: Path | None, picture: Path | None, overwrite: bool) ->
 
 def open_vlm(model: str, dtype: str | None, device: str | None, remote: bool) -> VLM:
     """Open a model as the options say."""
-    from transformers.utils import logging as transformers_logging
-
     from interlace._torch_utils import default_device
     from interlace.models import open_model
 
-    if not sys.stderr.isatty():
-        # a bar without a terminal fills logs with its every state
-        transformers_logging.disable_progress_bar()
     return open_model(
         model, dtype=dtype, device=device or default_device(), trust_remote_code=remote
     )

@@ -27,6 +27,7 @@ from interlace._cli import (
 )
 from interlace._recommended import RECOMMENDED_HEAL, RECOMMENDED_PLAN, RECOMMENDED_PRUNE
 from interlace.plan.rules import rule_names
+from interlace.plan.widths import needed_metrics
 from interlace.surgery.bridges.names import EVEN, has_bridges
 
 
@@ -34,8 +35,16 @@ def progressive(
     model: Model,
     output: Annotated[Path, output_option("Folder of the run; the model goes to model/ in it.")],
     drop_fraction: Annotated[
-        float, typer.Option(help="Share of the layers to drop in all, 0..1.")
-    ] = 0.25,
+        float | None,
+        typer.Option(help="Share of the layers to drop in all, 0..1. Default: 0.25."),
+    ] = None,
+    parameters: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead: share of their parameters, 0..1, as layers, heads and neurons together, "
+            "in a single stage. Keeps most."
+        ),
+    ] = None,
     stages: Annotated[int, typer.Option(min=1, help="Number of stages.")] = 1,
     rule: Annotated[
         str, typer.Option(help=f"How layers are chosen: {', '.join(rule_names())}.")
@@ -101,7 +110,7 @@ def progressive(
     Run it again with the same options and it goes on where it stopped. A recipe with a section
     [progressive] for `interlace run` sets more.
     """
-    from interlace.config import Recipe
+    from interlace.config import PlanSettings, Recipe
     from interlace.pipeline import run as run_flow
     from interlace.report.tables import eval_table
 
@@ -126,7 +135,12 @@ def progressive(
             "heal_count": heal_count,
             "seed": seed,
         },
-        "plan": {"drop_fraction": drop_fraction, "rule": rule, "towers": split_names(tower)},
+        "plan": {
+            "drop_fraction": drop_fraction,
+            "parameters": parameters,
+            "rule": rule,
+            "towers": split_names(tower),
+        },
         "prune": {"bridges": wanted, "token_weights": token_weights},
         "heal": {
             "learning_rate": learning_rate,
@@ -146,6 +160,8 @@ def progressive(
         "eval": {"tasks": split_names(task), "count": count},
         "export": {"overwrite": overwrite},
     }
+    planned = PlanSettings(**sections["plan"])
+    sections["score"] = {"metrics": ("similarity", *needed_metrics(planned))}
     result = run_flow(Recipe.from_dict(sections, source="interlace progressive"), output)
     say(str(result.plan))
     say(eval_table(result.result))

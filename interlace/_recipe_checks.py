@@ -8,9 +8,7 @@ from interlace.data.samples import scenes_split
 from interlace.errors import ConfigError, unknown_name
 from interlace.evaluate.selection import checked_names
 from interlace.plan.rules import find_rule
-from interlace.plan.split import check_settings
-from interlace.plan.widths import check_width_settings
-from interlace.progressive.verb import check_depth_only
+from interlace.progressive.verb import check_amounts
 from interlace.scores.metrics import metric_classes
 from interlace.surgery.bridges.names import WITHIN_LAYERS, check_bridges, has_bridges
 
@@ -27,11 +25,8 @@ def check_names(settings: Recipe) -> None:
     """
     metric_classes(settings.score.metrics)
     find_rule(settings.plan.rule)
-    if settings.progressive is None:
-        check_settings(settings.plan)
-        check_width_settings(settings.plan, settings.score.metrics)
-    else:
-        check_depth_only(settings.plan, settings.progressive.stages)
+    stages = 1 if settings.progressive is None else settings.progressive.stages
+    check_amounts(settings.plan, stages, settings.score.metrics)
     _check_metrics(settings)
     _check_cut(settings)
     checked_names(settings.eval.tasks)

@@ -7,6 +7,7 @@ one line what came of it. Errors of the package end with exit code 2 and no trac
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -319,6 +320,9 @@ def main() -> None:
     # the libraries below are chatty at this level about things nobody asked for
     for name in ("httpx", "accelerate", "datasets", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if not sys.stderr.isatty():
+        # those of transformers, which fill logs with their every state; read when it is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # as on Ctrl-C, what is half written goes; exit codes are those of a shell
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:

@@ -139,8 +139,8 @@ def test_a_recipe_takes_out_a_share_of_the_parameters(tmp_path: Path) -> None:
         il.run(_recipe(tmp_path, text), tmp_path / "out")
     metrics = 'metrics = ["similarity", "head_norm", "ffn_norm"]'
     text = text.replace("[score]", f"[score]\n{metrics}")
-    with pytest.raises(ConfigError, match="drop whole layers only"):
-        il.run(_recipe(tmp_path, text + "[progressive]\n"), tmp_path / "out")
+    with pytest.raises(ConfigError, match="2 stages drop whole layers only"):
+        il.run(_recipe(tmp_path, text + "[progressive]\nstages = 2\n"), tmp_path / "out")
     made = il.run(_recipe(tmp_path, text), tmp_path / "out")
     student, whole = il.open_model(made.folder), il.open_model("bundled:qwen3-vl")
     layers = sum(p.numel() for p in whole.towers["text"].layers.parameters())

@@ -24,6 +24,7 @@ class StageRecord(Checked):
         kept: False for a stage that was rolled back.
         plan_fingerprint: of the plan that leads from the dense model to this stage.
         parts: tower -> place in a layer -> kept layers that lost it whole.
+        units: tower -> place in a layer -> query heads, or neurons, that all kept layers lost.
     """
 
     number: int
@@ -36,6 +37,7 @@ class StageRecord(Checked):
     kept: bool
     plan_fingerprint: str
     parts: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    units: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def gone_text(self) -> str:
@@ -43,6 +45,8 @@ class StageRecord(Checked):
         said = [f"{len(layers)} {tower} layers" for tower, layers in self.gone.items()]
         for tower, places in self.parts.items():
             said += [f"{name} of {len(layers)} {tower} layers" for name, layers in places.items()]
+        for tower, counts in self.units.items():
+            said += [f"{count} units of {tower} {name}" for name, count in counts.items()]
         return f"{', '.join(said)} gone"
 
 

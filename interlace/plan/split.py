@@ -37,6 +37,7 @@ RULE = "compensated"
 _DEPTHS = 4
 # Shares are rounded down to whole groups and bundles; a hair more gives the number that was meant.
 _HAIR = 1e-6
+_SHARE_HINT = "0.4 takes out two fifths of what the layers hold."
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def split_plan(
     chosen: dict[str, Plan] = {}
     notes: dict[str, Any] = {}
     for tower, share in shares.items():
-        check_share("parameters", share, "0.4 takes out two fifths of what the layers hold.")
+        check_share("parameters", share, _SHARE_HINT)
         shape = shape_of(scores, tower)
         protected, _ = protected_layers(guards, scores, tower)
         # the rule keeps the first and the last layer
@@ -289,13 +290,16 @@ def plan_by(settings: PlanSettings, scores: Scores, loss: Loss | None) -> Plan:
 
 
 def check_settings(settings: PlanSettings) -> None:
-    """Refuse settings that say beside a share of the parameters how much of something goes.
+    """Refuse a share of the parameters that is none, or that the other settings contradict.
 
     Raises:
-        ConfigError: they do, or the rule is another one.
+        ConfigError: it is no share, others say how much of something goes, or the rule is another.
     """
     if settings.parameters is None:
         return
+    shares = settings.parameters
+    for share in shares.values() if isinstance(shares, dict) else [shares]:
+        check_share("parameters", share, _SHARE_HINT)
     amounts = ("drop_fraction", "num_drop", "heads", "ffn", "graft", *PARTS)
     given = [name for name in amounts if getattr(settings, name) is not None]
     given += ["spread"] if settings.spread != "uniform" else []

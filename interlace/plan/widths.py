@@ -131,6 +131,20 @@ def check_width_settings(settings: PlanSettings, scored: Sequence[str]) -> None:
             )
 
 
+def needed_metrics(settings: PlanSettings) -> tuple[str, ...]:
+    """Return the metrics that a plan's shares of heads, neurons and parts are cut by.
+
+    Args:
+        settings: of the plan; metrics that it names itself are the caller's to score.
+    """
+    named = settings.width_metrics or {}
+    shares = {"heads": settings.heads or settings.graft, "ffn": settings.ffn}
+    cut = [kind for kind, share in shares.items() if share or settings.parameters]
+    widths = [_SCORED[kind][0] for kind in cut if kind not in named]
+    parts = [metric for name, (_, metric) in PARTS.items() if getattr(settings, name)]
+    return (*widths, *parts)
+
+
 @dataclass(frozen=True)
 class _Bundle:
     importance: float

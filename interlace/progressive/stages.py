@@ -15,6 +15,7 @@ from interlace.heal.interpolation import split_off
 from interlace.heal.sparsity import layer_importance
 from interlace.heal.units import find_gated
 from interlace.plan.rules import USE_LOSS
+from interlace.plan.split import plan_by
 from interlace.progressive.checkpoint import healing_of, is_whole, open_student, save_student
 from interlace.progressive.guard import measure, retention_of
 from interlace.progressive.loss import recipe_loss
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     )
     from interlace.data.samples import Samples
     from interlace.models import VLM
-    from interlace.records import HealReport, Record
+    from interlace.records import HealReport, Record, TowerPlan
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +147,13 @@ class Run:
         setup, limit = self.setup, self.setup.progressive.min_retention
         before = _Before(setup.vlm, self.dense, None, {})
         scores = self._scores(1, before)
-        counts = drop_counts(scores, setup.vlm, setup.plan)
-        gone = gone_after(counts, setup.progressive.stages)
-        if setup.heal.gates != "none":
-            find_gated(setup.vlm, counts, setup.heal.gate_units)
+        # a single stage cuts as the plan says; several share what it drops
+        gone: list[dict[str, int]] = [{}]
+        if setup.progressive.stages > 1:
+            counts = drop_counts(scores, setup.vlm, setup.plan)
+            gone = gone_after(counts, setup.progressive.stages)
+            if setup.heal.gates != "none":
+                find_gated(setup.vlm, counts, setup.heal.gate_units)
         if setup.heal.gates != "none" and len(gone) == 1:
             raise ConfigError(
                 "The last stage learns no gates, and this run has no other. Drop more layers in "
@@ -217,6 +221,9 @@ class Run:
         )
 
         def make() -> Plan:
+            loss = recipe_loss(setup, before.student, setup.calibration)
+            if setup.progressive.stages == 1:
+                return plan_by(setup.plan, scores, loss)
             return plan_stage(
                 scores,
                 before.student,
@@ -224,7 +231,7 @@ class Run:
                 setup.plan,
                 gates=gates,
                 weight=self.weight,
-                loss=recipe_loss(setup, before.student, setup.calibration),
+                loss=loss,
             )
 
         return self.state.record(f"stage-{number}/plan", Plan, key, make), key
@@ -284,6 +291,7 @@ class Run:
             kept=limit is None or (retention >= limit and not math.isnan(retention)),
             plan_fingerprint=plan.fingerprint,
             parts={name: tower.parts for name, tower in plan.towers.items() if tower.parts},
+            units={name: _units(tower) for name, tower in plan.towers.items() if tower.cut},
         )
         gates = {} if healed is None else layer_importance(healed)
         stage = Stage(record, plan, scores, healed, measured, folder, setup.vlm, setup.prune)
@@ -342,3 +350,8 @@ class Run:
             sha256_of([*made_of, base.fingerprint if base is not None else ""]),
             lambda: measure(vlm, guard, setup.held_out, base, **sizes),
         )
+
+
+def _units(tower: TowerPlan) -> dict[str, int]:
+    """How many heads or neurons go at every place, all layers together."""
+    return {place: sum(map(len, layers.values())) for place, layers in tower.cut.items()}

@@ -21,6 +21,8 @@ from interlace.data.samples import Samples
 from interlace.errors import ConfigError, DataError
 from interlace.models.handle import check_vlm
 from interlace.plan.rules import find_rule
+from interlace.plan.split import check_settings
+from interlace.plan.widths import check_width_settings, needed_metrics
 from interlace.progressive.guard import check_guard, held_out_scenes
 from interlace.progressive.loss import COMPENSATED, COMPENSATED_PARTS
 from interlace.progressive.stages import Run, Setup, Stage
@@ -29,6 +31,7 @@ from interlace.surgery.bridges.names import RUN_TIME, check_bridges
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
 
     from interlace.models import VLM
     from interlace.records import Record
@@ -76,6 +79,7 @@ def progressive(
     output: str | os.PathLike[str],
     held_out: Samples | None = None,
     drop_fraction: float | dict[str, float] | None = None,
+    parameters: float | dict[str, float] | None = None,
     rule: str | None = None,
     stages: int | None = None,
     min_retention: float | None = None,
@@ -113,14 +117,16 @@ def progressive(
             result on others where a stage can be rolled back.
         drop_fraction: share of the layers to drop in all, 0..1, or one per tower; instead of that
             in `plan`.
+        parameters: share of the parameters of the layers to take out in a single stage, as layers,
+            heads and neurons together (`split_plan`), instead of what `plan` drops. Keeps most.
         rule: name of the rule, instead of that in `plan`; default without `plan`: "compensated".
             Rules that choose by the loss need no callback here. "compensated_parts", in a single
             stage, keeps more, in a checkpoint that only `open_model` opens.
         stages: number of stages, at least 1, instead of that in `settings`.
         min_retention: see `ProgressiveSettings`; instead of that in `settings`.
         settings: of the stages; default: `ProgressiveSettings()`.
-        score: how to score; default: `ScoreSettings()`. Its batch size is also that of the loss and
-            of measuring.
+        score: how to score; default: `ScoreSettings()` with the metrics that the plan needs. Its
+            batch size is also that of the loss and of measuring.
         plan: what to drop in all and by what rule; default: a quarter by "compensated".
         prune: how to cut; default: with the bridge "refit". Bridges are fitted on `calibration`,
             each stage's on the student it cuts; those at run time are refused.
@@ -134,9 +140,9 @@ def progressive(
         `stopped` and the log say so.
 
     Raises:
-        ConfigError: arguments that do not fit together; a plan that also cuts or moves heads or
-            neurons, or takes parts in several stages; gates in a single stage, or in a tower that
-            cannot be gated; fewer optimiser steps than stages; an output that is a file.
+        ConfigError: arguments that do not fit together; a plan that cuts within layers in several
+            stages; gates in a single stage, or in a tower that cannot be gated; fewer optimiser
+            steps than stages; an output that is a file.
         PlanError: a stage has no plan. Finished stages stay in the folder.
         InterlaceError: as the verbs of the stages raise it.
 
@@ -150,9 +156,14 @@ def progressive(
     planned = plan or RECOMMENDED_PLAN
     if drop_fraction is not None:
         planned = planned.replace(drop_fraction=drop_fraction, num_drop=None)
+    if parameters is not None:
+        # beside a drop_fraction of the caller's own it is refused
+        planned = planned.replace(parameters=parameters, drop_fraction=drop_fraction, num_drop=None)
     planned = _given(planned, rule=rule)
     find_rule(planned.rule)
-    check_depth_only(planned, chosen.stages)
+    if score is None:
+        score = ScoreSettings(metrics=("similarity", *needed_metrics(planned)))
+    check_amounts(planned, chosen.stages, score.metrics)
     cut = prune or RECOMMENDED_PRUNE
     _check_prune(cut)
     check_guard(chosen.guard, vlm)
@@ -172,7 +183,7 @@ def progressive(
         healing=healing,
         held_out=held_out,
         progressive=chosen,
-        score=score or ScoreSettings(),
+        score=score,
         plan=planned,
         prune=cut,
         heal=healed,
@@ -211,13 +222,22 @@ def progressive(
     )
 
 
-def check_depth_only(settings: PlanSettings, stages: int) -> None:
-    """Refuse a plan of more than layers, but for a rule that takes parts in a single stage.
+def check_amounts(settings: PlanSettings, stages: int, scored: Sequence[str]) -> None:
+    """Refuse a plan that cuts within layers in several stages, or by what is not scored.
+
+    Args:
+        settings: of the plan.
+        stages: number of stages; a single one takes all that one cut can.
+        scored: metrics that are scored.
 
     Raises:
-        ConfigError: it cuts within layers, or moves heads; says what to do.
+        ConfigError: says what, and what to do.
     """
-    if settings.rule == COMPENSATED_PARTS and stages > 1:
+    if stages == 1:
+        check_settings(settings)
+        check_width_settings(settings, scored)
+        return
+    if settings.rule == COMPENSATED_PARTS:
         raise ConfigError(
             f"The rule '{settings.rule}' takes parts out of layers, but {stages} stages count what "
             f"is left to drop in whole layers. Take stages=1, or the rule '{COMPENSATED}'."
@@ -225,9 +245,8 @@ def check_depth_only(settings: PlanSettings, stages: int) -> None:
     for name in ("parameters", "heads", "ffn", "graft", "attention_parts", "ffn_parts"):
         if getattr(settings, name) is not None:
             raise ConfigError(
-                f"{name} is set in the plan, but the stages of a progressive run drop whole layers "
-                "only: their shares would be cut anew in every stage. Leave it out, and cut within "
-                "the layers of the student by a plan of its own."
+                f"{name} is set in the plan, but {stages} stages drop whole layers only: the share "
+                "would be cut anew in every stage. Take stages=1, or leave it out."
             )
 
 

@@ -9,7 +9,7 @@ from progressive.runs import clip, small
 from transformers import CLIPModel
 
 import interlace as il
-from interlace.config import PlanSettings, ProgressiveSettings, PruneSettings
+from interlace.config import PlanSettings, ProgressiveSettings, PruneSettings, ScoreSettings
 from interlace.errors import ConfigError, DataError
 from interlace.records import load_record
 
@@ -143,6 +143,44 @@ def test_the_default_rule_needs_no_callback(vlm: Any, tmp_path: Path) -> None:
     assert made.record.settings["prune"]["token_weights"] == "fisher"
 
 
+def _equal_weights(model: Any, other: Any) -> None:
+    found, again = model.state_dict(), other.state_dict()
+    assert found.keys() == again.keys()
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+def test_one_stage_can_take_a_share_of_the_parameters(vlm: Any, tmp_path: Path) -> None:
+    given = {"plan": PlanSettings(towers=("text",), rule="compensated"), "score": None}
+    given |= {"prune": PruneSettings(bridges="refit"), "parameters": 0.4}
+    with pytest.raises(ConfigError, match="2 stages drop whole layers only"):
+        small(vlm, tmp_path / "two", **given)
+    with pytest.raises(ConfigError, match="drop_fraction how much of something"):
+        small(vlm, tmp_path / "both", **given, drop_fraction=0.25, stages=1)
+    with pytest.raises(ConfigError, match="above 0 and below 1, got 1"):
+        small(vlm, tmp_path / "much", **{**given, "parameters": 1}, stages=1)
+    unscored = {**given, "score": ScoreSettings()}
+    with pytest.raises(ConfigError, match="Add 'head_norm' to metrics"):
+        small(vlm, tmp_path / "unscored", **unscored, stages=1)
+    assert not list(tmp_path.iterdir())
+    given |= {"stages": 1, "heal": {"gates": "none"}}
+    made = small(vlm, tmp_path / "run", **given)
+    (stage,) = made.stages
+    layers = vlm.towers["text"].layers
+    whole = sum(each.numel() for each in layers.parameters())
+    lost = vlm.num_parameters() - made.student.num_parameters()
+    assert lost / whole == pytest.approx(0.4, abs=0.02)
+    assert stage.plan.settings["parameters"] == {"text": 0.4}
+    told = {place: sum(map(len, cut.values())) for place, cut in stage.plan["text"].cut.items()}
+    assert stage.record.units == {"text": told} != {"text": {}}
+    assert " units of text " in stage.record.gone_text
+    assert stage.healed is not None
+    # the student of the folder is the one that was made, and a second run finds it there
+    _equal_weights(made.student.model, stage.student().model)
+    again = small(vlm, tmp_path / "run", **given)
+    assert "stage-1/student" in again.skipped
+    _equal_weights(made.student.model, again.student.model)
+
+
 def test_one_stage_can_take_parts(vlm: Any, tmp_path: Path) -> None:
     given = {
         "plan": PlanSettings(num_drop=1, towers=("text",), rule="compensated_parts"),
@@ -157,14 +195,10 @@ def test_one_stage_can_take_parts(vlm: Any, tmp_path: Path) -> None:
     assert " of " in stage.record.gone_text
     assert stage.healed is not None
     # the student of the folder is the one that was made
-    again = stage.student().model.state_dict()
-    found = made.student.model.state_dict()
-    assert found.keys() == again.keys()
-    assert all(torch.equal(found[name], again[name]) for name in found)
+    _equal_weights(made.student.model, stage.student().model)
     out = tmp_path / "out"
     il.export(made.student, out, records=made.records, verify=False)
-    opened = il.open_model(out).model.state_dict()
-    assert all(torch.equal(found[name], opened[name]) for name in found)
+    _equal_weights(made.student.model, il.open_model(out).model)
 
 
 def test_bridges_are_folded_in_every_stage(vlm: Any, tmp_path: Path) -> None:
