@@ -115,6 +115,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'interlace' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
+    if _HOMES[name] == f"interlace.{name}":
+        # by it `import interlace.heal.trainer as ...` finds what is in the package of this name
+        value.__name__ = f"interlace.{name}"
     globals()[name] = value
     return value
 

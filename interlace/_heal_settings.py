@@ -76,6 +76,11 @@ class HealSettings(Settings):
     gate_penalty: float = within(0.3, 0.0, above=True)
     gate_learning_rate: float = within(2e-2, 0.0, 1.0, above=True)
 
+    @property
+    def trains(self) -> bool:
+        """Whether any step is asked for."""
+        return self.max_steps != 0 and (self.epochs > 0 or bool(self.max_steps))
+
     def _check_together(self) -> None:
         if self.ce_weight == self.hidden_weight == self.kl_weight == 0.0:
             raise ConfigError(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from interlace.errors import DataError
 
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch import nn
+
+# Numbers of the groups that this process has joined of its own accord.
+_GROUPS = itertools.count()
 
 # What a forward raises when its inputs do not suit the model.
 FORWARD_REFUSALS = (
@@ -99,7 +105,10 @@ def default_device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     # torchrun starts a process for each GPU
-    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    if "LOCAL_RANK" not in os.environ:
+        return "cuda"
+    # a launcher may also show every process a GPU of its own
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
 
 
 def process_rank() -> tuple[int, int]:
@@ -128,8 +137,11 @@ def joined_processes() -> Iterator[tuple[int, int]]:
         # group then die with the interpreter, and now and again take it down with an abort.
         import torch.distributed.nn  # noqa: F401
 
+        # The store of the launcher remembers where the processes of an earlier group listened.
+        found, rank, world = next(iter(rendezvous("env://")))
+        store = PrefixStore(f"interlace-{next(_GROUPS)}", found)
         # Only small sums travel, so the processes need not talk through the GPUs.
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
         yield process_rank()
     finally:

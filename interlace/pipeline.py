@@ -26,6 +26,7 @@ from interlace.evaluate import evaluate
 from interlace.evaluate.selection import check_models
 from interlace.export import export
 from interlace.heal import heal
+from interlace.heal.checks import check_device
 from interlace.models import VLM, open_model
 from interlace.plan.rules import USE_LOSS
 from interlace.plan.split import plan_by
@@ -194,6 +195,8 @@ def run(
     )
     check_towers(settings, vlm)
     check_models(vlm, vlm, settings.eval.tasks)
+    if settings.heal.trains:
+        check_device(vlm)
     if settings.progressive is not None:
         check_guard(settings.progressive.guard, vlm)
     calibration = _calibration(settings.data, vlm)
@@ -230,8 +233,7 @@ def run(
     prune_key = sha256_of([plan_key, settings.prune.to_dict(), settings.score.batch_size])
 
     held_out = _measured(settings.data, settings.eval, vlm)
-    heals = settings.heal.max_steps != 0 and (settings.heal.epochs > 0 or settings.heal.max_steps)
-    healing = _healing(settings.data, vlm) if heals else None
+    healing = _healing(settings.data, vlm) if settings.heal.trains else None
     _warn_of_overlap(held_out, calibration, *([healing] if healing is not None else []))
     measure, eval_inputs = _measure(settings, vlm, held_out)
     raw_key = sha256_of([prune_key, *eval_inputs])

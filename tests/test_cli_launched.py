@@ -14,8 +14,8 @@ from interlace.errors import InterlaceError
 from interlace.records import Scores
 
 
-def _torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run `interlace ...` in two processes of one thread each, without a GPU."""
+def _torchrun(*command: object) -> subprocess.CompletedProcess[str]:
+    """Run a script or `-m MODULE ...` in two processes of one thread each, without a GPU."""
     root = str(Path(__file__).parent.parent)
     settings = {
         **os.environ,
@@ -24,15 +24,38 @@ def _torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
         "CUDA_VISIBLE_DEVICES": "",
     }
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *launch, "-m", "interlace.cli", *map(str, arguments)]
-    return subprocess.run(command, env=settings, check=False, capture_output=True, text=True)
+    line = [sys.executable, *launch, *map(str, command)]
+    return subprocess.run(line, env=settings, check=False, capture_output=True, text=True)
+
+
+JOINING = """
+import time
+from pathlib import Path
+import torch
+from interlace._torch_utils import joined_processes, sum_over_processes
+for number in range(3):
+    with joined_processes() as (rank, world):
+        total = sum_over_processes(torch.tensor([rank + 1.0]))
+        assert (world, total.item()) == (2, 3.0)
+    # one process comes later than the other
+    time.sleep(rank)
+threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in threads if "gloo" in name], threads
+"""
+
+
+def test_processes_join_and_part_several_times(tmp_path: Path) -> None:
+    script = tmp_path / "joining.py"
+    script.write_text(JOINING)
+    done = _torchrun(script)
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_processes_write_one_output(interlace, tmp_path: Path) -> None:
     one, two, plan, healed = (tmp_path / name for name in ("1.json", "2.json", "plan", "healed"))
     measure = ("score", "bundled:clip", "--count", 8, "--tower", "text", "--heatmap")
     assert interlace(*measure, tmp_path / "1.png", "-o", one)[0] == 0
-    scored = _torchrun(*measure, tmp_path / "2.png", "-o", two)
+    scored = _torchrun("-m", "interlace.cli", *measure, tmp_path / "2.png", "-o", two)
     assert scored.returncode == 0, scored.stderr
     assert scored.stdout == f"Wrote {two}\nWrote {tmp_path / '2.png'}\n"
     for group, tables in Scores.load(one)["text"].similarity.items():
@@ -41,7 +64,7 @@ def test_two_processes_write_one_output(interlace, tmp_path: Path) -> None:
 
     assert interlace("plan", two, "-o", plan)[0] == 0
     options = ("--count", 16, "--batch-size", 2, "--max-steps", 2, "--validation-fraction", 0.25)
-    done = _torchrun("heal", "bundled:clip", plan, "-o", healed, *options)
+    done = _torchrun("-m", "interlace.cli", "heal", "bundled:clip", plan, "-o", healed, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"Wrote {healed} after 2 steps")
     assert done.stdout.count("\n") == 1
@@ -71,7 +94,7 @@ class _OpenedError(InterlaceError):
     """Says where a model was to be opened, instead of doing it."""
 
 
-@pytest.mark.parametrize(("rank", "place"), [(None, "cuda"), ("1", "cuda:1")])
+@pytest.mark.parametrize(("rank", "place"), [(None, "cuda"), ("1", "cuda:1"), ("3", "cuda:1")])
 def test_a_model_is_opened_on_the_gpu_of_its_process(
     interlace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: str | None, place: str
 ) -> None:
@@ -79,6 +102,8 @@ def test_a_model_is_opened_on_the_gpu_of_its_process(
         raise _OpenedError(f"on {device}")
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    # two of them, of four processes
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     # first where it is imported to: the import must find the true one
     monkeypatch.setattr("interlace.pipeline.open_model", opened)
     monkeypatch.setattr("interlace.models.open_model", opened)

@@ -135,4 +135,7 @@ def test_verbs_stay_functions_when_packages_of_the_same_name_are_imported() -> N
         "assert callable(interlace.heal) and callable(interlace.evaluate)\n"
         "from interlace.export import export\n"
         "assert interlace.export is export\n"
+        "import interlace.heal.trainer as one, interlace.evaluate.speed as two\n"
+        "import interlace.export.verify as three, interlace.progressive.loss as four\n"
+        "assert [each.__name__.count('.') for each in (one, two, three, four)] == [2] * 4\n"
     )

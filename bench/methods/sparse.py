@@ -140,16 +140,16 @@ def compressed(student: Any) -> Any:
     """
     if student.device.type != "cuda":
         return None
-    plan = student.plan
+    layers = [student.towers[tower].layers for tower in student.plan.towers]
+    modules = [each for every in layers for each in every.modules() if isinstance(each, nn.Linear)]
     try:
-        for tower in plan.towers:
-            for module in student.towers[tower].layers.modules():
-                if isinstance(module, nn.Linear):
-                    packed = to_sparse_semi_structured(module.weight.detach())
-                    module.weight = nn.Parameter(packed, requires_grad=False)
+        # all of them, or none
+        packed = [to_sparse_semi_structured(module.weight.detach()) for module in modules]
     except (RuntimeError, ValueError, NotImplementedError) as error:
         log.warning("2:4 weights cannot be compressed here: %s", error)
         return None
+    for module, weight in zip(modules, packed, strict=True):
+        module.weight = nn.Parameter(weight, requires_grad=False)
     return student
 
 

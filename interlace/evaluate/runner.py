@@ -50,7 +50,8 @@ def evaluate(
 ) -> EvalReport:
     """Measure a model, and what it retains of a baseline.
 
-    Everything is greedy and deterministic, and no quality metric depends on the batch size.
+    Everything is greedy and deterministic, and in float32 no quality metric depends on the batch
+    size; in half precision products of another shape round otherwise.
 
     Args:
         vlm: the model, from `open_model` or `prune`.

@@ -13,6 +13,7 @@ from interlace.errors import ConfigError, DataError, unknown_name
 from interlace.evaluate import caption, retrieval, speed, vqa
 from interlace.evaluate._common import Options, processor_of
 from interlace.evaluate.generate import prompt_batch
+from interlace.models.handle import check_one_device
 from interlace.records import EvalReport
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def check_models(vlm: VLM, baseline: VLM | EvalReport | None, names: Sequence[st
                 f"The {role} is a {type(each).__name__}; evaluate takes what open_model or prune "
                 "gives, and as baseline also an EvalReport. Wrap a model with open_model(model)."
             )
+        check_one_device(each, "evaluate")
         processor_of(each)
         for name in names:
             able = TASK_TABLE[name].scenes

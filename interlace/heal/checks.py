@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interlace._files import check_place
+from interlace._files import check_place, sha256_of
 from interlace._launch import is_first_process, world_size
 from interlace.data.samples import Samples
 from interlace.errors import ConfigError, DataError
@@ -48,16 +48,16 @@ def output_folder(output: str | os.PathLike[str] | None, *, resume: bool) -> Pat
     return folder
 
 
-def check_device(student: VLM) -> None:
+def check_device(vlm: VLM) -> None:
     """Refuse a GPU that a single process would not train on.
 
     Raises:
-        ConfigError: the student is on another GPU than the first.
+        ConfigError: the model is on another GPU than the first.
     """
-    device = student.device
+    device = vlm.device
     if world_size() == 1 and device.type == "cuda" and device.index not in (None, 0):
         raise ConfigError(
-            f"The student is on {device}, but a single process trains on cuda:0. Choose the GPU "
+            f"{vlm.name} is on {device}, but a single process trains on cuda:0. Choose the GPU "
             f"with CUDA_VISIBLE_DEVICES={device.index} and open the model on 'cuda'."
         )
 
@@ -137,6 +137,9 @@ def inputs_of(
         "data": data.fingerprint,
         "student": student.fingerprint,
     }
+    if student.record is not None:
+        # what it was cut from and fitted to
+        inputs["cut"] = sha256_of(student.record.inputs)
     if validation:
         inputs["validation"] = validation.fingerprint
     if teacher is not None:

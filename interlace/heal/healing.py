@@ -16,7 +16,7 @@ from interlace._progress import bar, quiet
 from interlace.config import HealSettings
 from interlace.data.collate import Collator
 from interlace.errors import ConfigError, DataError
-from interlace.heal import checkpoints, checks
+from interlace.heal import checkpoints, checks, start
 from interlace.heal.anchors import find_anchors, plan_of, tuned_parameters
 from interlace.heal.arguments import count_steps, total_samples, training_arguments
 from interlace.heal.interpolation import split_off
@@ -26,7 +26,7 @@ from interlace.heal.shell import HALF, hand_over, make_shell, move_together
 from interlace.heal.sparsity import final_gates, fold, reported
 from interlace.heal.trainer import HealTrainer
 from interlace.heal.units import find_gated
-from interlace.models.handle import check_vlm
+from interlace.models.handle import check_one_device, check_vlm
 from interlace.records import HealReport, Provenance
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ def heal(
         settings: default: `HealSettings()`.
         output: folder for checkpoints, made by this call; without it none are written.
         resume: continue from the newest complete checkpoint in `output`, or start where there is
-            none. The student must be the one the run was started with, before healing.
+            none. The student must be the one the run was started with, before healing; what was
+            fitted to it is taken from `output`, since a GPU need not fit the same bits twice.
         collate: makes a batch on the CPU out of samples; default: `Collator` with the student's
             processor.
         overrides: single settings, such as `max_steps=100`.
@@ -103,6 +104,11 @@ def heal(
     check_vlm(student, "student")
     if teacher is not None:
         check_vlm(teacher, "teacher")
+    if settings is not None and not isinstance(settings, HealSettings):
+        raise ConfigError(
+            f"settings is a {type(settings).__name__}; give HealSettings, or single settings by "
+            "name, such as max_steps=100."
+        )
     samples = checks.as_samples("data", data)
     validation = checks.as_samples("validation", validation)
     chosen = (settings or HealSettings()).replace(**overrides)
@@ -115,8 +121,13 @@ def heal(
     checks.check_validation(chosen, teacher, validation)
     folder = checks.output_folder(output, resume=resume)
     checks.check_device(student)
+    check_one_device(student, "healing")
     if teacher is not None:
+        check_one_device(teacher, "healing")
         checks.check_teacher(student, teacher)
+    found = checkpoints.newest(folder) if resume and folder is not None else None
+    if found is not None:
+        start.restore(found[0].parent, student)
     # Read before training changes the weights.
     inputs = checks.inputs_of(student, teacher, plan, samples, validation)
     sizes = _sizes(student.model, names)
@@ -138,10 +149,11 @@ def heal(
         stack.enter_context(_own_randomness())
         if not is_first_process():
             stack.enter_context(quiet())
-        found = checkpoints.newest(work) if resume else None
         if found is not None:
             checkpoints.check_identity(found[0], found[1].identity, identity)
-        extra = _device_arguments(student, plan, chosen)
+        elif folder is not None and is_first_process():
+            start.keep(folder, student)
+        extra = _device_arguments(student, names, chosen)
         args = training_arguments(
             chosen, steps=steps, folder=work, save=folder is not None, **extra
         )
@@ -186,14 +198,15 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _device_arguments(student: VLM, plan: Plan, settings: HealSettings) -> dict[str, Any]:
+def _device_arguments(student: VLM, names: Sequence[str], settings: HealSettings) -> dict[str, Any]:
     alone_on_cpu = student.device.type == "cpu" and world_size() == 1
     return {
         "bf16": settings.bf16 or student.dtype in HALF,
         "use_cpu": alone_on_cpu or not torch.accelerator.is_available(),
         # Batches without images leave the other towers out.
-        "ddp_find_unused_parameters": any(
-            tower.tune for name, tower in plan.towers.items() if name != "text"
+        "ddp_find_unused_parameters": not all(
+            "text" in student.towers and name.startswith(f"{student.towers['text'].path}.")
+            for name in names
         ),
     }
 

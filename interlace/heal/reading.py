@@ -17,6 +17,7 @@ no head is found, the model's full logits are used: right as well, only larger.
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,11 @@ def _first(output: Any) -> Tensor:
             "This family cannot be distilled; heal without a teacher."
         )
     return tensor
+
+
+def _called(method: weakref.WeakMethod[Any], *args: Any) -> Any:
+    bound = method()
+    return None if bound is None else bound(*args)
 
 
 class Reader:
@@ -81,13 +87,19 @@ class Reader:
             layer = model.get_submodule(f"{paths[place[0]]}.{place[1]}")
             layer.register_forward_hook(self._keep(place))
         if self._head is not None:
-            self._head.register_forward_pre_hook(self._narrow)
+            narrow = weakref.WeakMethod(self._narrow)
+            self._head.register_forward_pre_hook(lambda *call: _called(narrow, *call))
 
     def _keep(self, place: tuple[str, int]) -> Callable[[nn.Module, Any, Any], None]:
+        # A hook that held the reader would be in a circle with the model, whose memory then stays
+        # taken until Python looks for circles; on a GPU that is too late.
+        own = weakref.ref(self)
+
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            reader = own()
             # Gradient checkpointing runs layers again in the backward pass: nothing to keep then.
-            if self._reading:
-                self.states[place] = _first(output)
+            if reader is not None and reader._reading:
+                reader.states[place] = _first(output)
 
         return hook
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -27,7 +28,6 @@ from interlace.models.sites import KV_MAP, find_sites, resize
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import torch
     from torch import nn
 
     # position -> place in the layer -> query heads of every KV head, or the number of neurons; none
@@ -61,7 +61,8 @@ def mapped_attention(
     """
     heads = getattr(module, KV_MAP, None)
     if heads is not None:
-        key, value = key[:, list(heads)], value[:, list(heads)]
+        # an index would be copied to the device in every call
+        key, value = (torch.stack([each[:, i] for i in heads], 1) for each in (key, value))
     attended: tuple[torch.Tensor, None]
     attended = sdpa_attention_forward(module, query, key, value, *args, **settings)
     return attended

@@ -260,6 +260,20 @@ def check_vlm(value: object, role: str) -> None:
         )
 
 
+def check_one_device(vlm: VLM, what: str) -> None:
+    """Refuse a model that accelerate has spread over several devices, or keeps on a disk.
+
+    Raises:
+        ConfigError: `what` says what cannot be done with it.
+    """
+    places = {str(place) for place in (getattr(vlm.model, "hf_device_map", None) or {}).values()}
+    if len(places) > 1 or "disk" in places:
+        raise ConfigError(
+            f"{vlm.name} is spread over {', '.join(sorted(places))} (device_map), and {what} takes "
+            "a model on one device. Load it without a device_map, or with one of a single device."
+        )
+
+
 def _stable(value: Any) -> Any:
     """Drop the entries of a config dict that may change without the model changing."""
     if isinstance(value, dict):

@@ -80,6 +80,11 @@ def _device(device: str | torch.device | None) -> torch.device | None:
             f"device='{device}' was asked for, but torch {torch.__version__} sees no CUDA device "
             "here. Use device='cpu'."
         )
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise BackendError(
+            f"device='{device}' was asked for, but torch sees {torch.cuda.device_count()} CUDA "
+            "devices here, counted from 0."
+        )
     return wanted
 
 

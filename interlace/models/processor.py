@@ -8,6 +8,7 @@ saved again, so that nothing is lost on the way through here.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,10 @@ class _WithoutVideo:
 
     video_settings: dict[str, Any]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the class that transformers knows, since no module holds this one."""
+        return _restored, (type(self).__bases__[1], self.__dict__)
+
     @classmethod
     def get_attributes(cls) -> list[str]:
         """The parts to load, check and save: all but the video part."""
@@ -55,6 +60,18 @@ class _WithoutVideo:
         settings: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         settings.pop("video_settings", None)
         return settings | {_VIDEO: dict(self.video_settings)}
+
+
+@functools.cache
+def _subclass(processor_class: type) -> type:
+    return type(processor_class.__name__, (_WithoutVideo, processor_class), {})
+
+
+def _restored(processor_class: type, state: dict[str, Any]) -> Any:
+    subclass = _subclass(processor_class)
+    processor: Any = object.__new__(subclass)
+    processor.__dict__.update(state)
+    return processor
 
 
 def _default_video_settings(processor_class: type, image_processor: Any) -> dict[str, Any]:
@@ -85,8 +102,7 @@ def without_video(
     Returns:
         An instance of a subclass of the same name, so that saved files name the original class.
     """
-    subclass = type(processor_class.__name__, (_WithoutVideo, processor_class), {})
-    processor = subclass(image_processor, tokenizer, **settings)
+    processor = _subclass(processor_class)(image_processor, tokenizer, **settings)
     processor.video_settings = video_settings or _default_video_settings(
         processor_class, image_processor
     )

@@ -298,5 +298,6 @@ def _repeated(each: Tensor, q_start: tuple[int, ...]) -> Tensor:
         return each
     if size is not None:
         return each.repeat_interleave(size, dim=1)
+    # an index would be copied to the device in every call
     heads = [head for head, (a, b) in enumerate(pairwise(q_start)) for _ in range(b - a)]
-    return each[:, heads]
+    return torch.stack([each[:, head] for head in heads], 1)

@@ -36,7 +36,7 @@ from interlace.ops import _selection
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from interlace.nn.graphs import Recorder
+    from interlace.nn.recorders import Recorder
 
 _log = logging.getLogger("interlace.nn")
 # with more tokens the GPU works longer on a block than Python takes to launch it

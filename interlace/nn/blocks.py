@@ -16,7 +16,7 @@ from interlace.models.parts import is_absent
 from interlace.nn.norms import add_and_norm, add_before
 from interlace.nn.routes import activation_op_serves, needs_grad
 from interlace.nn.stepping import project_by, project_gated
-from interlace.nn.swap import Fused, autocasting, collected, listened_to
+from interlace.nn.swap import Fused, autocasting, collected, hooked, listened_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,7 +130,8 @@ class FusedGatedMLP(Fused):
     def forward(self, x: Tensor) -> Tensor:
         """Run the part on [..., hidden]."""
         merged = self.interlace_state.merged
-        if autocasting(x) or not merged.serves((self.gate_proj, self.up_proj)):
+        listened = isinstance(self.act_fn, nn.Module) and hooked(self.act_fn)
+        if autocasting(x) or listened or not merged.serves((self.gate_proj, self.up_proj)):
             stock: Tensor = super().forward(x)
             return stock
         is_silu = isinstance(self.act_fn, nn.SiLU | SiLUActivation)

@@ -181,7 +181,9 @@ def unfuse(model: VLM | PreTrainedModel) -> None:
             merged.append(getattr(module.interlace_state, "merged", None))
             restore(module)
     for config, implementation in fusion.chosen:
-        setattr(config, _CHOSEN, implementation)
+        # what was chosen since then stays
+        if getattr(config, _CHOSEN) == NAME:
+            setattr(config, _CHOSEN, implementation)
     # last, because memory may run out; the model computes the same with or without
     for each in merged:
         if each is not None:

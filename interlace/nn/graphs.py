@@ -15,7 +15,7 @@ import functools
 import inspect
 import logging
 import weakref
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,47 +32,14 @@ from interlace.nn.swap import autocasting, listened_to, makeup
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from interlace.nn.recorders import Recorder
+
 _log = logging.getLogger("interlace.nn")
 # of the kernels that choose or load something on their first calls
 _WARM_UPS = 2
 # what generate asks on a GPU before it compiles a model by itself
 _COMPILES = "_valid_auto_compile_criteria"
 _TENSORS = ("input_ids", "inputs_embeds", "position_ids")
-
-
-class Recorder(Protocol):
-    """Records a function once and replays it, on the memory it was recorded with."""
-
-    def warm_up(self, step: Callable[[], Tensor]) -> None:
-        """Run a function as it will be recorded."""
-
-    def record(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Record a function; return how to replay it, and the result that a replay fills."""
-
-
-class CudaRecorder:
-    """Records CUDA graphs, which share memory for what they do not keep."""
-
-    def __init__(self) -> None:
-        """Start without memory."""
-        self._pool: Any = None
-
-    def warm_up(self, step: Callable[[], Tensor]) -> None:
-        """Run a function on a stream of its own, as capturing asks for."""
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def record(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Capture a graph; nothing runs yet."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = step()
-        return graph.replay, result
 
 
 class _Recording:

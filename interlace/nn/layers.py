@@ -218,7 +218,7 @@ class FusedBlipAttention(_Attention):
 
     def forward(self, hidden_states: Tensor, **others: Any) -> Any:
         """Attend: [B, T, hidden] -> the same and, if asked for, the weights."""
-        if self._leaves(hidden_states):
+        if self._leaves(hidden_states) or hooked(self.dropout):
             return super().forward(hidden_states, **others)
         batch, num_tokens, _ = hidden_states.shape
         heads = self.qkv(hidden_states).view(batch, num_tokens, 3, self.num_heads, -1)

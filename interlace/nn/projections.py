@@ -74,7 +74,8 @@ class Merged:
                 parts = torch.split(joined, self.sizes)
                 for parameter, part in zip(parameters, parts, strict=True):
                     parameter.data = part
-        self._addresses = [each.weight.data_ptr() for each in self._projections]
+        self._laid = [(each.weight, each.bias) for each in self._projections]
+        self._addresses = [_addresses(each) for each in self._projections]
 
     @torch.no_grad()
     def separate(self) -> None:
@@ -88,7 +89,8 @@ class Merged:
         """Tell whether one product with the merged matrix may stand for the single ones.
 
         Not where a weight is to get a gradient, which belongs to the single parameter; where a
-        projection was replaced or is listened to; or where its weights were put elsewhere.
+        projection was replaced or is listened to; or where its weights or biases were put
+        elsewhere.
 
         Args:
             projections: as the module holds them now.
@@ -98,15 +100,27 @@ class Merged:
             for each in self._projections
         ):
             return False
-        if torch.compiler.is_compiling():
-            return True
-        return all(
-            now is own and now.weight.data_ptr() == address and not hooked(now)
-            for now, own, address in zip(
-                projections, self._projections, self._addresses, strict=True
-            )
-        )
+        for now, own, (weight, bias) in zip(
+            projections, self._projections, self._laid, strict=True
+        ):
+            if now is not own or now.weight is not weight or now.bias is not bias or hooked(now):
+                return False
+        laid_out: bool = self._is_laid_out()
+        return laid_out
+
+    # A compiler knows no addresses, so it asks once, while it compiles. Where a module or a
+    # parameter becomes another one, it compiles anew.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _is_laid_out(self) -> bool:
+        """Tell whether weights and biases lie where they were put."""
+        return self._addresses == [_addresses(each) for each in self._projections]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Project: [..., inputs] -> [..., sum of outputs]."""
         return project(x, self.weight, self.bias)
+
+
+def _addresses(projection: nn.Linear) -> tuple[int, int]:
+    """Where a projection's weight and bias lie; 0 for no bias."""
+    bias = projection.bias
+    return projection.weight.data_ptr(), 0 if bias is None else bias.data_ptr()

@@ -10,15 +10,16 @@ from transformers import PreTrainedModel
 from interlace.models.parts import is_absent
 from interlace.nn.block_graphs import BlockGraph, Shelf, attends_by_ours
 from interlace.nn.blocks import FusedBlock
-from interlace.nn.graphs import CudaRecorder, install
+from interlace.nn.graphs import install
 from interlace.nn.layers import FusedAttention
+from interlace.nn.recorders import CudaRecorder
 from interlace.nn.report import FuseEntry
 from interlace.ops import _overlap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from interlace.nn.graphs import Recorder
+    from interlace.nn.recorders import Recorder
 
 
 def text_decoders(target: nn.Module) -> list[nn.Module]:
@@ -96,8 +97,8 @@ def record(
     if not graphs:
         why = "graphs=False"
     if not why:
-        install(target, decoders, CudaRecorder(), overlap=overlap)
-        record_blocks(target, CudaRecorder())
+        install(target, decoders, CudaRecorder(first.device), overlap=overlap)
+        record_blocks(target, CudaRecorder(first.device))
     found: list[FuseEntry] = []
     for decoder in decoders:
         made = "CUDA graphs of steps with a static cache, and of blocks"

@@ -221,7 +221,7 @@ def _check(
             raise ShapeError(
                 f"{name} is {spell(weight)}; expected floating-point ({width},) on {q.device}."
             )
-    if eps < 0:
+    if not eps >= 0:
         raise ShapeError(f"eps is {eps}; expected 0 or more.")
 
 

@@ -9,6 +9,7 @@ kv head, and kv head j serves the query heads q_start[j]..q_start[j + 1] - 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from interlace.errors import ShapeError
 from interlace.ops import _ragged_decode_compiled as compiled
 from interlace.ops._ragged_decode_check import check
 from interlace.ops._ragged_decode_samples import samples
@@ -63,7 +65,7 @@ def ragged_decode(
         block_table: for a paged cache, the block that holds the keys from i * block size on,
             [B, max_blocks] int32. Entries beyond a sequence's keys are not looked at.
         window: keys that a token sees, itself included, >= 1; None: all.
-        scale: factor of the scores; None: D ** -0.5.
+        scale: factor of the scores, > 0; None: D ** -0.5.
         gate: factor of every query head's output, [Hq], fp32 (fp64 for fp64 q); None: 1.
         backend: "auto", "cuda", "triton", "cpp" or "torch".
 
@@ -83,6 +85,8 @@ def ragged_decode(
     check(q, k_cache, v_cache, lengths, starts, block_table, heads, window, gate)
     if scale is None:
         scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
+    if not (math.isfinite(scale) and scale > 0):
+        raise ShapeError(f"scale is {scale}; expected a finite number above 0, or None.")
     out: Tensor = OP(
         q.detach(),
         k_cache.detach(),

@@ -6,6 +6,7 @@ Legend: B batch, T tokens, D hidden size.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -13,10 +14,10 @@ import torch
 from interlace._torch_utils import to_device
 from interlace.config import HealSettings
 from interlace.data.collate import Collator
-from interlace.errors import ConfigError, DataError
+from interlace.errors import ConfigError, DataError, unknown_name
 from interlace.heal.model import HealModel
 from interlace.heal.shell import make_shell
-from interlace.models.handle import check_vlm
+from interlace.models.handle import check_one_device, check_vlm
 from interlace.plan.rules import USE_LOSS
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
@@ -32,7 +33,7 @@ from interlace.surgery.bridges.names import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor, nn
 
@@ -198,6 +199,8 @@ class CompensatedLoss:
         Raises:
             InterlaceError: as `prune` raises it.
         """
+        if tower not in self._vlm.towers:
+            raise ConfigError(unknown_name(f"tower of {self._vlm.name}", tower, self._vlm.towers))
         lost = {site: tuple(sorted(layers)) for site, layers in (parts or {}).items()}
         gone = tuple(sorted(dropped))
         key = (tower, gone, *sorted(lost.items()))
@@ -263,11 +266,19 @@ def layer_loss(
         DataError: no samples.
     """
     check_vlm(vlm, "model")
+    if not isinstance(data, Sequence):
+        raise DataError(
+            f"The data to judge layers by is a {type(data).__name__}; give samples, such as those "
+            "of interlace.samples."
+        )
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; give 1 or more.")
     if rule not in USE_LOSS:
         raise ConfigError(
             f"The rule {rule!r} asks for no loss. The rules that do are "
             f"{', '.join(sorted(USE_LOSS))}; leave loss out for the others."
         )
+    check_one_device(vlm, f"the rule {rule!r}")
     check_bridges(bridges)
     check_token_weights(token_weights, bridges)
     if rule in (COMPENSATED, COMPENSATED_PARTS):

@@ -19,6 +19,7 @@ from interlace.config import (
 )
 from interlace.data.samples import Samples
 from interlace.errors import ConfigError, DataError
+from interlace.heal.checks import check_device
 from interlace.models.handle import check_vlm
 from interlace.plan.rules import find_rule
 from interlace.plan.split import check_settings
@@ -168,6 +169,8 @@ def progressive(
     _check_prune(cut)
     check_guard(chosen.guard, vlm)
     healed = heal or RECOMMENDED_HEAL
+    if healed.trains:
+        check_device(vlm)
     if held_out is None:
         held_out = held_out_scenes(vlm, chosen.guard, count=HELD_OUT, seed=1, split="test")
     _check_samples("held_out", held_out)

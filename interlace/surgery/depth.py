@@ -182,9 +182,9 @@ def prune(
     if plan.standard:
         changes |= state_widths(vlm.family, draft, cuts.values())
     model = _finish(vlm.model, draft, list(cuts.values()), by_hand, widths)
-    fitted = Fitted()
-    if wanted:
-        fitted = fit_bridges(vlm, model, cuts, wanted, data, batch_size, rank, token_weights)
+    del draft, by_hand  # narrowed weights of its own: fitting needs the memory
+    fit = (vlm, model, cuts, wanted, data, batch_size, rank, token_weights)
+    fitted = fit_bridges(*fit) if wanted else Fitted()
     return _hand_over(vlm, plan, cuts, model, changes, fingerprint, widths, fitted)
 
 

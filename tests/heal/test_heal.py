@@ -147,6 +147,12 @@ def test_bad_input_is_refused_in_words(tmp_path: Path) -> None:
         _heal("llava", student, teacher, count=0)
     with pytest.raises(ConfigError, match="max_steps"):
         _heal("llava", student, teacher, max_stepz=3)
+    with pytest.raises(ConfigError, match="settings is a dict; give HealSettings"):
+        _heal("llava", student, teacher, settings={})
+    spread, _ = toy("llava")
+    spread.model.hf_device_map = {"model.vision_tower": 0, "model.language_model": 1}
+    with pytest.raises(ConfigError, match=r"spread over 0, 1 \(device_map\), and healing"):
+        _heal("llava", student, spread)
     with pytest.raises(ConfigError, match="exists already"):
         _heal("llava", student, teacher, output=tmp_path)
     with pytest.raises(ConfigError, match="output folder that holds"):

@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import signal
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from heal.runs import resumed
-from heal.toys import run_child, toy, toy_collate, toy_samples
+from heal.toys import run_child, toy, toy_collate, toy_plan, toy_samples
 from safetensors.torch import load_file
 
 from interlace.errors import CheckpointError
 from interlace.heal import checkpoints, heal
+from interlace.records import Plan, TowerPlan
+from interlace.surgery import prune
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,6 +99,52 @@ def test_only_complete_checkpoints_of_the_same_run_are_used(
     (newest / checkpoints.MANIFEST).write_text("{}")
     (folder / "checkpoint-2" / checkpoints.OPTIMIZER).unlink()
     assert checkpoints.newest(folder) is None
+
+
+def test_a_fitted_student_goes_on_from_the_weights_it_started_with(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    teacher, _ = toy("llava")
+    collate = toy_collate("llava", teacher.model)
+    settings = {"max_steps": 4, "save_steps": 2, "batch_size": 2, "learning_rate": 1e-3}
+
+    def cut(seeds: range) -> Any:
+        batches = [collate(toy_samples(i + 1)[i:]) for i in seeds]
+        return prune(teacher, toy_plan(text=5), bridges="refit", data=batches)
+
+    def go_on(student: Any) -> Any:
+        heal(
+            student,
+            teacher=teacher,
+            data=toy_samples(4),
+            collate=collate,
+            output=folder,
+            resume=folder.exists(),
+            **settings,
+        )
+        return student.model.state_dict()
+
+    student = cut(range(8))
+    assert student.record.bridges
+    before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
+    whole = go_on(student)
+    # as a GPU would fit it again: other last bits, in layers that train and in those that do not
+    other = cut(range(8))
+    fresh = dict(teacher.model.named_parameters())
+    for parameter in other.model.parameters():
+        if all(parameter.data_ptr() != each.data_ptr() for each in fresh.values()):
+            parameter.data = parameter.data * (1 + 1e-3)
+    shutil.rmtree(folder / "checkpoint-4")
+    again = go_on(other)
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    assert all(torch.equal(value, before[name]) for name, value in fresh.items())
+    shared = {each.data_ptr() for each in fresh.values()}
+    assert any(each.data_ptr() in shared for each in other.model.parameters())
+    elsewhere = cut(range(1, 9))
+    elsewhere.record = replace(elsewhere.record, inputs={"calibration": "other samples"})
+    with pytest.raises(CheckpointError, match="cut: "):
+        go_on(elsewhere)
+    with pytest.raises(CheckpointError, match="which this student does not have"):
+        go_on(prune(teacher, Plan({"text": TowerPlan(5, drop=(1, 3), tune=(2,))})))
 
 
 def test_a_full_disk_is_reported_in_words_and_leaves_no_part(tmp_path: Path) -> None:

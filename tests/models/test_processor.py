@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,6 +80,14 @@ def test_video_settings_follow_the_image_part_by_default() -> None:
     processor = without_video(tf.Qwen3VLProcessor, images(), tokenizer())
     assert processor.video_settings["video_processor_type"] == "Qwen3VLVideoProcessor"
     assert processor.video_settings["patch_size"] == 8
+
+
+def test_a_processor_without_video_part_can_be_pickled() -> None:
+    processor = without_video(tf.Qwen3VLProcessor, images(), tokenizer())
+    again = pickle.loads(pickle.dumps(processor))
+    assert type(again) is type(processor)
+    assert again.to_dict() == processor.to_dict()
+    assert again.tokenizer("a red disc").input_ids == processor.tokenizer("a red disc").input_ids
 
 
 def test_a_processor_without_video_part_and_a_folder_without_any(tmp_path: Path) -> None:

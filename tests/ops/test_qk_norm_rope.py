@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -279,6 +280,7 @@ def test_compiles_without_a_graph_break() -> None:
         ({"k_weight": torch.zeros(16, dtype=torch.int32)}, "k_weight is"),
         ({"cos": torch.zeros(4, 8, requires_grad=True)}, "cos requires a gradient"),
         ({"eps": -1e-6}, "expected 0 or more"),
+        ({"eps": math.nan}, "expected 0 or more"),
     ],
 )
 def test_wrong_arguments_are_refused_in_words(change: dict[str, Any], words: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from typing import Any
 
@@ -278,6 +279,7 @@ def test_compiles_without_a_graph_break() -> None:
         ({"block_table": torch.zeros(2, 2, dtype=torch.int32)}, "q_start is"),
         ({"block_table": int32(0, 0), "q_start": (0,) * 8 + (3,)}, "block_table is"),
         ({"block_table": int32(0, 5, 0, 0).view(2, 2), "q_start": (0,) * 8 + (3,)}, r"0\.\.1"),
+        ({"scale": math.nan}, "scale is nan"),
     ],
 )
 def test_wrong_arguments_are_refused_in_words(change: dict[str, Any], words: str) -> None:

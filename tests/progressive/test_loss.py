@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +82,26 @@ def test_the_compensated_loss_of_a_plan_knows_widths_too() -> None:
     assert loss.of_plan(Plan(towers={"text": layers}, standard=False)) == loss("text", (7, 4))
     both = Plan(towers={"text": narrow}, standard=False)
     assert loss.of_plan(both) != loss("text", (4, 7))
+
+
+def test_students_that_were_judged_leave_no_memory_taken() -> None:
+    vlm = il.open_model("bundled:qwen3-vl", dtype="float32", device="cpu")
+    data = il.samples("scenes", count=16, tasks=TASKS["qwen3-vl"], processor=vlm.processor)
+    loss = CompensatedLoss(vlm, data, 8, "fold")
+
+    def models() -> int:
+        return sum(type(each) is type(vlm.model) for each in gc.get_objects())
+
+    gc.collect()
+    before = models()
+    gc.disable()
+    try:
+        layers = TowerPlan(16, drop=(4,), cut={"mlp": {5: tuple(range(32))}})
+        loss.of_plan(Plan(towers={"text": layers}, standard=False))
+        # a GPU that runs out of memory does not wait for Python to look for circles
+        assert models() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["qwen3-vl", "clip"])

@@ -234,7 +234,14 @@ class Calibration:
         for batch, labels in zip(self.batches, self._labels, strict=True):
             given = batch if labels is None else {**batch, "labels": labels}
             inputs = to_device(given, vlm.device, vlm.dtype)
-            for name, traces in fisher.traces(inputs, weights).items():
+            try:
+                found = fisher.traces(inputs, weights)
+            except torch.OutOfMemoryError as error:
+                raise DataError(
+                    "Memory ran out in the backward passes of token_weights='fisher', which take "
+                    "more of it than fitting. Lower batch_size, or take token_weights='even'."
+                ) from error
+            for name, traces in found.items():
                 weights[name].learn(traces)
 
 

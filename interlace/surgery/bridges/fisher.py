@@ -58,7 +58,8 @@ class Fisher:
         check_gradients(vlm, "token_weights='fisher' cannot be had")
         self._vlm = vlm
         self._predictor = Predictor(vlm)
-        self._random = torch.Generator().manual_seed(0)
+        # drawn where they are used: a batch takes as many as it has logits
+        self._random = torch.Generator(vlm.device).manual_seed(0)
 
     def traces(self, inputs: Mapping[str, Any], towers: Iterable[str]) -> Traces:
         """Return the trace of F for all states of some towers; cost: one pass and four backward.
@@ -105,7 +106,8 @@ class Fisher:
     def _drawn(self, logits: Tensor) -> Tensor:
         """Return v . z, with a new draw of v."""
         root = logits.detach().softmax(-1).sqrt()
-        drawn = torch.randn(root.shape, generator=self._random).to(root)
+        random = self._random
+        drawn = torch.randn(root.shape, generator=random, device=random.device).to(root)
         return (logits * root * (drawn - root * (root * drawn).sum(-1, keepdim=True))).sum()
 
     @contextlib.contextmanager

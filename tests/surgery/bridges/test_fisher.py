@@ -165,6 +165,18 @@ def test_choices_that_nothing_could_follow_are_refused() -> None:
         layer_loss(vlm, [], token_weights="evn")
 
 
+def test_running_out_of_memory_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    vlm = opened("llava")
+    plan = Plan({"text": TowerPlan(vlm.towers["text"].num_layers, drop=(2,))})
+    monkeypatch.setattr(Fisher, "traces", full)
+    data = [labelled("llava")] * 2
+    with pytest.raises(DataError, match=r"Lower batch_size, or take token_weights='even'"):
+        prune(vlm, plan, bridges="fold", data=data, token_weights="fisher")
+
+
 def test_weights_made_in_inference_mode_allow_no_gradients() -> None:
     with torch.inference_mode():
         model = TINY["llava"]()
