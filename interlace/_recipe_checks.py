@@ -22,6 +22,7 @@ def check_names(settings: Recipe) -> None:
 
     Raises:
         ConfigError: names what is unknown, or what does not go together.
+        PlanError: weights for a rule that has no use for them.
     """
     metric_classes(settings.score.metrics)
     find_rule(settings.plan.rule)

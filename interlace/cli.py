@@ -57,8 +57,14 @@ from interlace._cli import (
 from interlace._cli_progressive import progressive
 from interlace._cli_students import export, heal, prune
 from interlace._launch import check_single_process
-from interlace.errors import InterlaceError
-from interlace.plan.rules import USE_LOSS, check_rule_without_model, rule_names
+from interlace.errors import ConfigError, InterlaceError
+from interlace.plan.rules import (
+    DEFAULT_RULE,
+    WITHOUT_MODEL,
+    check_rule_without_model,
+    check_use,
+)
+from interlace.plan.weights import SIMILARITY
 
 app = typer.Typer(
     name="interlace",
@@ -76,7 +82,6 @@ app = typer.Typer(
 )
 
 app.command()(progressive)
-_RULES = [name for name in rule_names() if name not in USE_LOSS]
 
 
 @app.command()
@@ -121,6 +126,11 @@ def score(
         batch_size=batch_size,
     )
     metric_classes(settings.metrics)
+    if heatmap is not None and SIMILARITY not in settings.metrics:
+        raise ConfigError(
+            f"--heatmap draws the similarity, and --metrics is {metrics}. Score it too (--metrics "
+            f"{SIMILARITY},{metrics}), or leave --heatmap out."
+        )
     vlm = open_vlm(model, dtype, device, trust_remote_code)
     samples = read_samples(vlm, data, root, split, count, seed, max_bad_fraction)
     scores = run_score(vlm, samples, **vars(settings))
@@ -146,8 +156,11 @@ def plan(
         int | None, typer.Option(help="Number of layers to drop, instead of a share.")
     ] = None,
     rule: Annotated[
-        str, typer.Option(help=f"How layers are chosen: {', '.join(_RULES)}.")
-    ] = "interlace",
+        str | None,
+        typer.Option(
+            help=f"How layers are chosen: {', '.join(WITHOUT_MODEL)}. Default: {DEFAULT_RULE}."
+        ),
+    ] = None,
     protect: Protect = "auto",
     weights: Weights = None,
     tower: Annotated[
@@ -174,11 +187,12 @@ def plan(
     from interlace.records import Scores
 
     check_outputs(output, picture, overwrite)
-    check_rule_without_model(rule)
+    if rule is not None:
+        check_rule_without_model(rule)
     settings = PlanSettings(
         drop_fraction=drop_fraction,
         num_drop=num_drop,
-        rule=rule,
+        rule=rule or DEFAULT_RULE,
         protect=guarded_layers(protect),
         seed=seed,
         weights=metric_weights(weights),
@@ -192,6 +206,8 @@ def plan(
         ffn_parts=shares(ffn_parts, "--ffn-parts"),
         width_metrics=judges(width_metrics),
     )
+    drops = settings.drop_fraction is not None or settings.num_drop is not None
+    check_use(rule, settings.weights, group, drops=drops)
     made = make_plan(Scores.load(scores), **arguments_of(settings))
     say(str(made))
     save_record(made, output)

@@ -5,8 +5,66 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def without_similarity(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scores of the text tower of the bundled CLIP by all but the similarity."""
+    import interlace as il
+
+    path = tmp_path_factory.mktemp("scores") / "scores.json"
+    vlm = il.open_model("bundled:clip", dtype="float32")
+    calibration = il.samples("scenes", count=4, tasks=("retrieval",), processor=vlm.processor)
+    metrics = ("relevance", "head_norm")
+    il.score(vlm, calibration, metrics=metrics, towers=("text",)).save(path)
+    return path
+
+
+def test_scores_without_the_similarity_are_told(
+    interlace, without_similarity: Path, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    code, _, error = interlace("plan", without_similarity, "-o", plan)
+    assert code == 2
+    assert "The similarity was not scored" in error
+    assert "--metrics similarity" in error
+    weights = error.split("such as ")[1].strip().rstrip(".").split()
+    assert weights == ["--weights", "relevance=1"]
+    # as it says
+    assert interlace("plan", without_similarity, "-o", plan, *weights)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--heads", "0.5", "--weights", "bogus=1"), "by weights, but none are dropped"),
+        (("--heads", "0.5", "--rule", "shortgpt"), "by rule='shortgpt', but none are dropped"),
+        (("--heads", "0.5", "--rule", "interlace"), "by rule='interlace', but none are dropped"),
+        (("--heads", "0.5", "--group", "vision"), "by group='vision', but none are dropped"),
+        (("--num-drop", "1", "--rule", "last", "--group", "text"), "'last' looks at none"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    interlace, without_similarity: Path, tmp_path: Path, options: tuple[str, ...], says: str
+) -> None:
+    code, _, error = interlace("plan", without_similarity, "-o", tmp_path / "plan.json", *options)
+    assert code == 2
+    assert says in error
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_an_unknown_rule_is_told_of_those_that_plan_takes(interlace, tmp_path: Path) -> None:
+    code, _, error = interlace("plan", "none.json", "-o", tmp_path / "p", "--rule", "bogus")
+    assert code == 2
+    known = error.split("Known: ")[1].strip().rstrip(".").split(", ")
+    assert "shortgpt" in known
+    for rule in known:
+        told = interlace("plan", "none.json", "-o", tmp_path / "p", "--rule", rule)[2]
+        assert "none.json" in told, rule
 
 
 def test_heads_and_neurons_are_planned(interlace, tmp_path: Path) -> None:

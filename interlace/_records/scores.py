@@ -126,12 +126,14 @@ class TowerScores(Checked):
         alike, however many tokens an image has. Where a tower reads one of them, it is that one.
 
         Raises:
-            PlanError: the group or the pack was not scored.
+            PlanError: the similarity, the group or the pack was not scored.
         """
         tables = self._balanced() if group == BALANCED else self.similarity.get(group)
         if tables is None:
             known = [*self.similarity, BALANCED] if self._balanced() else self.similarity
-            raise PlanError(unknown_name("token group", group, known))
+            raise PlanError(
+                unknown_name("token group", group, known) if known else self.no_similarity()
+            )
         if pack not in tables:
             have = ", ".join(str(each) for each in sorted(tables)) or "none"
             raise PlanError(
@@ -152,6 +154,12 @@ class TowerScores(Checked):
         ends = [self.tail[each].get(pack) for each in _MODALITIES if each in self.tail]
         known = [value for value in ends if value is not None]
         return sum(known) / len(known) if known and len(known) == len(ends) else None
+
+    def no_similarity(self) -> str:
+        """Word the error for scores without any similarity."""
+        first = next(iter(self.metrics), "")
+        others = f", or judge by others, such as --weights {first}=1" if first else ""
+        return f"The similarity was not scored. Score it too (--metrics similarity,...){others}."
 
     def _balanced(self) -> dict[int, tuple[float, ...]] | None:
         groups = [self.similarity[each] for each in _MODALITIES if each in self.similarity]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from interlace.errors import ConfigError, PlanError, unknown_name
 from interlace.plan.parts import add_parts
 from interlace.plan.protection import protected_layers, repair, resolve
-from interlace.plan.rules import USE_LOSS, USE_WEIGHTS, Problem, find_rule
+from interlace.plan.rules import DEFAULT_RULE, USE_LOSS, Problem, check_use, find_rule
 from interlace.plan.weights import weighted
 from interlace.plan.widths import add_cuts, add_grafts, check_widths
 from interlace.records import Plan, Provenance, Scores, TowerPlan
@@ -157,7 +157,7 @@ def make_plan(
     *,
     drop_fraction: float | Mapping[str, float] | None = None,
     num_drop: int | Mapping[str, int] | None = None,
-    rule: str = "interlace",
+    rule: str = DEFAULT_RULE,
     protect: Protect = (),
     seed: int = 42,
     weights: Mapping[str, float] | None = None,
@@ -180,7 +180,8 @@ def make_plan(
         drop_fraction: share of a tower's layers to drop, 0..1, or a dict of them per tower. The
             number is int(L * fraction), as published.
         num_drop: the number itself, or a dict per tower, instead of a fraction.
-        rule: name of the rule; see `rule_names()`.
+        rule: name of the rule; see `rule_names()`. Another than the default needs layers to drop,
+            as `weights` and `group` do.
         protect: layers never to drop: numbers (for every planned tower), a dict of them per tower,
             "auto" (what the scores recorded as pinned), "alignment" (these and the layers that
             carry the alignment of image and text; needs the metric "alignment"), or () for the
@@ -202,7 +203,7 @@ def make_plan(
             with a third argument, parts: place in a layer -> layers that lose it.
             `interlace.layer_loss` makes one.
         group: token group of the similarity: "all" (published), "text", "vision", or "balanced",
-            where image and text tokens have equal mass.
+            where image and text tokens have equal mass; for rules that look at the similarity.
         heads: share of the query heads of every kept layer to cut, 0..1, or a dict per tower. They
             go in whole KV groups, rounded down.
         ffn: share of the neurons of every kept layer to cut, likewise, in multiples of 8. With
@@ -226,7 +227,8 @@ def make_plan(
         The plan; `print(plan)` shows it.
 
     Raises:
-        ConfigError: an unknown rule, or an argument that cannot be used.
+        ConfigError: an unknown rule, or an argument that cannot be used or that nothing would
+            come of.
         PlanError: no plan exists: too few layers, too many protected, packs or metrics not scored,
             weights for a rule that has no use for them, or the published rule fails here.
     """
@@ -242,21 +244,18 @@ def make_plan(
             "Give either drop_fraction (such as 0.25) or num_drop (such as 9), and not both; got "
             f"drop_fraction={drop_fraction!r} and num_drop={num_drop!r}."
         )
+    drops = drop_fraction is not None or num_drop is not None
     check_widths(
         heads=heads,
         ffn=ffn,
         spread=spread,
         metrics=width_metrics or {},
         graft=graft,
-        drops=drop_fraction is not None or num_drop is not None,
+        drops=drops,
     )
-    if weights is not None and rule not in USE_WEIGHTS:
-        raise PlanError(
-            f"The rule '{rule}' does not choose by scores of layers, so weights mean nothing to "
-            f"it. Leave weights out, or use one of {', '.join(sorted(USE_WEIGHTS))}."
-        )
     if group not in _GROUPS:
         raise ConfigError(unknown_name("token group", group, _GROUPS))
+    check_use(None if rule == DEFAULT_RULE else rule, weights, group, drops=drops)
     if loss is not None and rule not in USE_LOSS:
         raise ConfigError(
             f"The rule '{rule}' asks for no loss. Leave loss out, or use one of "

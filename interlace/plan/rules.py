@@ -54,8 +54,16 @@ USE_WEIGHTS = frozenset(
     }
 )
 
+# The rules that look at the similarity, which is of all tokens or of a group of them.
+USE_GROUP = USE_WEIGHTS | {"uidl"}
+
 # The rules that call back for the loss of a model without some layers.
 USE_LOSS = frozenset({"sleb", "compensated", "compensated_parts"})
+
+# The rules that choose by scores alone.
+WITHOUT_MODEL = tuple(name for name in RULES if name not in USE_LOSS)
+
+DEFAULT_RULE = "interlace"
 
 
 @dataclass(frozen=True)
@@ -191,14 +199,55 @@ def check_rule_without_model(name: str) -> None:
     Raises:
         ConfigError: there is no such rule, or it needs a model to ask.
     """
-    find_rule(name)
+    if name not in RULES:
+        raise ConfigError(unknown_name("rule", name, WITHOUT_MODEL))
     if name in USE_LOSS:
-        others = ", ".join(each for each in RULES if each not in USE_LOSS)
         raise ConfigError(
             f"The rule '{name}' asks the model for its loss without some layers, which scores "
             "alone cannot answer. Use it in `interlace run` or `interlace progressive`, which have "
             f"the model at hand, or from Python: make_plan(..., rule='{name}', "
-            f"loss=interlace.layer_loss(vlm, calibration, '{name}')). Here choose from {others}."
+            f"loss=interlace.layer_loss(vlm, calibration, '{name}')). Here choose from "
+            f"{', '.join(WITHOUT_MODEL)}."
+        )
+
+
+def check_use(
+    rule: str | None, weights: Mapping[str, float] | None, group: str, *, drops: bool
+) -> None:
+    """Refuse what says how layers are chosen where nothing would come of it.
+
+    Args:
+        rule: name of a rule; None for the default one that nobody asked for by name.
+        weights: as of `make_plan`.
+        group: likewise.
+        drops: layers are dropped, or may be.
+
+    Raises:
+        ConfigError: no layers are dropped, or the rule looks at no similarity.
+        PlanError: weights for a rule that has no use for them.
+    """
+    given = {
+        f"rule={rule!r}": rule is not None,
+        "weights": weights is not None,
+        f"group={group!r}": group != "all",
+    }
+    named = ", ".join(name for name, is_given in given.items() if is_given)
+    if named and not drops:
+        raise ConfigError(
+            f"Layers are to be chosen by {named}, but none are dropped: heads, neurons and parts "
+            "of layers are judged by metrics of their own. Say how many layers to drop as well "
+            "(drop_fraction or num_drop, --drop-fraction or --num-drop), or leave this out."
+        )
+    rule = rule or DEFAULT_RULE
+    if weights is not None and rule not in USE_WEIGHTS:
+        raise PlanError(
+            f"The rule '{rule}' does not choose by scores of layers, so weights mean nothing to "
+            f"it. Leave weights out, or use one of {', '.join(sorted(USE_WEIGHTS))}."
+        )
+    if group != "all" and rule not in USE_GROUP:
+        raise ConfigError(
+            f"group={group!r} says whose similarity counts, and the rule '{rule}' looks at none. "
+            f"Leave group out, or use one of {', '.join(sorted(USE_GROUP))}."
         )
 
 

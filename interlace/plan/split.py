@@ -223,17 +223,15 @@ def split_plan(
             amounts: dict[str, Any] = split.widths.arguments(tower)
             judged = {kind: by for kind, by in (width_metrics or {}).items() if kind in amounts}
             if split.drop:
-                amounts |= {"num_drop": {tower: split.drop}, "weights": weights}
+                chosen_by = {"rule": RULE, "loss": loss, "weights": weights, "group": group}
+                amounts |= {"num_drop": {tower: split.drop}, **chosen_by}
             if split.widths.gone:
                 amounts |= {"spread": split.spread, "width_metrics": judged}
             plan = make_plan(
                 scores,
-                rule=RULE,
                 protect=protect,
                 seed=seed,
                 towers=[tower],
-                loss=loss,
-                group=group,
                 standard=standard,
                 **amounts,
             )

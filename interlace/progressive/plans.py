@@ -29,7 +29,8 @@ def drop_counts(scores: Scores, vlm: VLM, settings: PlanSettings) -> dict[str, i
         PlanError: too many for a tower, or for what is not protected.
     """
     # any rule counts alike; this one has a plan wherever there are enough layers
-    arguments = {**arguments_of(settings), "rule": "uniform", "weights": None}
+    free = {"rule": "uniform", "weights": None, "group": "all"}
+    arguments = {**arguments_of(settings), **free}
     towers = make_plan(scores, **{**arguments, "protect": ()}).towers
     arguments["protect"] = _at_positions(settings.protect, vlm, towers)
     plan = make_plan(scores, **arguments)

@@ -21,7 +21,7 @@ from interlace.data.samples import Samples
 from interlace.errors import ConfigError, DataError
 from interlace.heal.checks import check_device
 from interlace.models.handle import check_vlm
-from interlace.plan.rules import find_rule
+from interlace.plan.rules import DEFAULT_RULE, check_use, find_rule
 from interlace.plan.split import check_settings
 from interlace.plan.widths import check_width_settings, needed_metrics
 from interlace.progressive.guard import check_guard, held_out_scenes
@@ -226,7 +226,7 @@ def progressive(
 
 
 def check_amounts(settings: PlanSettings, stages: int, scored: Sequence[str]) -> None:
-    """Refuse a plan that cuts within layers in several stages, or by what is not scored.
+    """Refuse a plan that cuts within layers in several stages, or by what is not scored or used.
 
     Args:
         settings: of the plan.
@@ -235,7 +235,15 @@ def check_amounts(settings: PlanSettings, stages: int, scored: Sequence[str]) ->
 
     Raises:
         ConfigError: says what, and what to do.
+        PlanError: weights for a rule that has no use for them.
     """
+    amounts = (settings.drop_fraction, settings.num_drop, settings.parameters)
+    check_use(
+        None if settings.rule == DEFAULT_RULE else settings.rule,
+        settings.weights,
+        settings.group,
+        drops=any(amount is not None for amount in amounts),
+    )
     if stages == 1:
         check_settings(settings)
         check_width_settings(settings, scored)

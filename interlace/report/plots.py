@@ -161,10 +161,12 @@ def similarity_map(scores: Scores, tower: str | None = None, group: str = "all")
         The figure.
 
     Raises:
-        PlanError: there is no such tower, or the group has no similarities.
+        PlanError: there is no such tower, or the group has no similarities, as none were scored.
     """
     name = tower or ("text" if "text" in scores.towers else next(iter(scores.towers), ""))
     measured = scores[name]
+    if not measured.similarity:
+        raise PlanError(measured.no_similarity())
     if not measured.similarity.get(group):
         raise PlanError(unknown_name("token group", group, measured.similarity))
     layers = measured.num_layers

@@ -5,8 +5,9 @@ import itertools
 import pytest
 
 from interlace.errors import ConfigError, DataError, PlanError
-from interlace.plan import make_plan
+from interlace.plan import make_plan, rule_names
 from interlace.plan.protection import expressible
+from interlace.plan.rules import USE_GROUP, USE_LOSS
 from interlace.records import ModelShape, Plan, Scores, TowerScores, TowerShape
 
 
@@ -57,6 +58,10 @@ def scores(random_scores):
             for rule in ("random", "last", "uniform", "uidl", "sleb")
         ),
         ({"num_drop": 2, "protect": "alignment"}, PlanError, "metrics=.*'alignment'"),
+        *(
+            ({"heads": 0.5} | more, ConfigError, "but none are dropped")
+            for more in ({"weights": {"similarity": 1}}, {"rule": "last"}, {"group": "text"})
+        ),
     ],
 )
 def test_bad_arguments_are_refused_in_words(scores, arguments, error, words):
@@ -104,6 +109,29 @@ def test_groups_choose_the_table():
     scores = Scores(towers={"text": tower})
     assert make_plan(scores, num_drop=1, rule="shortgpt")["text"].drop == (0,)
     assert make_plan(scores, num_drop=1, rule="shortgpt", group="vision")["text"].drop == (2,)
+
+
+def _loss(tower, dropped, parts=()):
+    return float(sum(dropped))
+
+
+@pytest.mark.parametrize("rule", [each for each in rule_names() if each != "compensated_parts"])
+def test_a_group_is_refused_where_it_would_change_nothing(rule, random_scores):
+    ours, theirs = (random_scores(12, seed)["text"].similarity["all"] for seed in (1, 2))
+    wanted = {"num_drop": 2, "rule": rule} | ({"loss": _loss} if rule in USE_LOSS else {})
+
+    def plan(tables, **more):
+        scores = Scores(towers={"text": TowerScores(num_layers=12, similarity=tables)})
+        return make_plan(scores, **wanted, **more)["text"].drop
+
+    first, second = plan({"all": ours}), plan({"all": theirs})
+    if rule in USE_GROUP:
+        assert first != second
+        assert plan({"all": ours, "vision": theirs}, group="vision") == second
+    else:
+        assert first == second
+        with pytest.raises(ConfigError, match=f"'{rule}' looks at none"):
+            plan({"all": ours, "vision": theirs}, group="vision")
 
 
 def test_weights_combine_z_scores():

@@ -131,6 +131,9 @@ def test_counts_are_those_of_one_cut() -> None:
     scores = _scores(vlm, S1)
     assert drop_counts(scores, vlm, PlanSettings(drop_fraction=0.49)) == {"text": 3}
     assert drop_counts(scores, vlm, PlanSettings(num_drop={"text": 5})) == {"text": 5}
+    # which layers go is not asked
+    by_group = PlanSettings(num_drop=4, rule="shortgpt", group="vision")
+    assert drop_counts(scores, vlm, by_group) == {"text": 4}
     protected = PlanSettings(num_drop=3, protect=tuple(range(6)))
     with pytest.raises(PlanError, match="only 2 may go"):
         drop_counts(scores, vlm, protected)
