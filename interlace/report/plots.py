@@ -40,6 +40,7 @@ _ACTION_WORDS: dict[Action, str] = {
     "freeze": "freeze (anchor)",
     "keep": "keep",
 }
+_CUT_COLOUR = "#CC79A7"
 _SERIES_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _SERIES_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _FORMATS = ("png", "svg", "pdf")
@@ -54,8 +55,66 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+def _cut_rows(plan: Plan, name: str) -> dict[str, dict[int, float]]:
+    """Return label -> kept layer that has the place -> share of its units that goes, 0..1.
+
+    Only of places that lose something. Where the plan does not know a width, the label has no share
+    and the loss of a layer is drawn as a half.
+    """
+    tower = plan.towers[name]
+    shape = None if plan.shape is None else plan.shape.towers.get(name)
+    rows: dict[str, dict[int, float]] = {}
+    for place in dict.fromkeys([*tower.cut, *tower.parts]):
+        site = None if shape is None else shape.sites.get(place)
+        units = {layer: len(gone) for layer, gone in tower.cut.get(place, {}).items()}
+        shares: dict[int, float] = {}
+        for layer in tower.kept:
+            width = 2 * units.get(layer, 1) if site is None else site.num_units(layer)
+            if layer in tower.parts.get(place, ()):
+                shares[layer] = 1.0
+            elif width:
+                shares[layer] = units.get(layer, 0) / width
+        known = site is not None or not units
+        how_much = f"{statistics.fmean(shares.values()):.0%} cut" if known else "cut"
+        rows[f"{place}: {how_much}"] = shares
+    return rows
+
+
+def _draw_layer(axes: Axes, layer: int, row: int, action: Action) -> None:
+    axes.add_patch(
+        Rectangle(
+            (layer - 0.46, row - 0.38),
+            0.92,
+            0.76,
+            facecolor=ACTION_COLOURS[action],
+            edgecolor="white" if action == "drop" else "#555555",
+            linewidth=0.6,
+            hatch="////" if action == "drop" else None,
+        )
+    )
+
+
+def _draw_cut(axes: Axes, layer: int, row: int, share: float) -> None:
+    # the y-axis points down, so the share that goes hangs from the top
+    for height, colour in ((1.0, ACTION_COLOURS["keep"]), (share, _CUT_COLOUR)):
+        if height:
+            axes.add_patch(
+                Rectangle(
+                    (layer - 0.46, row - 0.38),
+                    0.92,
+                    0.76 * height,
+                    facecolor=colour,
+                    edgecolor="#555555",
+                    linewidth=0.6,
+                )
+            )
+
+
 def plan_strip(plan: Plan) -> Figure:
     """Draw every planned tower as a row of layers: drop, tune, freeze, keep.
+
+    Below it stands a row for every place, such as attention, that layers lose heads or neurons of,
+    or lose whole: each layer filled by the share that goes.
 
     Args:
         plan: the plan.
@@ -69,32 +128,26 @@ def plan_strip(plan: Plan) -> Figure:
     if not plan.towers:
         raise PlanError("The plan has no tower, so there is no strip to draw.")
     longest = max(tower.num_layers for tower in plan.towers.values())
-    rows = len(plan.towers)
-    figure = _figure(max(5.0, 0.28 * longest + 1.2), 0.62 * rows + 1.1)
+    cuts = {name: _cut_rows(plan, name) for name in plan.towers}
+    rows = len(plan.towers) + sum(map(len, cuts.values()))
+    width = max(6.0 if any(cuts.values()) else 5.0, 0.28 * longest + 1.2)
+    figure = _figure(width, 0.62 * rows + 1.1)
     axes = figure.add_subplot()
-    for row, tower in enumerate(plan.towers.values()):
+    labels: list[str] = []
+    for name, tower in plan.towers.items():
         for layer in range(tower.num_layers):
-            action = tower.action(layer)
-            axes.add_patch(
-                Rectangle(
-                    (layer - 0.46, row - 0.38),
-                    0.92,
-                    0.76,
-                    facecolor=ACTION_COLOURS[action],
-                    edgecolor="white" if action == "drop" else "#555555",
-                    linewidth=0.6,
-                    hatch="////" if action == "drop" else None,
-                )
-            )
+            _draw_layer(axes, layer, len(labels), tower.action(layer))
+        labels.append(f"{name}: {len(tower.kept)} of {tower.num_layers}")
+        for label, shares in cuts[name].items():
+            for layer, share in shares.items():
+                _draw_cut(axes, layer, len(labels), share)
+            labels.append(label)
     axes.set_xlim(-0.7, longest - 0.3)
     axes.set_ylim(rows - 0.5, -0.5)
     step = 1 if longest <= 24 else 4
     axes.set_xticks(range(0, longest, step))
     axes.set_xlabel("layer of the original model")
-    axes.set_yticks(
-        range(rows),
-        [f"{name}: {len(t.kept)} of {t.num_layers}" for name, t in plan.towers.items()],
-    )
+    axes.set_yticks(range(rows), labels)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(f"Plan by rule '{plan.rule}'")
@@ -107,6 +160,8 @@ def plan_strip(plan: Plan) -> Figure:
         )
         for action, colour in ACTION_COLOURS.items()
     ]
+    if any(cuts.values()):
+        keys.append(Patch(facecolor=_CUT_COLOUR, edgecolor="#555555", label="cut"))
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False)
     return figure
 

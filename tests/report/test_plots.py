@@ -3,11 +3,20 @@ from __future__ import annotations
 import io
 
 import pytest
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from interlace.errors import ConfigError, PlanError
 from interlace.plan import make_plan
-from interlace.records import Plan, Scores
+from interlace.records import (
+    ModelShape,
+    Plan,
+    Scores,
+    SiteShape,
+    TowerPlan,
+    TowerScores,
+    TowerShape,
+)
 from interlace.report.plots import (
     ACTION_COLOURS,
     figure_bytes,
@@ -29,8 +38,6 @@ def scores():
 def test_strip_has_one_cell_per_layer_in_the_colour_of_its_action(scores):
     plan = make_plan(scores, num_drop=2)
     figure = plan_strip(plan)
-    from matplotlib.colors import to_hex
-
     (axes,) = figure.axes
     colours = [to_hex(cell.get_facecolor()).upper() for cell in axes.patches]
     assert colours == [ACTION_COLOURS[plan["text"].action(layer)] for layer in range(8)]
@@ -38,6 +45,36 @@ def test_strip_has_one_cell_per_layer_in_the_colour_of_its_action(scores):
     assert words == ["drop", "tune", "freeze (anchor)", "keep"]
     with pytest.raises(PlanError, match="no tower"):
         plan_strip(Plan({}))
+
+
+def test_strip_shows_what_is_cut_within_layers():
+    sites = {
+        "attn": SiteShape("heads", ((2, 2), (2, 2), (2, 2), ()), 1),
+        "mlp": SiteShape("ffn", ((16,),) * 4, 1),
+    }
+    shape = TowerShape(4, 4, 2, 1, 16, (20,) * 4, causal=True, sites=sites)
+    cut = {"attn": {0: (1,), 2: (0, 1, 2)}, "mlp": {2: tuple(range(8))}}
+    tower = TowerPlan(4, drop=(1,), cut=cut, parts={"mlp": (0,)})
+
+    def rows(shapes):
+        """Label of a row -> layer -> share of it that is filled in the colour of what is cut."""
+        figure = plan_strip(Plan({"text": tower}, shape=shapes))
+        (axes,) = figure.axes
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        found = {label: {} for label in labels[1:]}
+        cells = [each for each in axes.patches if each.get_y() > 0.5]
+        for cell in cells:
+            row = found[labels[round(cell.get_y() + 0.38)]]
+            filled = cell.get_height() / 0.76 if to_hex(cell.get_facecolor()) == "#cc79a7" else 0
+            row[round(cell.get_x() + 0.46)] = filled
+        assert figure.legends[0].get_texts()[-1].get_text() == "cut"
+        return found
+
+    known = rows(ModelShape({"text": shape}, 100, 4))
+    # a layer that goes has nothing to cut, one without the place neither
+    assert known["attn: 50% cut"] == pytest.approx({0: 0.25, 2: 0.75})
+    assert known["mlp: 50% cut"] == pytest.approx({0: 1.0, 2: 0.5, 3: 0.0})
+    assert rows(None).keys() == {"attn: cut", "mlp: cut"}
 
 
 def test_map_shows_packs_or_the_whole_matrix(scores):
@@ -57,6 +94,8 @@ def test_map_shows_packs_or_the_whole_matrix(scores):
     assert shown[4].tolist() == [0.5, 0.5, 0.5, 0.5, 1.0]
     with pytest.raises(PlanError, match="token group 'text'"):
         similarity_map(scores, group="text")
+    with pytest.raises(PlanError, match="similarity was not scored"):
+        similarity_map(Scores({"text": TowerScores(num_layers=4)}))
 
 
 @pytest.mark.parametrize("kind", ["bars", "lines"])
