@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path  # noqa: TC003 (typer reads it at run time)
 from typing import Annotated
 
@@ -29,7 +31,13 @@ from interlace._cli import (
 )
 from interlace._files import check_new_folder
 from interlace._launch import is_first_process
+from interlace.errors import CheckpointError, ConfigError
 from interlace.surgery.bridges.names import BRIDGE_SAMPLES, check_token_weights, has_bridges
+
+# what healing leaves in its folder, whole or half-written
+_CHECKPOINT = re.compile(
+    r"checkpoint-\d+|start\.safetensors|(\.checkpoint-\d+|\.start\.safetensors)\.part"
+)
 
 
 def prune(
@@ -126,9 +134,9 @@ def heal(
 ) -> None:
     """Cut the dense model by the plan, train the tuned layers, and save the result.
 
-    Checkpoints go to OUTPUT.healing beside the result; `--resume` goes on from the newest. Bridges
-    are fitted on the first 512 samples of the data. Under torchrun the processes train together,
-    each on batches of its own.
+    Checkpoints go to OUTPUT.healing beside the result; `--resume` goes on from the newest, and
+    `--overwrite` without it starts anew. Bridges are fitted on the first 512 samples of the data.
+    Under torchrun the processes train together, each on batches of its own.
     """
     from interlace.config import HealSettings
     from interlace.export import export as run_export
@@ -137,6 +145,11 @@ def heal(
     from interlace.surgery import prune as run_prune
 
     check_new_folder(output, overwrite=overwrite)
+    checkpoints = output.with_name(output.name + ".healing")
+    # of several processes the first one makes and removes the folder, so no other can judge it
+    replaced = checkpoints.exists() and not resume and is_first_process()
+    if replaced:
+        _check_replaced(checkpoints, overwrite)
     wanted = read_bridges(bridges)
     check_token_weights(token_weights, wanted)
     chosen = Plan.load(plan_file)
@@ -160,18 +173,53 @@ def heal(
     student = run_prune(
         teacher, chosen, bridges=wanted, data=calibration, token_weights=token_weights
     )
+    if replaced:
+        _remove(checkpoints)
     report = run_heal(
         student,
         teacher=teacher if distil else None,
         data=healing,
         settings=settings,
-        output=output.with_name(output.name + ".healing"),
+        output=checkpoints,
         resume=resume,
     )
     if is_first_process():
         run_export(student, output, records=(chosen, report), overwrite=overwrite)
     kept = f", {report.share:.0%} of the way kept" if report.validation else ""
-    say(f"Wrote {output} after {report.steps} steps on {report.num_samples} samples{kept}")
+    steps = f"{report.steps} step{'s' * (report.steps != 1)}"
+    # they repeat where the steps take more than there are
+    seen = f"{report.num_samples} samples drawn from {len(healing)}"
+    say(f"Wrote {output} after {steps} on {seen}{kept}")
+
+
+def _check_replaced(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder of checkpoints that is not to be replaced, or that holds anything else.
+
+    Raises:
+        ConfigError: says which, and what to do.
+    """
+    if not overwrite:
+        raise ConfigError(
+            f"The folder {folder} of the checkpoints exists already. Go on with its run (--resume),"
+            " start anew in its place (--overwrite), or choose another output."
+        )
+    check_new_folder(folder, overwrite=True)
+    foreign = sorted(path.name for path in folder.iterdir() if not _CHECKPOINT.fullmatch(path.name))
+    if foreign:
+        raise ConfigError(
+            f"Refusing to remove {folder}: beside checkpoints of healing it holds {foreign[0]}. "
+            "Move that elsewhere, or choose another output."
+        )
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot remove {folder} ({error.strerror or error}). Remove it, or choose another "
+            "output."
+        ) from error
 
 
 def export(

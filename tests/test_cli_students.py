@@ -1,0 +1,93 @@
+"""Healing on the command line beside the checkpoints of an earlier run."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from interlace.errors import InterlaceError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HEAL = ("--count", 4, "--max-steps", 2, "--batch-size", 4, "--learning-rate", 1e-4)
+
+
+class _OpenedError(InterlaceError):
+    """Stands for the first work that is not a check of what is given."""
+
+
+@pytest.fixture
+def planned(interlace, tmp_path: Path) -> Path:
+    scores, plan = tmp_path / "scores.json", tmp_path / "plan.json"
+    count = ("--count", 4, "--tower", "text")
+    assert interlace("score", "bundled:clip", "-o", scores, *count)[0] == 0
+    assert interlace("plan", scores, "-o", plan, "--num-drop", 1)[0] == 0
+    return plan
+
+
+def test_a_finished_run_is_replaced_with_its_checkpoints(
+    interlace, planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healed, checkpoints = tmp_path / "healed", tmp_path / "healed.healing"
+    call = ("heal", "bundled:clip", planned, "-o", healed)
+    code, told, error = interlace(*call, *HEAL, "--save-steps", 1)
+    assert code == 0, error
+    assert told == f"Wrote {healed} after 2 steps on 8 samples drawn from 4\n"
+    names = {path.name for path in checkpoints.iterdir()}
+    assert {"checkpoint-1", "checkpoint-2"} <= names
+
+    def opened(*_: object, **__: object) -> None:
+        raise _OpenedError("opened")
+
+    def refused(*options: object) -> str:
+        with monkeypatch.context() as early:
+            early.setattr("interlace._cli_students.open_vlm", opened)
+            code, _, error = interlace(*call, *options)
+        assert code == 2
+        assert names <= {path.name for path in checkpoints.iterdir()}
+        return error
+
+    shutil.move(healed, tmp_path / "elsewhere")
+    assert "--resume" in refused()
+    assert "--overwrite" in refused()
+    assert refused("--resume") == "Error: opened\n"
+    assert refused("--overwrite") == "Error: opened\n"
+    (checkpoints / "notes.txt").write_text("mine")
+    assert "notes.txt" in refused("--overwrite")
+    with monkeypatch.context() as second:
+        # which may come when the first one has made the folder
+        second.setenv("RANK", "1")
+        assert refused() == "Error: opened\n"
+    (checkpoints / "notes.txt").unlink()
+    # what is refused later leaves the checkpoints as well
+    late = ("heal", "bundled:blip", planned, "-o", healed, "--overwrite", "--count", 4)
+    assert interlace(*late)[0] == 2
+    assert names == {path.name for path in checkpoints.iterdir()}
+
+    shutil.move(tmp_path / "elsewhere", healed)
+    (checkpoints / ".checkpoint-9.part").mkdir()
+    (checkpoints / "start.safetensors").touch()
+    (checkpoints / ".start.safetensors.part").touch()
+    code, _, error = interlace(*call, *HEAL, "--overwrite")
+    assert code == 0, error
+    left = {path.name for path in checkpoints.iterdir()}
+    assert "checkpoint-2" in left
+    assert not left & {"checkpoint-1", ".checkpoint-9.part", ".start.safetensors.part"}
+
+
+def test_a_file_or_link_in_the_place_of_checkpoints_is_not_removed(
+    interlace, tmp_path: Path
+) -> None:
+    place, target = tmp_path / "healed.healing", tmp_path / "target"
+    target.mkdir()
+    call = ("heal", "bundled:clip", tmp_path / "plan.json", "-o", tmp_path / "healed")
+    place.symlink_to(target)
+    assert "is not a folder" in interlace(*call, "--overwrite")[2]
+    assert place.is_symlink()
+    place.unlink()
+    place.write_text("mine")
+    assert "is not a folder" in interlace(*call, "--overwrite")[2]
+    assert place.read_text() == "mine"
