@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path  # noqa: TC003 (typer reads it at run time)
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -269,9 +269,34 @@ def read_bridges(text: str) -> str | dict[str, str]:
     return found
 
 
+def path(text: str) -> Path:
+    """Read a path; a shell leaves the ~ of a home folder alone in quotes and behind "=".
+
+    Raises:
+        ConfigError: there is no such home folder.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"There is no home folder for {text!r}. Check the name behind ~, or write ./{text} for "
+            "a file or folder that is called so."
+        ) from error
+
+
+def path_option(text: str, *names: str) -> Any:
+    """An option that is a path."""
+    return typer.Option(*names, parser=path, help=text)
+
+
+def path_argument(text: str, metavar: str | None = None) -> Any:
+    """An argument that is a path."""
+    return typer.Argument(parser=path, metavar=metavar, help=text)
+
+
 def output_option(text: str) -> Any:
     """The option that says where a command writes its result."""
-    return typer.Option("--output", "-o", help=text)
+    return path_option(text, "--output", "-o")
 
 
 def check_outputs(output: Path | None, picture: Path | None, overwrite: bool) -> None:

@@ -25,6 +25,8 @@ from interlace._cli import (
     TokenWeights,
     open_vlm,
     output_option,
+    path_argument,
+    path_option,
     read_bridges,
     read_samples,
     say,
@@ -42,7 +44,7 @@ _CHECKPOINT = re.compile(
 
 def prune(
     model: Model,
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="What `interlace plan` wrote.")],
+    plan_file: Annotated[Path, path_argument("What `interlace plan` wrote.", "PLAN")],
     output: Annotated[Path, output_option("Folder of the new checkpoint.")],
     allow_pinned: Annotated[
         bool, typer.Option("--allow-pinned", help="Also drop layers that the family pins.")
@@ -90,7 +92,7 @@ def prune(
 
 def heal(
     model: Annotated[str, typer.Argument(help="The DENSE model: folder, hub name, bundled:NAME.")],
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="What `interlace plan` wrote.")],
+    plan_file: Annotated[Path, path_argument("What `interlace plan` wrote.", "PLAN")],
     output: Annotated[Path, output_option("Folder of the healed model.")],
     data: Data = "scenes",
     root: Root = None,
@@ -224,10 +226,10 @@ def _remove(folder: Path) -> None:
 
 def export(
     model: Model,
-    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    output: Annotated[Path, path_argument("Folder to write.")],
     record: Annotated[
         list[Path] | None,
-        typer.Option(help="A record to put beside the weights and into the model card; repeat."),
+        path_option("A record to put beside the weights and into the model card; repeat."),
     ] = None,
     dtype: Dtype = None,
     trust_remote_code: Remote = False,

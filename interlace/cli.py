@@ -45,6 +45,8 @@ from interlace._cli import (
     metric_weights,
     open_vlm,
     output_option,
+    path_argument,
+    path_option,
     read_samples,
     save_picture,
     save_record,
@@ -105,9 +107,7 @@ def score(
     dtype: Dtype = None,
     device: Device = None,
     trust_remote_code: Remote = False,
-    heatmap: Annotated[
-        Path | None, typer.Option(help="Also draw the similarities to this PNG.")
-    ] = None,
+    heatmap: Annotated[Path | None, path_option("Also draw the similarities to this PNG.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure how redundant every layer is; by similarity in one forward pass per sample.
@@ -143,7 +143,7 @@ def score(
 
 @app.command()
 def plan(
-    scores: Annotated[Path, typer.Argument(help="The file that `interlace score` wrote.")],
+    scores: Annotated[Path, path_argument("The file that `interlace score` wrote.")],
     output: Annotated[Path, output_option("Where to write the plan.")],
     drop_fraction: Annotated[
         float | None,
@@ -175,7 +175,7 @@ def plan(
     ffn_parts: FfnParts = None,
     width_metrics: WidthMetrics = None,
     seed: Seed = 42,
-    picture: Annotated[Path | None, typer.Option(help="Also draw the plan to this PNG.")] = None,
+    picture: Annotated[Path | None, path_option("Also draw the plan to this PNG.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Choose which layers to drop, tune and freeze, and what to cut within the others.
@@ -280,7 +280,7 @@ app.command()(export)
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
+    recipe: Annotated[Path, path_argument("A TOML recipe.")],
     output: Annotated[Path, output_option("Folder of the run.")] = Path("interlace-run"),
 ) -> None:
     """Do the whole flow of a recipe; stages that are done and still fit are skipped."""
