@@ -66,6 +66,7 @@ def prune(
 
     Bridges are fitted on the data; without them no data is read.
     """
+    from interlace.data.samples import check_root
     from interlace.export import export as run_export
     from interlace.records import Plan
     from interlace.surgery import prune as run_prune
@@ -73,10 +74,16 @@ def prune(
     check_new_folder(output, overwrite=overwrite)
     wanted = read_bridges(bridges)
     check_token_weights(token_weights, wanted)
+    check_root(data, root)
+    if data != "scenes" and not has_bridges(wanted):
+        raise ConfigError(
+            f"--data is {data!r}, but data is read only to fit bridges, and --bridges is "
+            f"{bridges!r}. Name a bridge, such as 'refit', or leave --data out."
+        )
     chosen = Plan.load(plan_file)
     dense = open_vlm(model, dtype, device, trust_remote_code)
     calibration = None
-    if has_bridges(wanted) or data != "scenes":
+    if has_bridges(wanted):
         calibration = read_samples(dense, data, root, split, count, seed, max_bad_fraction)
     student = run_prune(
         dense,
@@ -141,6 +148,7 @@ def heal(
     Under torchrun the processes train together, each on batches of its own.
     """
     from interlace.config import HealSettings
+    from interlace.data.samples import check_root
     from interlace.export import export as run_export
     from interlace.heal import heal as run_heal
     from interlace.records import Plan
@@ -154,6 +162,7 @@ def heal(
         _check_replaced(checkpoints, overwrite)
     wanted = read_bridges(bridges)
     check_token_weights(token_weights, wanted)
+    check_root(data, root)
     chosen = Plan.load(plan_file)
     settings = HealSettings(
         epochs=epochs,

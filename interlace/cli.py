@@ -115,10 +115,12 @@ def score(
     Under torchrun the processes share the samples.
     """
     from interlace.config import ScoreSettings
+    from interlace.data.samples import check_root
     from interlace.scores import score as run_score
     from interlace.scores.metrics import metric_classes
 
     check_outputs(output, heatmap, overwrite)
+    check_root(data, root)
     settings = ScoreSettings(
         metrics=split_names(metrics) or (),
         packs="all" if packs.strip() == "all" else whole_numbers(packs, "--packs", "all"),
@@ -248,10 +250,12 @@ def evaluate(
 ) -> None:
     """Measure a model, beside the dense one where given."""
     from interlace._fused_evaluation import evaluate_fused
+    from interlace.data.samples import check_root
     from interlace.evaluate import evaluate as run_evaluate
     from interlace.report.tables import eval_table
 
     check_outputs(output, None, overwrite)
+    check_root(data, root)
     vlm = open_vlm(model, dtype, device, trust_remote_code)
     held_out = None
     tasks = split_names(task) or ()

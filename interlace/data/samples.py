@@ -195,10 +195,11 @@ def samples(
             rows; needs `count`.
 
     Raises:
-        ConfigError: An argument out of range.
+        ConfigError: An argument out of range, or a root for the built-in scenes.
         DataError: The source is missing, empty, not understood, or holds too many bad images.
     """
     _check_arguments(count, fraction, tasks, max_bad_fraction)
+    check_root(source, root)
     if isinstance(source, str) and source == "scenes":
         items = _scenes(count, seed, split, tasks)
         return Samples(items, source=source, seed=seed, processor=processor)
@@ -215,6 +216,15 @@ def samples(
     return Samples(
         items, source=reader.name, seed=seed, num_skipped=num_skipped, processor=processor
     )
+
+
+def check_root(source: Any, root: str | Path | None) -> None:
+    """Refuse a root for the built-in scenes, which are drawn. Raises ConfigError."""
+    if root is not None and isinstance(source, str) and source == "scenes":
+        raise ConfigError(
+            f"root is {str(root)!r}, but the built-in scenes are drawn and read no image files. "
+            "Name the data whose images lie there (--data), or leave root out."
+        )
 
 
 def _check_arguments(

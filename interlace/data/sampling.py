@@ -89,7 +89,10 @@ def take(
                 raise _too_many_bad(reader.name, bad, allowed, max_bad_fraction)
     if not good:
         if bad:
-            raise _too_many_bad(reader.name, bad, allowed, max_bad_fraction)
+            raise DataError(
+                f"{reader.name}: no sample is left, since all {len(bad)} that fit have bad images. "
+                f"{_listed(bad)}. Repair these, or give another source."
+            )
         raise DataError(
             f"{reader.name}: none of its {total} records serves the tasks "
             f"{', '.join(tasks or TASKS)}; choose others with tasks=."
@@ -111,10 +114,15 @@ def _problem(sample: Sample) -> str | None:
 
 
 def _too_many_bad(name: str, bad: Sequence[str], allowed: int, fraction: float) -> DataError:
-    shown = "; ".join(bad[:_NAMED_IN_ERRORS])
-    more = f"; and {len(bad) - _NAMED_IN_ERRORS} more" if len(bad) > _NAMED_IN_ERRORS else ""
+    advice = ", or raise max_bad_fraction" if fraction < 1 else ""
     return DataError(
         f"{name}: {len(bad)} samples with bad images so far, {allowed} allowed "
-        f"(max_bad_fraction={fraction}). {shown}{more}. Repair or remove them, or raise "
-        "max_bad_fraction."
+        f"(max_bad_fraction={fraction}). {_listed(bad)}. Repair or remove them{advice}."
     )
+
+
+def _listed(bad: Sequence[str]) -> str:
+    # records may share an image
+    named = list(dict.fromkeys(bad))
+    rest = len(named) - _NAMED_IN_ERRORS
+    return "; ".join(named[:_NAMED_IN_ERRORS]) + (f"; and {rest} more" if rest > 0 else "")

@@ -166,6 +166,28 @@ def test_too_many_bad_images_names_the_first(llava_file: Callable[..., Path]) ->
         samples(path, max_bad_fraction=0.5)
 
 
+def test_no_readable_sample_is_told_with_every_image_once(
+    save_image: Callable[..., Path], write_json: Callable[..., Path]
+) -> None:
+    image = save_image("one.png")
+    _spoil(image, "zero bytes")
+    path = write_json([{"id": str(i), "image": "one.png", "caption": "c"} for i in range(8)])
+    with pytest.raises(DataError, match="no sample is left, since all 8 that fit") as told:
+        samples(path, max_bad_fraction=1.0)
+    assert str(told.value).count("one.png") == 1
+    assert "max_bad_fraction" not in str(told.value)
+    # of more bad ones than are wanted none can be allowed either
+    with pytest.raises(DataError, match=r"2 allowed \(max_bad_fraction=1.0\)") as told:
+        samples(path, count=2, max_bad_fraction=1.0)
+    assert str(told.value).count("one.png") == 1
+    assert "raise" not in str(told.value)
+
+
+def test_scenes_have_no_root() -> None:
+    with pytest.raises(ConfigError, match="root is 'there', but the built-in scenes are drawn"):
+        samples("scenes", count=2, root="there")
+
+
 @pytest.mark.parametrize("root", ["nowhere", "data.json"])
 def test_a_root_that_is_no_folder_is_told(llava_file: Callable[..., Path], root: str) -> None:
     path = llava_file(2)
