@@ -243,9 +243,10 @@ def run_demo(output: Path, *, quick: bool = False) -> Path:
                 "What was measured",
                 text=(
                     f"{DROP_FRACTION:.0%} of the {vlm.towers['text'].num_layers} text layers were "
-                    f"dropped by three rules, and the students healed on {budget.heal_samples} "
-                    f"samples. Accuracy and CIDEr are on {budget.held_out} held-out questions and "
-                    "captions each; kept is the mean of their shares of the dense model."
+                    f"dropped by {len(rows)} rules, and the students healed on "
+                    f"{budget.heal_samples} samples. Accuracy and CIDEr are on {budget.held_out} "
+                    "held-out questions and captions each; kept is the mean of their shares of the "
+                    "dense model."
                 ),
                 table=(QUALITY, quality),
             ),

@@ -37,6 +37,7 @@ def test_quick_demo_prints_a_table_and_writes_a_page(
     for rule in ("dense", *RULES):
         assert rule in printed
         assert rule in text
+    assert f"dropped by {len(RULES)} rules" in text
     # heat map, retention chart and one strip per rule, all inside the page
     assert len(re.findall(r"data:image/png;base64,|<svg", text)) >= 2 + len(RULES)
     assert not re.search(r"(?:src|href)=[\"']https?:", text)
