@@ -42,7 +42,11 @@ class StageRecord(Checked):
     @property
     def gone_text(self) -> str:
         """What is gone after this stage, in words."""
-        said = [f"{len(layers)} {tower} layers" for tower, layers in self.gone.items()]
+        said = [
+            f"{len(layers)} {tower} layer{'s' * (len(layers) > 1)}"
+            for tower, layers in self.gone.items()
+            if layers
+        ]
         for tower, places in self.parts.items():
             said += [f"{name} of {len(layers)} {tower} layers" for name, layers in places.items()]
         for tower, counts in self.units.items():
