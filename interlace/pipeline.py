@@ -140,10 +140,11 @@ def _warn_of_overlap(held_out: Mapping[str, Samples] | None, *seen: Samples) -> 
     """Say so when the student is measured on what it was made with."""
     if not held_out:
         return
-    # a sample has no name outside of its source, so what is asked and answered tells it apart
-    known = {(each.id, each.turns, each.references) for samples in seen for each in samples}
+    # a sample has no name outside of its source, so what is said in it tells it apart; as another
+    # task it has other references
+    known = {(each.id, each.turns) for samples in seen for each in samples}
     measured = next(iter(held_out.values()))
-    shared = sum((each.id, each.turns, each.references) in known for each in measured)
+    shared = sum((each.id, each.turns) in known for each in measured)
     if shared:
         log.warning(
             "%d of the %d samples to measure on were also used to score or heal, so the figures "

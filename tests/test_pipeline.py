@@ -257,6 +257,25 @@ def test_measuring_on_what_was_healed_with_is_told(
     assert "4 of the 4 samples to measure on were also used" in caplog.text
     caplog.clear()
 
+    # also where it was another task for those that chose the layers
+    other = text.replace("[data]", '[data]\ntasks = ["vqa"]')
+    rows = [
+        {
+            "image": "a.png",
+            "conversations": [
+                {"from": "human", "value": f"<image>\nwhat {i}?"},
+                {"from": "gpt", "value": "red"},
+            ],
+        }
+        for i in range(4)
+    ]
+    talk = tmp_path / "talk.json"
+    talk.write_text(json.dumps(rows))
+    other = other.replace(str(tmp_path / "a.json"), str(talk))
+    il.run(_recipe(tmp_path, other), tmp_path / "other")
+    assert "4 of the 4 samples to measure on were also used" in caplog.text
+    caplog.clear()
+
     apart = text + f'source = "{tmp_path / "b.json"}"\n'
     second = il.run(_recipe(tmp_path, apart), out)
     assert "were also used" not in caplog.text

@@ -156,7 +156,7 @@ class ChatText:
 def spoken_tokens(
     tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], special: bool
 ) -> tuple[list[int], list[bool]]:
-    """Tokenise a text and tell which tokens start inside one of the character ranges.
+    """Tokenise a text and tell which tokens hold a part of one of the character ranges.
 
     Args:
         tokenizer: A fast tokenizer.
@@ -177,7 +177,8 @@ def spoken_tokens(
         )
     found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
     spoken = [
-        first < last and any(start <= first < end for start, end in spans)
+        # one that begins in front of the answer, such as a blank that the prompt ends in, is of it
+        first < last and any(start < last and first < end for start, end in spans)
         for first, last in found["offset_mapping"]
     ]
     return list(found["input_ids"]), spoken

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from interlace.data.chat import ChatText, expanded_positions, spoken_tokens
-from interlace.data.samples import IMAGE_PLACEHOLDER, Sample
+from interlace.data.sample_texts import answer, blip2_prompt, is_caption, question
 from interlace.errors import ConfigError, DataError, unknown_name
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from interlace.data.chat import Rendered
+    from interlace.data.samples import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -141,9 +142,9 @@ class Collator:
         if self._objective == "chat":
             return [self._chat.prompt(sample) for sample in samples]
         if self._objective == "vqa":
-            return [_question(sample) for sample in samples]
+            return [question(sample) for sample in samples]
         if self._objective == "caption" and self._blip2:
-            return [_blip2_prompt(sample) for sample in samples]
+            return [blip2_prompt(sample) for sample in samples]
         return ["" for _ in samples]
 
     def _chat_batch(self, samples: Sequence[Sample]) -> Batch:
@@ -160,7 +161,7 @@ class Collator:
         if bos and texts[0].startswith(bos):
             options["add_special_tokens"] = False
         batch = self._process(samples, text=texts, images=images or None, padding=True, **options)
-        kept = self._short_enough(samples, batch["attention_mask"])
+        kept = self._short_enough(samples, _filled(batch), self._max_length)
         if len(kept) < len(samples):
             return self._chat_batch(kept)
         if rendered is not None:
@@ -226,27 +227,42 @@ class Collator:
 
     def _vqa_batch(self, samples: Sequence[Sample]) -> Batch:
         images = _single_images(samples)
-        # The question is encoded with absolute positions, so it is never padded on the left.
-        batch = self._process(samples, images=images, **self._text(map(_question, samples)))
+        read = self._lengths(map(question, samples))
         if self._answers:
-            answer = self._tokenizer(return_tensors="pt", **self._text(map(_answer, samples)))
-            self._start(answer["input_ids"])
-            batch["decoder_input_ids"] = answer["input_ids"]
-            batch["decoder_attention_mask"] = answer["attention_mask"]
-            batch["labels"] = _targets(answer["input_ids"], answer["attention_mask"])
+            read = [
+                max(pair) for pair in zip(read, self._lengths(map(answer, samples)), strict=True)
+            ]
+        kept = self._short_enough(samples, read, self._text_limit())
+        if len(kept) < len(samples):
+            return self._vqa_batch(kept)
+        # The question is encoded with absolute positions, so it is never padded on the left.
+        batch = self._process(samples, images=images, **self._text(map(question, samples)))
+        if self._answers:
+            said = self._tokenizer(return_tensors="pt", **self._text(map(answer, samples)))
+            self._start(said["input_ids"])
+            batch["decoder_input_ids"] = said["input_ids"]
+            batch["decoder_attention_mask"] = said["attention_mask"]
+            batch["labels"] = _targets(said["input_ids"], said["attention_mask"])
         return batch
 
     def _blip2_batch(self, samples: Sequence[Sample]) -> Batch:
         images = _single_images(samples)
-        prompts = [_blip2_prompt(sample) for sample in samples]
+        prompts = [blip2_prompt(sample) for sample in samples]
         if self._encoder_decoder or not self._answers:
             side = "right" if self._encoder_decoder else "left"
             batch = self._process(
                 samples, text=prompts, images=images, padding=True, padding_side=side
             )
-            self._short_enough(samples, batch["attention_mask"], may_drop=False)
+            read = _filled(batch)
+            self._short_enough(samples, read, self._max_length, may_drop=False)
             if self._answers:
-                texts = self._text(map(self._reply, samples))
+                said = [self._reply(sample) for sample in samples]
+                pairs = zip(samples, self._lengths(said), strict=True)
+                read = [0 if is_caption(sample) else length for sample, length in pairs]
+                kept = self._short_enough(samples, read, self._text_limit())
+                if len(kept) < len(samples):
+                    return self._blip2_batch(kept)
+                texts = self._text(said)
                 reply = self._tokenizer(return_tensors="pt", **texts)
                 batch["labels"] = _targets(reply["input_ids"], reply["attention_mask"])
             return batch
@@ -256,7 +272,7 @@ class Collator:
             f"{prompt} {reply}".strip(" ") for prompt, reply in zip(prompts, replies, strict=True)
         ]
         batch = self._process(samples, text=full, images=images, padding=True, padding_side="right")
-        kept = self._short_enough(samples, batch["attention_mask"])
+        kept = self._short_enough(samples, _filled(batch), self._max_length)
         if len(kept) < len(samples):
             return self._blip2_batch(kept)
         labels = torch.full_like(batch["input_ids"], IGNORED)
@@ -294,24 +310,31 @@ class Collator:
             batch["input_ids"] = batch["input_ids"].long()
         return batch
 
+    def _lengths(self, texts: Iterable[str]) -> list[int]:
+        return [len(ids) for ids in self._tokenizer(list(texts))["input_ids"]]
+
     def _short_enough(
-        self, samples: Sequence[Sample], mask: Tensor, *, may_drop: bool = True
+        self,
+        samples: Sequence[Sample],
+        lengths: Sequence[int],
+        limit: int | None,
+        *,
+        may_drop: bool = True,
     ) -> list[Sample]:
-        if self._max_length is None:
+        if limit is None:
             return list(samples)
-        lengths = mask.sum(dim=1).tolist()
         pairs = list(zip(samples, lengths, strict=True))
-        long = [(sample.id, length) for sample, length in pairs if length > self._max_length]
-        kept = [sample for sample, length in pairs if length <= self._max_length]
+        long = [(sample.id, length) for sample, length in pairs if length > limit]
+        kept = [sample for sample, length in pairs if length <= limit]
         if not long:
             return kept
         names = ", ".join(f"{name!r} ({length} tokens)" for name, length in long[:5])
         if not kept or not self._answers or not may_drop:
             raise DataError(
-                f"Longer than max_length={self._max_length}: {names}. Raise max_length, make the "
+                f"Longer than max_length={limit}: {names}. Raise max_length, make the "
                 "images smaller, or remove the samples; a cut would go through images or answers."
             )
-        logger.warning("left out, longer than %d tokens: %s", self._max_length, names)
+        logger.warning("left out, longer than %d tokens: %s", limit, names)
         return kept
 
     def _text_limit(self) -> int | None:
@@ -319,7 +342,7 @@ class Collator:
         return int(limit) if limit and limit < _NO_LIMIT else None
 
     def _text(self, texts: Iterable[str]) -> dict[str, Any]:
-        """Arguments for texts that may be cut: captions, and questions without images in them."""
+        """Arguments for texts that are cut where they are captions, and short enough elsewhere."""
         limit = self._text_limit()
         cut = {} if limit is None else {"truncation": True, "max_length": limit}
         return {"text": list(texts), "padding": True, "padding_side": "right", **cut}
@@ -331,7 +354,7 @@ class Collator:
     def _caption(self, sample: Sample) -> str:
         """One caption of a sample: of several, always the same one for this seed."""
         if sample.task == "vqa":
-            return f"{_question(sample)} {_answer(sample)}"
+            return f"{question(sample)} {answer(sample)}"
         choices = sample.references or tuple(
             turn.text for turn in sample.turns if turn.role == "assistant"
         )
@@ -341,29 +364,7 @@ class Collator:
         return choices[int.from_bytes(digest[:8], "big") % len(choices)]
 
     def _reply(self, sample: Sample) -> str:
-        return self._caption(sample) if _is_caption(sample) else _answer(sample)
-
-
-def _is_caption(sample: Sample) -> bool:
-    return sample.task in ("caption", "retrieval")
-
-
-def _question(sample: Sample) -> str:
-    text = next((turn.text for turn in sample.turns if turn.role == "user"), None)
-    if text is None:
-        raise DataError(f"Sample {sample.id!r} has no user turn; add a question.")
-    return text.replace(IMAGE_PLACEHOLDER, "").strip()
-
-
-def _answer(sample: Sample) -> str:
-    text = next((turn.text for turn in sample.turns if turn.role == "assistant"), None)
-    if text is None:
-        raise DataError(f"Sample {sample.id!r} has no assistant turn; add an answer.")
-    return text
-
-
-def _blip2_prompt(sample: Sample) -> str:
-    return "" if _is_caption(sample) else f"Question: {_question(sample)} Answer:"
+        return self._caption(sample) if is_caption(sample) else answer(sample)
 
 
 def _single_images(samples: Sequence[Sample]) -> list[Any]:
@@ -378,3 +379,9 @@ def _single_images(samples: Sequence[Sample]) -> list[Any]:
 
 def _targets(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return input_ids.masked_fill(attention_mask == 0, IGNORED)
+
+
+def _filled(batch: Batch) -> list[int]:
+    """Tokens of every row, padding left out."""
+    lengths: list[int] = batch["attention_mask"].sum(dim=1).tolist()
+    return lengths

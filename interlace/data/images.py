@@ -70,9 +70,16 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise DataError(f"{name}: {width} x {height} pixels is empty or too long a strip")
     image.load()
     upright = ImageOps.exif_transpose(image) or image
-    if upright.mode.startswith("I;16"):
-        # PIL would clip 16-bit grey to white instead of scaling it.
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    if upright.mode == "F":
+        raise DataError(
+            f"{name}: floating-point pixels, of which no file says what is white. Store it with 8 "
+            "or 16 bits"
+        )
+    if upright.mode.startswith("I"):
+        # PIL would clip 16-bit grey to white instead of scaling it; some formats hold it in 32 bits
+        grey = np.asarray(upright).astype(np.int64).clip(0, 0xFFFF)
+        deep = upright.mode != "I" or grey.max() > 0xFF
+        upright = Image.fromarray((grey >> 8 if deep else grey).astype(np.uint8))
     return upright.convert("RGB")
 
 

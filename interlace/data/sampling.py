@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from interlace._progress import bar
-from interlace.data.samples import TASKS, Sample, Samples
+from interlace.data.samples import IMAGE_PLACEHOLDER, TASKS, Sample, Samples
 from interlace.data.schemas import as_task
 from interlace.errors import DataError
 
@@ -25,6 +25,16 @@ _CHUNK = 256
 _CHECK_THREADS = 4
 
 
+def _check_placeholders(sample: Sample) -> None:
+    """Refuse a sample whose texts name more or fewer images than it has; none at all may be."""
+    named = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in sample.turns)
+    if named and named != len(sample.images):
+        raise DataError(
+            f"Sample {sample.id!r} has {len(sample.images)} images and {named} {IMAGE_PLACEHOLDER} "
+            "in its turns. Write one per image."
+        )
+
+
 class SampleList:
     """Samples that the caller made."""
 
@@ -35,6 +45,8 @@ class SampleList:
                 f"A sequence with a {type(wrong).__name__} is no source of samples; give Sample "
                 "objects, or the name of a file, folder or data set."
             )
+        for item in items:
+            _check_placeholders(item)
         self.name = items.source if isinstance(items, Samples) else "memory"
         self._items = items
 
@@ -61,7 +73,7 @@ def take(
     if count is not None or fraction is not None:
         # A permutation, so that a bad record is replaced by the next one in the same order.
         order = random.Random(seed).sample(order, total)
-        wanted = min(total, count or max(1, int(total * (fraction or 1.0))))
+        wanted = min(total, count or max(1, int(total * (fraction or 1.0) + 1e-9)))
     if count is not None and count > total:
         logger.warning("%s has %d records, fewer than the %d wanted", reader.name, total, count)
     allowed = int(max_bad_fraction * wanted)

@@ -282,7 +282,15 @@ class HealModel(nn.Module):
         if not by_tower:
             return None
         towers = [torch.stack(errors).mean() for errors in by_tower.values()]
-        return torch.stack(towers).mean()
+        # of the whole step, so that batches without images do not count the other towers more
+        present = sum(_filled(tower, counts) for tower in {each.tower for each in self.anchors})
+        return torch.stack(towers).sum() / max(present, len(towers))
+
+
+def _filled(tower: str, counts: Mapping[str, float]) -> bool:
+    """Tell whether a step has anything for a tower."""
+    own = f"tower:{tower}"
+    return counts[own if own in counts else "samples" if tower.startswith("text") else "rows"] > 0
 
 
 def _check_same_vocabulary(student: Reader, teacher: Reader) -> None:

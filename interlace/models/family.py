@@ -22,6 +22,7 @@ from interlace.models.discovery import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import torch
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -69,6 +70,13 @@ class Cut:
         return sum(1 for kept in self.kept if kept < position)
 
 
+class Tiles(Protocol):
+    """Tells into how many rows of the vision tower every image of a batch is cut."""
+
+    def __call__(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """Return them, [images]; None where an image is a row."""
+
+
 class Remap(Protocol):
     """Brings a family's index maps in line with a cut and returns the config keys it changed."""
 
@@ -83,6 +91,11 @@ class Remap(Protocol):
 def no_pins(model: PreTrainedModel, tower_name: str) -> dict[int, str]:
     """Pin nothing."""
     return {}
+
+
+def no_tiles(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """Let every image be a row."""
+    return None
 
 
 def no_remap(cut: Cut) -> Changes:
@@ -110,6 +123,8 @@ class Family:
         advised: further layers that are better kept; dropping them is allowed.
         unread: layers whose output nothing reads, so that they may go for free.
         remapping: what else must change when layers of a tower go.
+        tiles: into how many rows of the vision tower every image of a batch is cut, [images]; None
+            where an image is a row.
         generic: True for a model of unknown type that passed the self-check.
     """
 
@@ -125,6 +140,7 @@ class Family:
     advised: Pins = no_pins
     unread: Pins = no_pins
     remapping: Remap = no_remap
+    tiles: Tiles = no_tiles
     generic: bool = False
 
     def stacks(self, model: PreTrainedModel) -> dict[str, Stack]:

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
 from interlace.errors import PlanError
 from interlace.models.family import Changes, Cut, Family
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel
 
 _KEY = "vision_feature_layer"
@@ -83,6 +88,25 @@ def _remap(cut: Cut) -> Changes:
     return {_KEY: (before, after)}
 
 
+def _tiles(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """Tiles that every image of a batch is cut into by LLaVA-NeXT and OneVision: [images]."""
+    pixels, sizes = batch.get("pixel_values"), batch.get("image_sizes")
+    if pixels is None or pixels.dim() != 5 or sizes is None:
+        return None
+    config: Any = model.config
+    side = config.vision_config.image_size
+    counts = [
+        image_size_to_num_patches(size, config.image_grid_pinpoints, side)
+        for size in sizes.tolist()
+    ]
+    per_sample = batch.get("batch_num_images")
+    if per_sample is not None:
+        # OneVision cuts single images alone
+        alone = [number == 1 for number in per_sample.tolist() for _ in range(number)]
+        counts = [count if cut else 1 for count, cut in zip(counts, alone, strict=True)]
+    return torch.tensor(counts)
+
+
 def _family(name: str, architecture: str) -> Family:
     return Family(
         name=name,
@@ -93,6 +117,7 @@ def _family(name: str, architecture: str) -> Family:
         advised=_advised,
         unread=_unread,
         remapping=_remap,
+        tiles=_tiles,
     )
 
 

@@ -110,6 +110,11 @@ def token_units(vlm: VLM, tower_name: str, batch: Mapping[str, Any], hidden: tor
     if hidden.dim() != 3:
         raise _mismatch(tower_name, hidden, "images [I, N, D]")
     units, modality = _by_row(hidden, TEXT if tower_name == "qformer" else VISION)
+    tiles = vlm.family.tiles(vlm.model, batch) if tower_name == "vision" else None
+    if tiles is not None and batch.get("pixel_values_videos") is None:
+        if int(tiles.sum()) != hidden.shape[0]:
+            raise _mismatch(tower_name, hidden, f"{int(tiles.sum())} tiles of images")
+        units = torch.repeat_interleave(tiles.to(hidden.device))[units]
     mask = batch.get("pixel_attention_mask")
     if tower_name == "vision" and mask is not None and mask.shape == hidden.shape[:2]:
         modality = _ignore(modality, mask != 0)

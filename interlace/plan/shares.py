@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from interlace.errors import ConfigError, PlanError
@@ -9,7 +10,20 @@ from interlace.errors import ConfigError, PlanError
 if TYPE_CHECKING:
     from interlace.records import Scores, TowerShape
 
-__all__ = ["check_share", "shape_of"]
+__all__ = ["ceil_share", "check_share", "floor_share", "shape_of"]
+
+# places of a share in advice, which has to hold when it is followed
+_PLACES = 1e4
+
+
+def ceil_share(share: float) -> float:
+    """Round the smallest share that can be given up."""
+    return math.ceil(share * _PLACES - 1e-6) / _PLACES
+
+
+def floor_share(share: float) -> float:
+    """Round the largest share that can be given down."""
+    return math.floor(share * _PLACES + 1e-6) / _PLACES
 
 
 def check_share(name: str, share: Any, example: str) -> float:

@@ -21,7 +21,7 @@ from interlace._records.gates import GATE_METRICS
 from interlace._records.shape import FFN_MULTIPLE
 from interlace.errors import ConfigError, PlanError, unknown_name
 from interlace.plan.parts import PARTS
-from interlace.plan.shares import check_share, shape_of
+from interlace.plan.shares import ceil_share, check_share, floor_share, shape_of
 from interlace.records import TowerPlan
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ _SCORED = {"heads": ("head_norm", "head_taylor"), "ffn": ("ffn_norm",)}
 # The first one that is there is taken; gates are there only where the caller has put them.
 _METRICS = {kind: (GATE_METRICS[kind], *scored) for kind, scored in _SCORED.items()}
 _RANDOM = "random"
+# 0.29 of 100 is 29, whatever a product of floats says
+_HAIR = 1e-9
 
 
 def check_widths(
@@ -288,7 +290,14 @@ class _Chooser:
                     (each for own in bundles.values() for each in own[:-1]),
                     key=lambda each: (each.importance, each.layer),
                 )
-                chosen = free[: self._count(total, fraction, "all layers")]
+                count = self._count(total, fraction, "all layers")
+                if count > len(free):
+                    raise PlanError(
+                        f"{self.kind}={fraction:g} of '{name}' in the tower '{self.tower}' is "
+                        f"{count} of {total}, but every layer keeps one, so at most {len(free)} "
+                        f"can go. The largest share is {floor_share(len(free) / total)}."
+                    )
+                chosen = free[:count]
             by_layer: dict[int, list[int]] = {}
             for each in chosen:
                 by_layer.setdefault(each.layer, []).extend(each.units)
@@ -308,7 +317,7 @@ class _Chooser:
         return tuple(sorted({kv_of[each.units[0]] for each in chosen}))
 
     def _count(self, num_bundles: int, fraction: float, where: str) -> int:
-        count = int(num_bundles * fraction)
+        count = int(num_bundles * fraction + _HAIR)
         what = f"bundles of {FFN_MULTIPLE} neurons" if self.kind == "ffn" else "KV groups"
         what = "query heads" if self.kind == "heads" and self.spread == "ragged" else what
         if not num_bundles:
@@ -319,8 +328,8 @@ class _Chooser:
         if count == 0:
             raise PlanError(
                 f"{self.kind}={fraction:g} of the {num_bundles} {what} in {where} of the tower "
-                f"'{self.tower}' is less than one. The smallest share is {1 / num_bundles:.4g}; a "
-                "global spread has more to choose from."
+                f"'{self.tower}' is less than one. The smallest share is "
+                f"{ceil_share(1 / num_bundles)}; a global spread has more to choose from."
             )
         return count
 

@@ -260,5 +260,8 @@ def _question_only(sample: Sample) -> Sample:
     if "assistant" not in roles:
         return sample
     turns = sample.turns[: roles.index("assistant")]
+    if not any(IMAGE_PLACEHOLDER in turn.text for turn in sample.turns):
+        # all in front, for models that take one image and no place for it
+        return replace(sample, turns=turns)
     num_images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
     return replace(sample, turns=turns, images=sample.images[:num_images])

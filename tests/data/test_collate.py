@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from interlace.data.chat import spoken_tokens
 from interlace.data.collate import Collator
 from interlace.data.samples import Sample, Turn
 from interlace.errors import ConfigError, DataError
@@ -273,6 +275,35 @@ def test_too_long_is_left_out_or_refused_and_never_cut(caplog: pytest.LogCapture
         Collator(processor, "chat", max_length=length)([long])
     with pytest.raises(DataError, match="'long'"):
         Collator(processor, "chat", max_length=length, answers=False)([long, short])
+
+
+def test_a_token_that_begins_in_front_of_the_answer_is_of_it() -> None:
+    class Joined:
+        """Takes a blank together with the word behind it, as many tokenizers do."""
+
+        is_fast = True
+
+        def __call__(self, text: str, **_: Any) -> dict[str, Any]:
+            offsets = [match.span() for match in re.finditer(r"\s?\S+", text)]
+            return {"input_ids": list(range(len(offsets))), "offset_mapping": offsets}
+
+    text = "USER: what? ASSISTANT: red disc</s>"
+    start = text.index("red")
+    _, spoken = spoken_tokens(Joined(), text, [(start, len(text))], True)
+    assert spoken == [False, False, False, True, True]
+
+
+def test_questions_and_answers_of_blip_are_never_cut(caplog: pytest.LogCaptureFixture) -> None:
+    processor = blip()
+    short, wordy = sample("red", name="short"), sample("0123456789" * 5, name="wordy")
+    long = replace(short, id="long", turns=(Turn("user", "q" * 60), *short.turns[1:]))
+    batch = Collator(processor, "vqa", max_length=20)([long, short, wordy])
+    assert spoken(processor, batch) == ["<s>red</s>"]
+    assert batch["pixel_values"].shape[0] == 1
+    assert "'long' (62 tokens)" in caplog.text
+    assert "'wordy' (52 tokens)" in caplog.text
+    with pytest.raises(DataError, match="'long'"):
+        Collator(processor, "vqa", max_length=20, answers=False)([long, short])
 
 
 def test_what_a_batch_cannot_be_made_of() -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from heal.toys import heal_model, toy, toy_collate, toy_samples
+from heal.toys import IGNORED, heal_model, toy, toy_collate, toy_samples
 from tiny import VOCAB
 
 if TYPE_CHECKING:
@@ -158,5 +158,27 @@ def test_shares_of_a_split_batch_add_up() -> None:
         for key, value in model.count([part]).items():
             counts[key] = counts.get(key, 0.0) + value
     split = [model(counts=counts, **part) for part in parts]
+    for key, value in model(**whole).items():
+        torch.testing.assert_close(sum(each[key] for each in split), value, msg=key)
+
+
+def test_shares_add_up_where_a_part_holds_no_image() -> None:
+    teacher, student = toy("llava", ("text", "vision"))
+    collate = toy_collate("llava", teacher.model)
+    model = heal_model(student, teacher, ce_weight=1.0)
+    with_image, without = collate(toy_samples(1)), collate(toy_samples(2)[1:])
+    del without["pixel_values"]
+    image = teacher.family.image_token_id(teacher.model)
+    without["input_ids"][without["input_ids"] == image] = 5
+    width = max(each["input_ids"].shape[1] for each in (with_image, without))
+    whole = {"pixel_values": with_image["pixel_values"]}
+    for key in ("input_ids", "attention_mask", "labels"):
+        rows = [each[key] for each in (with_image, without)]
+        fill = IGNORED if key == "labels" else 0
+        whole[key] = torch.cat(
+            [torch.nn.functional.pad(row, (0, width - row.shape[1]), value=fill) for row in rows]
+        )
+    counts = model.count([with_image, without])
+    split = [model(counts=counts, **part) for part in (with_image, without)]
     for key, value in model(**whole).items():
         torch.testing.assert_close(sum(each[key] for each in split), value, msg=key)

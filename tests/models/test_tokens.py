@@ -14,7 +14,7 @@ from interlace.models import VLM, open_model, token_units
 # Tower -> (rows per unit, text rows, vision rows, ignored rows) of the tiny inputs.
 EXPECTED = {
     "qwen3_vl": {"vision": ([16, 24], 0, 40, 0), "text": ([13, 13], 15, 10, 1)},
-    "llava_next": {"vision": ([17] * 4, 0, 68, 0), "text": ([43, 43], 11, 72, 3)},
+    "llava_next": {"vision": ([34, 34], 0, 68, 0), "text": ([43, 43], 11, 72, 3)},
     "siglip2": {"vision": ([16, 16], 0, 28, 4), "text": ([9, 9], 18, 0, 0)},
     "blip_vqa": {
         "vision": ([17, 17], 0, 34, 0),

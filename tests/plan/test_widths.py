@@ -71,6 +71,19 @@ def test_global_spends_the_budget_where_it_costs_least_and_spares_one_of_each() 
     assert not plan.standard
 
 
+def test_a_global_share_that_cannot_be_had_is_refused_with_one_that_can() -> None:
+    # 24 groups in 6 layers, each of which keeps one
+    with pytest.raises(
+        PlanError, match=r"19 of 24, .* at most 18 can go. The largest share is 0.75"
+    ):
+        make_plan(scores(), heads=0.8, spread="global")
+    cut = make_plan(scores(), heads=0.75, spread="global")["text"].cut["attn"]
+    assert sum(map(len, cut.values())) == 36
+    with pytest.raises(PlanError, match=r"The smallest share is 0\.0417"):
+        make_plan(scores(), heads=0.04, spread="global")
+    assert make_plan(scores(), heads=0.0417, spread="global")["text"].cut["attn"]
+
+
 def test_ragged_takes_single_query_heads() -> None:
     plan = make_plan(scores(), heads={"text": 0.25}, spread="ragged")
     assert {layer: len(units) for layer, units in plan["text"].cut["attn"].items()} == {0: 7, 1: 5}
