@@ -108,7 +108,7 @@ PRESETS = {
     # the same on models and scenes that tell the methods apart; all go only as far as a few of the
     # samples approve of
     "crowded": Preset(
-        (OURS, OURS_SPLIT, *PERCENT),
+        (OURS, OURS_SPLIT, *PERCENT, "uidl", "replaceme", "magnitude_per_matrix"),
         (0.25, 0.334, 0.50),
         (0, 1, 2),
         Sizes(
