@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from interlace.errors import DataError
 
@@ -136,6 +134,8 @@ def joined_processes() -> Iterator[tuple[int, int]]:
         # Its default arguments hold the group that they find, past its end: the threads of that
         # group then die with the interpreter, and now and again take it down with an abort.
         import torch.distributed.nn  # noqa: F401
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
         # The store of the launcher remembers where the processes of an earlier group listened.
         found, rank, world = next(iter(rendezvous("env://")))
