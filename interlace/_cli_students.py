@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path  # noqa: TC003 (typer reads it at run time)
 from typing import Annotated
@@ -35,11 +34,6 @@ from interlace._files import check_new_folder
 from interlace._launch import is_first_process
 from interlace.errors import CheckpointError, ConfigError
 from interlace.surgery.bridges.names import BRIDGE_SAMPLES, check_token_weights, has_bridges
-
-# what healing leaves in its folder, whole or half-written
-_CHECKPOINT = re.compile(
-    r"checkpoint-\d+|start\.safetensors|(\.checkpoint-\d+|\.start\.safetensors)\.part"
-)
 
 
 def prune(
@@ -209,16 +203,18 @@ def _check_replaced(folder: Path, overwrite: bool) -> None:
     Raises:
         ConfigError: says which, and what to do.
     """
+    from interlace.heal.checkpoints import foreign
+
     if not overwrite:
         raise ConfigError(
             f"The folder {folder} of the checkpoints exists already. Go on with its run (--resume),"
             " start anew in its place (--overwrite), or choose another output."
         )
     check_new_folder(folder, overwrite=True)
-    foreign = sorted(path.name for path in folder.iterdir() if not _CHECKPOINT.fullmatch(path.name))
-    if foreign:
+    others = foreign(folder)
+    if others:
         raise ConfigError(
-            f"Refusing to remove {folder}: beside checkpoints of healing it holds {foreign[0]}. "
+            f"Refusing to remove {folder}: beside checkpoints of healing it holds {others[0]}. "
             "Move that elsewhere, or choose another output."
         )
 

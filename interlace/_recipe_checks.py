@@ -43,8 +43,7 @@ def _check_cut(settings: Recipe) -> None:
     """Refuse bridges where no layer is dropped that they could stand in for."""
     bridges = settings.prune.bridges
     check_bridges(bridges)
-    drops = settings.plan.drop_fraction is not None or settings.plan.num_drop is not None
-    if has_bridges(bridges, but=WITHIN_LAYERS) and not drops:
+    if has_bridges(bridges, but=WITHIN_LAYERS) and not settings.plan.drops:
         raise ConfigError(
             f"The recipe asks for bridges ({bridges!r}), but [plan] names no layers to drop that "
             "a bridge could stand in for. Add drop_fraction or num_drop to [plan], take one of "

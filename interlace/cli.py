@@ -208,8 +208,7 @@ def plan(
         ffn_parts=shares(ffn_parts, "--ffn-parts"),
         width_metrics=judges(width_metrics),
     )
-    drops = settings.drop_fraction is not None or settings.num_drop is not None
-    check_use(rule, settings.weights, group, drops=drops)
+    check_use(rule, settings.weights, group, drops=settings.drops)
     made = make_plan(Scores.load(scores), **arguments_of(settings))
     say(str(made))
     save_record(made, output)

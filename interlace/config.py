@@ -175,6 +175,11 @@ class PlanSettings(Settings):
     ffn_parts: float | dict[str, float] | None = None
     standard: bool | None = None
 
+    @property
+    def drops(self) -> bool:
+        """Whether a number of layers is asked to go."""
+        return self.drop_fraction is not None or self.num_drop is not None
+
     def _check_together(self) -> None:
         if self.drop_fraction is not None and self.num_drop is not None:
             raise ConfigError("Give either drop_fraction or num_drop in PlanSettings, not both.")

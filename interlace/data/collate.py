@@ -226,7 +226,6 @@ class Collator:
         return batch
 
     def _vqa_batch(self, samples: Sequence[Sample]) -> Batch:
-        images = _single_images(samples)
         read = self._lengths(map(question, samples))
         if self._answers:
             read = [
@@ -235,6 +234,7 @@ class Collator:
         kept = self._short_enough(samples, read, self._text_limit())
         if len(kept) < len(samples):
             return self._vqa_batch(kept)
+        images = _single_images(samples)
         # The question is encoded with absolute positions, so it is never padded on the left.
         batch = self._process(samples, images=images, **self._text(map(question, samples)))
         if self._answers:

@@ -45,9 +45,12 @@ SCHEMA = 1
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 MANIFEST = "heal.json"
+# beside the checkpoints: what the run started from
+START = "start.safetensors"
+# ends what is not complete
+PART = ".part"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_PART = ".part"
 _BLOCK = 1 << 22
 
 
@@ -91,7 +94,7 @@ def _sync(path: Path) -> None:
 
 def part_of(output: Path, step: int) -> Path:
     """Return where the checkpoint of a step is written before it is complete."""
-    return output / f".{checkpoint_name(step)}{_PART}"
+    return output / f".{checkpoint_name(step)}{PART}"
 
 
 def begin(output: Path, step: int) -> None:
@@ -144,10 +147,10 @@ def rotate(output: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and unfinished ones."""
     for path in _checkpoints(output)[keep:]:
         # Renamed first, so that a kill half-way leaves no checkpoint with files missing.
-        gone = path.with_name(f".{path.name}{_PART}")
+        gone = path.with_name(f".{path.name}{PART}")
         shutil.rmtree(gone, ignore_errors=True)
         path.rename(gone)
-    for path in output.glob(f".checkpoint-*{_PART}"):
+    for path in output.glob(f".checkpoint-*{PART}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -156,6 +159,17 @@ def _checkpoints(output: Path) -> list[Path]:
         return []
     found = [path for path in output.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: -_step_of(path))
+
+
+def foreign(output: Path) -> list[str]:
+    """Return the names of what lies in a folder of checkpoints and is none of healing's."""
+
+    def is_own(name: str) -> bool:
+        if name.startswith(".") and name.endswith(PART):
+            name = name[1 : -len(PART)]
+        return name == START or _NAME.fullmatch(name) is not None
+
+    return sorted(path.name for path in output.iterdir() if not is_own(path.name))
 
 
 def _step_of(path: Path) -> int:

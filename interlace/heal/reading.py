@@ -27,7 +27,7 @@ from interlace.errors import FamilyError
 from interlace.models.prediction import find_head
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
@@ -45,6 +45,7 @@ def _first(output: Any) -> Tensor:
 
 
 def _called(method: weakref.WeakMethod[Any], *args: Any) -> Any:
+    """Call a method unless its object is gone."""
     bound = method()
     return None if bound is None else bound(*args)
 
@@ -83,25 +84,19 @@ class Reader:
         self._head: nn.Module | None = found[0] if found is not None else None
         self.owner = found[1] if found is not None else model
         self.chunked = self._head is not None
+        # Hooks that held the reader would be in a circle with the model, whose memory then stays
+        # taken until Python looks for circles; on a GPU that is too late.
+        keep, narrow = weakref.WeakMethod(self._keep), weakref.WeakMethod(self._narrow)
         for place in places:
             layer = model.get_submodule(f"{paths[place[0]]}.{place[1]}")
-            layer.register_forward_hook(self._keep(place))
+            layer.register_forward_hook(lambda *call, at=place: _called(keep, at, call[-1]))
         if self._head is not None:
-            narrow = weakref.WeakMethod(self._narrow)
             self._head.register_forward_pre_hook(lambda *call: _called(narrow, *call))
 
-    def _keep(self, place: tuple[str, int]) -> Callable[[nn.Module, Any, Any], None]:
-        # A hook that held the reader would be in a circle with the model, whose memory then stays
-        # taken until Python looks for circles; on a GPU that is too late.
-        own = weakref.ref(self)
-
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            reader = own()
-            # Gradient checkpointing runs layers again in the backward pass: nothing to keep then.
-            if reader is not None and reader._reading:
-                reader.states[place] = _first(output)
-
-        return hook
+    def _keep(self, place: tuple[str, int], output: Any) -> None:
+        # Gradient checkpointing runs layers again in the backward pass: nothing to keep then.
+        if self._reading:
+            self.states[place] = _first(output)
 
     def _narrow(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not self._reading or not self.chunked:

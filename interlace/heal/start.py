@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from interlace.errors import CheckpointError
-from interlace.heal.checkpoints import read_tensors, worded_errors, write_tensors
+from interlace.heal.checkpoints import (
+    PART,
+    START,
+    read_tensors,
+    worded_errors,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from interlace.models import VLM
-
-START = "start.safetensors"
 
 
 def keep(folder: Path, student: VLM) -> None:
@@ -36,9 +40,12 @@ def keep(folder: Path, student: VLM) -> None:
         return
     with worded_errors(folder, 0):
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{START}.part"
-        write_tensors(part, {n: p.detach() for n, p in student.model.named_parameters()})
-        part.rename(folder / START)
+        part = folder / f".{START}{PART}"
+        try:
+            write_tensors(part, {n: p.detach() for n, p in student.model.named_parameters()})
+            part.rename(folder / START)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def restore(folder: Path, student: VLM) -> None:

@@ -75,7 +75,7 @@ class Merged:
                 for parameter, part in zip(parameters, parts, strict=True):
                     parameter.data = part
         self._laid = [(each.weight, each.bias) for each in self._projections]
-        self._addresses = [_addresses(each) for each in self._projections]
+        self._addresses = [_addresses(*each) for each in self._laid]
 
     @torch.no_grad()
     def separate(self) -> None:
@@ -113,14 +113,13 @@ class Merged:
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _is_laid_out(self) -> bool:
         """Tell whether weights and biases lie where they were put."""
-        return self._addresses == [_addresses(each) for each in self._projections]
+        return self._addresses == [_addresses(*each) for each in self._laid]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Project: [..., inputs] -> [..., sum of outputs]."""
         return project(x, self.weight, self.bias)
 
 
-def _addresses(projection: nn.Linear) -> tuple[int, int]:
-    """Where a projection's weight and bias lie; 0 for no bias."""
-    bias = projection.bias
-    return projection.weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+def _addresses(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """Where a weight and a bias lie; 0 for no bias."""
+    return weight.data_ptr(), 0 if bias is None else bias.data_ptr()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from interlace.errors import PlanError
 from interlace.plan.protection import protected_layers
-from interlace.plan.shares import ceil_share, check_share, shape_of
+from interlace.plan.shares import ceil_share, check_share, count_of, shape_of
 from interlace.records import TowerPlan
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _without(
         )
     have = [layer for layer in plan.kept if site.groups[layer]]
     free = sorted((each for each in have if each not in protected), key=lambda i: (values[i], i))
-    count = int(len(plan.kept) * share + 1e-9)
+    count = count_of(len(plan.kept), share)
     if count == 0:
         raise PlanError(
             f"{argument}={share:g} of the {len(plan.kept)} kept layers of the tower '{tower}' is "

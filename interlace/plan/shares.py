@@ -10,10 +10,15 @@ from interlace.errors import ConfigError, PlanError
 if TYPE_CHECKING:
     from interlace.records import Scores, TowerShape
 
-__all__ = ["ceil_share", "check_share", "floor_share", "shape_of"]
+__all__ = ["ceil_share", "check_share", "count_of", "floor_share", "shape_of"]
 
 # places of a share in advice, which has to hold when it is followed
 _PLACES = 1e4
+
+
+def count_of(total: int, share: float) -> int:
+    """Return how many of a number a share is, rounded down; 0.29 of 100 is 29, in floats too."""
+    return int(total * share + 1e-9)
 
 
 def ceil_share(share: float) -> float:

@@ -21,7 +21,7 @@ from interlace._records.gates import GATE_METRICS
 from interlace._records.shape import FFN_MULTIPLE
 from interlace.errors import ConfigError, PlanError, unknown_name
 from interlace.plan.parts import PARTS
-from interlace.plan.shares import ceil_share, check_share, floor_share, shape_of
+from interlace.plan.shares import ceil_share, check_share, count_of, floor_share, shape_of
 from interlace.records import TowerPlan
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ _SCORED = {"heads": ("head_norm", "head_taylor"), "ffn": ("ffn_norm",)}
 # The first one that is there is taken; gates are there only where the caller has put them.
 _METRICS = {kind: (GATE_METRICS[kind], *scored) for kind, scored in _SCORED.items()}
 _RANDOM = "random"
-# 0.29 of 100 is 29, whatever a product of floats says
-_HAIR = 1e-9
 
 
 def check_widths(
@@ -109,7 +107,7 @@ def check_width_settings(settings: PlanSettings, scored: Sequence[str]) -> None:
         spread=settings.spread,
         metrics=settings.width_metrics or {},
         graft=settings.graft,
-        drops=settings.drop_fraction is not None or settings.num_drop is not None,
+        drops=settings.drops,
     )
     wanted = {"heads": heads is not None or settings.graft is not None, "ffn": ffn is not None}
     for kind, metrics in _SCORED.items():
@@ -317,7 +315,7 @@ class _Chooser:
         return tuple(sorted({kv_of[each.units[0]] for each in chosen}))
 
     def _count(self, num_bundles: int, fraction: float, where: str) -> int:
-        count = int(num_bundles * fraction + _HAIR)
+        count = count_of(num_bundles, fraction)
         what = f"bundles of {FFN_MULTIPLE} neurons" if self.kind == "ffn" else "KV groups"
         what = "query heads" if self.kind == "heads" and self.spread == "ragged" else what
         if not num_bundles:

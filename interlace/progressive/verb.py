@@ -237,12 +237,11 @@ def check_amounts(settings: PlanSettings, stages: int, scored: Sequence[str]) ->
         ConfigError: says what, and what to do.
         PlanError: weights for a rule that has no use for them.
     """
-    amounts = (settings.drop_fraction, settings.num_drop, settings.parameters)
     check_use(
         None if settings.rule == DEFAULT_RULE else settings.rule,
         settings.weights,
         settings.group,
-        drops=any(amount is not None for amount in amounts),
+        drops=settings.drops or settings.parameters is not None,
     )
     if stages == 1:
         check_settings(settings)
