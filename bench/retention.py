@@ -12,8 +12,8 @@ draw; the held-out samples stay the same.
 One JSON line per cell [model, method, fraction, seed] is written as soon as it is known, and cells
 that are there already are skipped, so a run can be stopped and continued. Seeds are the outermost
 loop. `--shard 0/2` and `--shard 1/2` deal the cells out to two processes, each with an `--output`
-of its own; `--merge FILES` then puts them together. `--table` and `--plot` show a results file
-instead of running anything.
+of its own; `--merge FILES` then puts them together. `--table`, `--summary` and `--plot` show a
+results file instead of running anything.
 """
 
 from __future__ import annotations
@@ -28,14 +28,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cells import Cells, read
-from methods import ABLATION, COMPARED, METHODS, Case, Shared, Sizes
+from methods import METHODS, Case, Shared, Sizes
 from methods.case import counts_of
-from methods.rules import OTHERS, OURS, OURS_SPLIT, PUBLISHED
+from presets import PRESETS, Preset
 from retention_chart import plot
-from retention_report import table
+from retention_report import summary, table
 from subjects import (
-    BUNDLED,
-    CROWDED_SUBJECTS,
     SUBJECTS,
     measure,
     open_subject,
@@ -43,7 +41,6 @@ from subjects import (
     train_samples,
 )
 
-from interlace._recommended import RECOMMENDED_HEAL
 from interlace.config import HealSettings
 from interlace.evaluate._common import Options
 from interlace.evaluate.speed import measure as time_models
@@ -56,67 +53,6 @@ if TYPE_CHECKING:
 
 # one batch, and how much every sample of it is to write
 SPEED_SAMPLES, SPEED_TOKENS = 16, 32
-
-
-@dataclass(frozen=True)
-class Preset:
-    """How much is measured.
-
-    Attributes:
-        methods: names of them.
-        fractions: shares of the layers, 0..1.
-        seeds: of the samples and draws.
-        sizes: numbers of samples.
-        models: names of subjects.
-        rounds: timed runs per model.
-        exact: take out the fractions themselves where a method can, instead of as much as whole
-            layers come to.
-        against: method whose difference from the others is shown; default: shares of the dense.
-    """
-
-    methods: tuple[str, ...]
-    fractions: tuple[float, ...]
-    seeds: tuple[int, ...]
-    sizes: Sizes
-    models: tuple[str, ...] = BUNDLED
-    rounds: int = 7
-    exact: bool = False
-    against: str = ""
-
-
-FULL = Sizes(128, 1024, 32, 256)
-PERCENT = ("interlace", "sleb", "last", "shortgpt", "linearpatch", "width", "magnitude")
-# 0.334, since a third of 12 layers is to be 4
-PRESETS = {
-    "bridges": Preset(("interlace", "sleb"), (0.25, 0.334), (0,), Sizes(128, 0, 0, 128)),
-    # CLIP is the fastest: every method in about a minute, but for parts, which take some five
-    "smoke": Preset(tuple(COMPARED), (0.25,), (0,), Sizes(8, 16, 8, 8), ("clip",), 2),
-    "small": Preset((*PUBLISHED, *OTHERS), (0.25,), (0, 1, 2), Sizes(128, 2048, 32, 384)),
-    "full": Preset(tuple(COMPARED), (0.10, 0.15, 0.20, 0.25, 0.334, 0.50), (0, 1, 2), FULL),
-    "ablation": Preset(ABLATION, (0.25, 0.50), (0, 1, 2), FULL, against=OURS),
-    "parameters": Preset(
-        (OURS_SPLIT, OURS, "width", "magnitude"), (0.30, 0.40, 0.50), (0, 1, 2), FULL, exact=True
-    ),
-    # the published budget: one percent of the training samples, one epoch; more samples to fit on
-    # and more steps than in `full`
-    "percent": Preset(
-        (OURS, *PERCENT),
-        (0.10, 0.15, 0.20, 0.25, 0.334, 0.50),
-        (0, 1, 2),
-        Sizes(512, 0.01, 8, 256, contrastive_batch=32),
-    ),
-    # the same on models and scenes that tell the methods apart; all go only as far as a few of the
-    # samples approve of
-    "crowded": Preset(
-        (OURS, OURS_SPLIT, *PERCENT, "uidl", "replaceme", "magnitude_per_matrix"),
-        (0.25, 0.334, 0.50),
-        (0, 1, 2),
-        Sizes(
-            512, 0.01, 8, 256, contrastive_batch=32, validation=RECOMMENDED_HEAL.validation_fraction
-        ),
-        tuple(each.name for each in CROWDED_SUBJECTS),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -360,6 +296,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="add to --output")
     parser.add_argument("--table", action="store_true", help="only show what the file holds")
+    parser.add_argument(
+        "--summary", action="store_true", help="the same in one table, the mean of all metrics"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what the file holds")
     parser.add_argument("--highlight", choices=list(METHODS), default="interlace")
     return parser.parse_args(arguments)
@@ -379,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
     cells = Cells(path, **stated)
     for each in given.merge or ():
         cells.adopt(each)
-    if not (given.table or given.plot or given.merge):
+    if not (given.table or given.summary or given.plot or given.merge):
         bridges = [each.strip() for each in given.bridges.split(",")]
         for each in bridges:
             check_bridges(each)
@@ -388,7 +327,11 @@ def main(arguments: list[str] | None = None) -> None:
         measure_all(jobs, cells, given.shard)
     if given.plot:
         plot(read(path), given.plot, given.highlight)
-    sys.stdout.write(table(read(path), preset.against, sizes=preset.exact) + "\n")
+    if given.summary:
+        shown = summary(read(path), given.fractions)
+    else:
+        shown = table(read(path), preset.against, sizes=preset.exact)
+    sys.stdout.write(shown + "\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ _TITLES = {
     ("qwen3-vl", "caption/cider"): "Qwen3-VL CIDEr",
 }
 _HARDER = {"clip": "clip-2048", "blip": "blip-crowded", "qwen3-vl": "qwen3-vl-crowded"}
+_MODELS = {"clip-2048": "CLIP", "blip-crowded": "BLIP", "qwen3-vl-crowded": "Qwen3-VL"}
 COLUMNS = {
     (name, metric): title
     for (bundled, metric), title in _TITLES.items()
@@ -120,3 +121,48 @@ def table(rows: list[Row], against: str = "", *, sizes: bool = False) -> str:
             gone = " / ".join(_gone(own[name], whole[name]) for name in dense)
             lines.append(f"| {label}{f' ({gone} % gone)' if sizes else ''} | {found} |")
     return "\n".join(lines)
+
+
+def summary(rows: list[Row], fractions: list[float] | None = None) -> str:
+    """Markdown, one table: a line per method, the best first, a column per model and fraction.
+
+    Every cell is the mean over the metrics of the model, in percent of the dense model.
+
+    Args:
+        rows: cells of a results file.
+        fractions: of the layers, those of the columns; default: all.
+    """
+    dense = dense_of(rows)
+    cells = by_method(rows)
+    shares = sorted(fractions or {fraction for fraction, _, _ in cells})
+    columns = [(name, share) for name in dense for share in shares]
+    lines = [
+        "| |" + "".join(f" {_MODELS.get(name, name)}, {share:.0%} |" for name, share in columns),
+        "| --- " * (len(columns) + 1) + "|",
+    ]
+    kept = {
+        label: [_means(cells.get((share, label, name), []), dense[name]) for name, share in columns]
+        for label in dict.fromkeys(label for at, label, _ in cells if at in shares)
+    }
+    for label in sorted(kept, key=lambda each: _rank(kept[each]), reverse=True):
+        found = (_retention(rows, "mean", 100.0) for rows in kept[label])
+        lines.append(f"| {label} | {' | '.join(found)} |")
+    return "\n".join(lines)
+
+
+def _rank(columns: list[list[Row]]) -> tuple[int, float]:
+    """What methods are sorted by: those with more columns first, then by what is kept."""
+    healed = [row["healed"]["mean"] for rows in columns for row in rows if "healed" in row]
+    there = sum(any("healed" in row for row in rows) for rows in columns)
+    return there, statistics.fmean(healed) if healed else 0.0
+
+
+def _means(rows: list[Row], dense: dict[str, float]) -> list[Row]:
+    """Return rows that hold the mean over the metrics alone, in percent of the dense model."""
+
+    def mean(found: dict[str, float]) -> dict[str, float]:
+        return {"mean": statistics.fmean(100 * found[name] / dense[name] for name in dense)}
+
+    return [
+        {stage: mean(row[stage]) for stage in ("raw", "healed") if stage in row} for row in rows
+    ]

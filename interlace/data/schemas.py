@@ -4,7 +4,7 @@ Known schemas, by their keys:
 - `conversations`: LLaVA, messages with `from` and `value`.
 - `messages`: Qwen and others, messages with `role` and `content` (text or a list of parts).
 - `texts`: FineVision, pairs of `user` and `assistant`; the images stand before the first question.
-- an image with a question and its answers (VQA), or with captions.
+- an image with a question and its answers (VQA), with choices or without, or with captions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from interlace.data.choices import has_choices, with_choices
 from interlace.data.samples import IMAGE_PLACEHOLDER, TASKS, Sample, Turn
 from interlace.errors import DataError
 
@@ -131,9 +132,14 @@ def _content(
     lead = (IMAGE_PLACEHOLDER + "\n") * num_images
     question = _first(present, QUESTION_KEYS)
     if isinstance(question, str) and num_images:
-        answers = _texts(_first(present, ("answers", *ANSWER_KEYS)))
-        best = _texts(_first(present, ANSWER_KEYS))
-        turns: tuple[Turn, ...] = (Turn("user", lead + _plain(question)),)
+        asked = _plain(question)
+        if has_choices(present):
+            asked, answers = with_choices(asked, present, where)
+            best = answers
+        else:
+            answers = _texts(_first(present, ("answers", *ANSWER_KEYS)))
+            best = _texts(_first(present, ANSWER_KEYS))
+        turns: tuple[Turn, ...] = (Turn("user", lead + asked),)
         if best:
             turns += (Turn("assistant", Counter(best).most_common(1)[0][0]),)
         return "vqa", turns, answers, ()

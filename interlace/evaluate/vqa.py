@@ -50,10 +50,11 @@ def normalise_answer(text: str) -> str:
     In this order: line breaks and tabs become spaces; punctuation is removed where it stands
     beside a space or where the text groups digits ("1,000"), otherwise it becomes a space; full
     stops go unless a digit follows; everything in lower case; number words up to ten (and "none")
-    become digits; "a", "an", "the" go; contractions get their apostrophe.
+    become digits; "a", "an", "the" go, unless nothing else is left, since "A" may be a choice;
+    contractions get their apostrophe.
 
     Source: the official VQA evaluation; unlike there, every answer is normalised, also when all
-    references agree, and the list of contractions is our own.
+    references agree, a lone article stays, and the list of contractions is our own.
     """
     text = re.sub(r"[\n\t]", " ", text).strip()
     grouped = _GROUPED_DIGITS.search(text) is not None
@@ -63,7 +64,8 @@ def normalise_answer(text: str) -> str:
         text = text.replace(mark, "" if glued else " ")
     text = _FULL_STOP.sub("", text)
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    said = [word for word in words if word not in _ARTICLES] or words
+    return " ".join(_CONTRACTIONS.get(word, word) for word in said)
 
 
 def answer_accuracy(prediction: str, references: Sequence[str]) -> float:

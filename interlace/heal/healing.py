@@ -126,19 +126,20 @@ def heal(
         check_one_device(teacher, "healing")
         checks.check_teacher(student, teacher)
     found = checkpoints.newest(folder) if resume and folder is not None else None
-    if found is not None:
-        start.restore(found[0].parent, student)
-    # Read before training changes the weights.
-    inputs = checks.inputs_of(student, teacher, plan, samples, validation)
+    with start.restored(found[0].parent if found is not None else None, student):
+        # Read before training changes the weights.
+        inputs = checks.inputs_of(student, teacher, plan, samples, validation)
+        seen, kept_back = split_off(samples, chosen, student.family.objective)
+        total = total_samples(len(seen), chosen, world_size())
+        identity = checks.identity_of(inputs, chosen, total)
+        if found is not None:
+            checkpoints.check_identity(found[0], found[1].identity, identity)
     sizes = _sizes(student.model, names)
-    seen, kept_back = split_off(samples, chosen, student.family.objective)
     judging = validation or kept_back
-    total = total_samples(len(seen), chosen, world_size())
     if total == 0:
         logger.info("Healing is skipped: the settings ask for no steps.")
         return _report(student, chosen, inputs, sizes, None)
     collate = collate or Collator.for_model(student, seed=chosen.seed)
-    identity = checks.identity_of(inputs, chosen, total)
     steps = count_steps(total, chosen, world_size())
     with contextlib.ExitStack() as stack:
         if folder is None:
@@ -149,9 +150,7 @@ def heal(
         stack.enter_context(_own_randomness())
         if not is_first_process():
             stack.enter_context(quiet())
-        if found is not None:
-            checkpoints.check_identity(found[0], found[1].identity, identity)
-        elif folder is not None and is_first_process():
+        if found is None and folder is not None and is_first_process():
             start.keep(folder, student)
         extra = _device_arguments(student, names, chosen)
         args = training_arguments(

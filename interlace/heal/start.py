@@ -7,6 +7,7 @@ that nothing was fitted to are the same every time.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,10 @@ from interlace.heal.checkpoints import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from torch import Tensor
 
     from interlace.models import VLM
 
@@ -48,14 +52,22 @@ def keep(folder: Path, student: VLM) -> None:
             part.unlink(missing_ok=True)
 
 
-def restore(folder: Path, student: VLM) -> None:
+@contextlib.contextmanager
+def restored(folder: Path | None, student: VLM) -> Iterator[None]:
     """Give a student the weights that the run in a folder started from, where it kept them.
+
+    The student has its own again if the block fails, as it does where the run was another.
+
+    Args:
+        folder: of the checkpoints; without one the student stays as it is.
+        student: before healing.
 
     Raises:
         CheckpointError: they are those of another student.
     """
-    path = folder / START
-    if not path.exists():
+    path = folder / START if folder is not None else None
+    if path is None or not path.exists():
+        yield
         return
     parameters = dict(student.model.named_parameters())
     found = read_tensors(path)
@@ -66,9 +78,16 @@ def restore(folder: Path, student: VLM) -> None:
                 "have: it belongs to another run. Resume with what the run was started with, or "
                 "choose another output folder."
             )
+    own: dict[str, Tensor] = {}
     for name, value in found.items():
         old = parameters[name]
         new = value.to(old.device, old.dtype)
         # in memory of its own: the student shares weights with the model it was cut from
         if not torch.equal(new, old.detach()):
-            old.data = new
+            own[name], old.data = old.data, new
+    try:
+        yield
+    except BaseException:
+        for name, weights in own.items():
+            parameters[name].data = weights
+        raise

@@ -256,6 +256,11 @@ def make_plan(
     if group not in _GROUPS:
         raise ConfigError(unknown_name("token group", group, _GROUPS))
     check_use(None if rule == DEFAULT_RULE else rule, weights, group, drops=drops)
+    if loss is not None and not callable(loss):
+        raise ConfigError(
+            f"loss is a {type(loss).__name__}; give a callback (tower, dropped_layers) -> loss, "
+            "such as interlace.layer_loss(vlm, calibration, rule) makes."
+        )
     if loss is not None and rule not in USE_LOSS:
         raise ConfigError(
             f"The rule '{rule}' asks for no loss. Leave loss out, or use one of "

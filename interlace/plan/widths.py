@@ -132,17 +132,19 @@ def check_width_settings(settings: PlanSettings, scored: Sequence[str]) -> None:
 
 
 def needed_metrics(settings: PlanSettings) -> tuple[str, ...]:
-    """Return the metrics that a plan's shares of heads, neurons and parts are cut by.
+    """Return the metrics beside the similarity that a plan judges by.
 
     Args:
-        settings: of the plan; metrics that it names itself are the caller's to score.
+        settings: of the plan; gates and draws, which it may name as well, are not scored.
     """
     named = settings.width_metrics or {}
     shares = {"heads": settings.heads or settings.graft, "ffn": settings.ffn}
     cut = [kind for kind, share in shares.items() if share or settings.parameters]
-    widths = [_SCORED[kind][0] for kind in cut if kind not in named]
+    widths = [named.get(kind, _SCORED[kind][0]) for kind in cut]
     parts = [metric for name, (_, metric) in PARTS.items() if getattr(settings, name)]
-    return (*widths, *parts)
+    unscored = {"similarity", *GATE_METRICS.values(), _RANDOM}
+    wanted = dict.fromkeys([*(settings.weights or {}), *widths, *parts])
+    return tuple(metric for metric in wanted if metric not in unscored)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ import retention
 from cells import Cells, read
 from methods import COMPARED
 from PIL import Image
-from retention import PRESETS, Bench, Job, jobs_of, measure_all
+from presets import PRESETS
+from retention import Bench, Job, jobs_of, measure_all
 from retention_chart import plot, points, speed_up
-from retention_report import table
+from retention_report import summary, table
 from subjects import (
     CROWDED_SUBJECTS,
     SUBJECTS,
@@ -219,6 +220,19 @@ def test_differences_are_between_cells_of_one_seed() -> None:
     # healed while it is made: 90 - 100 and 90 - 80 percent, 80 - 50 and 80 - 70
     assert "| `kd` | +0.0 ± 10.0 | +20.0 ± 10.0 |" in shown
     assert "| `uidl` | refused | refused |" in shown
+
+
+def test_a_summary_is_the_mean_of_all_metrics_the_best_method_first() -> None:
+    shown = summary(rows()).splitlines()
+    assert shown[:2] == ["| | m, 25% | m, 50% |", "| --- | --- | --- |"]
+    # last: healed 100 and 80 % of t/x, 50 and 70 % of t/y; it is the only one that was healed
+    assert shown[2] == "| `last` | 12.5 → 75.0 ± 0.0 | - |"
+    assert set(shown[3:]) == {
+        "| `width` | 75.0 | - |",
+        "| `uidl` | refused | - |",
+        "| `sleb` | - | 100.0 |",
+    }
+    assert "50%" not in summary(rows(), [0.25])
 
 
 def test_a_table_of_parameters_says_how_many_are_gone() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -135,6 +136,10 @@ def test_images_are_read_when_opened(finevision: Any) -> None:
             ("b", "a"),
         ),
         ({"query": "q?", "label": ["12"]}, "vqa", "12", ("12",)),
+        ({"question": "q?", "choices": ["1", "2"], "answer": 1}, "vqa", "B", ("B",)),
+        ({"question": "q?", "options": ["1", "2"], "answer": "1"}, "vqa", "A", ("A",)),
+        ({"question": "q?", "options": ["x", "y"], "answer": "1"}, "vqa", "B", ("B",)),
+        ({"question": "q?", "options": ["x", "y"], "label": "b"}, "vqa", "B", ("B",)),
         ({"caption": ["one", "two"]}, "caption", "one", ("one", "two")),
         ({"text": "one"}, "caption", "one", ("one",)),
         ({"sentences": [{"raw": "one"}, {"raw": "two"}]}, "caption", "one", ("one", "two")),
@@ -152,6 +157,35 @@ def test_common_columns(
     (sample,) = samples(dataset.cast_column("image", datasets.Image()))
     assert (sample.task, sample.turns[-1].text, sample.references) == (task, answer, references)
     assert sample.images[0].open().size == (32, 32)
+
+
+def test_choices_stand_in_the_question(save_image: Callable[..., Path], tmp_path: Path) -> None:
+    save_image("a.png")
+    record = {"image": "a.png", "question": "Which?", "hint": "Look.", "choices": ["cat", "dog"]}
+
+    def asked(**changes: Any) -> Any:
+        path = tmp_path / "choices.json"
+        path.write_text(json.dumps([{**record, **changes}]))
+        return samples(path, max_bad_fraction=0.0)[0]
+
+    (user, answer) = asked(correct_choice_idx=1).turns
+    assert user.text.splitlines() == [
+        "<image>",
+        "Look.",
+        "Which?",
+        "A. cat",
+        "B. dog",
+        "Answer with the letter of the right choice.",
+    ]
+    assert answer.text == "B"
+    assert len(asked(hint="").turns) == 1
+    for changes, words in (
+        ({"answer": 2}, "2 names none of the 2 choices"),
+        ({"answer": "bird"}, "'bird' names none"),
+        ({"choices": "['cat', 'dog']"}, "expected a list of 2 to 26 texts"),
+    ):
+        with pytest.raises(DataError, match=words):
+            asked(**changes)
 
 
 def test_bad_image_in_a_data_set_is_skipped(finevision: Any) -> None:

@@ -32,7 +32,8 @@ def question(references: tuple[str, ...], group: str = "", name: str = "q") -> S
         ("don't know", "don't know"),
         ("its", "its"),
         ("U.S.", "us"),
-        ("an", ""),
+        ("an", "an"),
+        ("A.", "a"),
         ("", ""),
     ],
 )
@@ -41,6 +42,7 @@ def test_normalisation(given: str, expected: str) -> None:
 
 
 def test_accuracy_of_one_answer() -> None:
+    assert answer_accuracy("", ("A",)) == answer_accuracy("the", ("A",)) == 0.0
     assert answer_accuracy("A red car.", ("blue", "Red Car")) == 1.0
     assert answer_accuracy("red", ("blue",) * 9) == 0.0
     # 10 humans: a third for each that agrees, at most 1

@@ -141,8 +141,11 @@ def test_a_fitted_student_goes_on_from_the_weights_it_started_with(tmp_path: Pat
     assert any(each.data_ptr() in shared for each in other.model.parameters())
     elsewhere = cut(range(1, 9))
     elsewhere.record = replace(elsewhere.record, inputs={"calibration": "other samples"})
+    own = {name: value.clone() for name, value in elsewhere.model.state_dict().items()}
     with pytest.raises(CheckpointError, match="cut: "):
         go_on(elsewhere)
+    kept = elsewhere.model.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in own.items())
     with pytest.raises(CheckpointError, match="which this student does not have"):
         go_on(prune(teacher, Plan({"text": TowerPlan(5, drop=(1, 3), tune=(2,))})))
 

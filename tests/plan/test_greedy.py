@@ -24,6 +24,8 @@ def test_sleb_is_greedy_over_the_loss_with_barriers():
     assert plan.drop == (4, 2)
     assert plan.layer_scores == (None, 1.0, 3.0, 5.0, 0.5, None)
     assert asked == [("text", d) for d in [(1,), (2,), (3,), (4,), (4, 1), (4, 2), (4, 3)]]
+    with pytest.raises(ConfigError, match="loss is a float; give a callback"):
+        make_plan(scores, num_drop=2, rule="sleb", loss=0.5)
     with pytest.raises(ConfigError, match="loss=callback"):
         make_plan(scores, num_drop=2, rule="sleb")
     with pytest.raises(PlanError, match="not a number"):

@@ -162,6 +162,8 @@ def test_one_stage_can_take_a_share_of_the_parameters(vlm: Any, tmp_path: Path) 
     with pytest.raises(ConfigError, match="Add 'head_norm' to metrics"):
         small(vlm, tmp_path / "unscored", **unscored, stages=1)
     assert not list(tmp_path.iterdir())
+    named = {"heads": "head_taylor", "ffn": "random"}
+    given["plan"] = given["plan"].replace(width_metrics=named)
     given |= {"stages": 1, "heal": {"gates": "none"}}
     made = small(vlm, tmp_path / "run", **given)
     (stage,) = made.stages
@@ -170,6 +172,8 @@ def test_one_stage_can_take_a_share_of_the_parameters(vlm: Any, tmp_path: Path) 
     lost = vlm.num_parameters() - made.student.num_parameters()
     assert lost / whole == pytest.approx(0.4, abs=0.02)
     assert stage.plan.settings["parameters"] == {"text": 0.4}
+    # judged by what the plan names, which is scored without being asked for
+    assert set(stage.scores["text"].importance) == {"head_taylor"}
     told = {place: sum(map(len, cut.values())) for place, cut in stage.plan["text"].cut.items()}
     assert stage.record.units == {"text": told} != {"text": {}}
     assert " units of text " in stage.record.gone_text
