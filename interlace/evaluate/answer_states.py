@@ -9,10 +9,17 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
 
-from interlace.errors import DataError, FamilyError, ShapeError
+from interlace.errors import DataError, FamilyError
 from interlace.evaluate._common import to_model
+from interlace.models.prediction import (
+    IGNORED,
+    aligned,
+    find_head,
+    is_encoder_decoder,
+    model_inputs,
+    targets_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,26 +30,20 @@ if TYPE_CHECKING:
 
 __all__ = ["answer_states", "output_head"]
 
-IGNORED = -100
-
-
-def output_head(vlm: VLM) -> nn.Module:
-    """Find the layer that turns hidden states into logits.
+def output_head(vlm: VLM) -> tuple[nn.Module, nn.Module]:
+    """Find the layer that turns hidden states into logits, and the part of the model it belongs to.
 
     Raises:
         FamilyError: the model has none, or not where transformers models keep it.
     """
-    model = vlm.model
-    owners = [model, *(getattr(model, name, None) for name in ("text_decoder", "language_model"))]
-    for owner in owners:
-        head = owner.get_output_embeddings() if hasattr(owner, "get_output_embeddings") else None
-        if head is not None:
-            found: nn.Module = head
-            return found
-    raise FamilyError(
-        f"{vlm.name} ({type(model).__name__}) has no output head (get_output_embeddings gives "
-        "none), so tokens cannot be compared. Leave out the tasks fidelity and perplexity."
-    )
+    found = find_head(vlm.model)
+    if found is None:
+        raise FamilyError(
+            f"{vlm.name} ({type(vlm.model).__name__}) has no output head (get_output_embeddings "
+            "gives none), so tokens cannot be compared. Leave out the tasks fidelity and "
+            "perplexity."
+        )
+    return found
 
 
 @contextlib.contextmanager
@@ -71,25 +72,6 @@ def _head_input(head: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
             handle.remove()
 
 
-def _forward_arguments(vlm: VLM, batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """Split a batch into what the forward pass takes and the label of every logit [B, T]."""
-    batch = dict(batch)
-    labels: Tensor = batch.pop("labels")
-    language_model = getattr(vlm.model, "language_model", None)
-    config = getattr(language_model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        # without labels the decoder's input has to be given; its logits are not shifted
-        if "decoder_input_ids" not in batch:
-            batch["decoder_input_ids"] = language_model._shift_right(labels)  # type: ignore[union-attr]
-        return batch, labels
-    if vlm.family.objective == "vqa" and "decoder_input_ids" not in batch:
-        pad = getattr(vlm.model.config.text_config, "pad_token_id", None) or 0
-        batch["decoder_input_ids"] = labels.masked_fill(labels == IGNORED, pad)
-    # logit t predicts token t + 1; the last one predicts nothing
-    shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    return batch, shifted
-
-
 def _same(one: Tensor, other: Tensor) -> bool:
     # two NaN count as the same: they are no sign of a change, and are reported elsewhere
     return torch.equal(one.to(other.dtype).nan_to_num(), other.nan_to_num())
@@ -111,9 +93,11 @@ def answer_states(vlm: VLM, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         FamilyError: the model changes its logits after the head, so that states in front of the
             head do not tell them.
     """
-    arguments, labels = _forward_arguments(vlm, to_model(batch, vlm))
-    with _head_input(output_head(vlm)) as (hidden, last):
-        output = vlm.model(**arguments)
+    inputs = to_model(batch, vlm)
+    head, owner = output_head(vlm)
+    labels = targets_of(inputs["labels"], shift=not is_encoder_decoder(owner))
+    with _head_input(head) as (hidden, last):
+        output = vlm.model(**model_inputs(inputs, owner, vlm.family.objective))
     logits = getattr(output, "logits", None)
     if logits is not None and not _same(logits[:, -1:], last[-1]):
         raise FamilyError(
@@ -126,10 +110,5 @@ def answer_states(vlm: VLM, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
             "A batch holds no answer token. Fidelity and perplexity need samples with an assistant "
             "turn; check the data, and that answers are not cut off."
         )
-    states = hidden[-1]
-    if states.shape[:2] != counted.shape:
-        raise ShapeError(
-            f"{vlm.name} gave hidden states {list(states.shape)} for labels {list(counted.shape)}; "
-            "both need the same batch and token sizes."
-        )
+    states = aligned(hidden[-1], labels)
     return states[counted.to(states.device)], labels[counted]

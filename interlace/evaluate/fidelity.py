@@ -46,7 +46,7 @@ class _Sums:
 def _add_batch(sums: _Sums, vlm: VLM, teacher: VLM, batch: dict[str, Any]) -> None:
     states, labels = answer_states(vlm, batch)
     teacher_states, _ = (states, labels) if teacher is vlm else answer_states(teacher, batch)
-    head, teacher_head = output_head(vlm), output_head(teacher)
+    (head, _), (teacher_head, _) = output_head(vlm), output_head(teacher)
     for start in range(0, len(labels), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         logits = head(states[part])

@@ -22,7 +22,8 @@ IGNORED = -100
 
 def find_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     """Return the head and the (sub)model it belongs to, or None where there is no head."""
-    for owner in (model, *model.children()):
+    # A model hands on the head of a part of it, which alone knows how its decoder is fed.
+    for owner in (*model.children(), model):
         getter = getattr(owner, "get_output_embeddings", None)
         head = getter() if getter is not None else None
         if isinstance(head, nn.Module):

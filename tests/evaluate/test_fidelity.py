@@ -58,7 +58,7 @@ def test_divergence_equals_plain_fp64() -> None:
 def full_logits(vlm: VLM, batch: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Logits [N, V] and labels [N] of answer tokens, from the model's own full forward pass."""
     seen: list[torch.Tensor] = []
-    handle = output_head(vlm).register_forward_hook(lambda *args: seen.append(args[2]))
+    handle = output_head(vlm)[0].register_forward_hook(lambda *args: seen.append(args[2]))
     with torch.no_grad():
         vlm.model(**batch)
     handle.remove()
