@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from interlace.data.samples import Samples
     from interlace.models import VLM
+    from interlace.pipeline import RunResult
     from interlace.records import Record
 
 Model = Annotated[str, typer.Argument(help="Folder, hub name, or bundled:NAME.")]
@@ -127,6 +128,9 @@ WEIGHED = (
     "predictions hang on a token; takes gradients)."
 )
 TokenWeights = Annotated[str, typer.Option(help=WEIGHED)]
+AllowPinned = Annotated[
+    bool, typer.Option("--allow-pinned", help="Also drop layers that the family pins.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
@@ -146,6 +150,23 @@ def say_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     from interlace.report.tables import plain_table
 
     say(plain_table(head, rows, width=terminal_width()))
+
+
+def say_result(result: RunResult) -> None:
+    """Write what a run made: plan, measurements, stages, what was skipped, and where it is."""
+    from interlace.report.tables import eval_table
+
+    say(str(result.plan))
+    say(eval_table(result.result))
+    if result.progressive is not None:
+        for stage in result.progressive.stages:
+            end = "" if stage.kept else ", rolled back"
+            say(f"Stage {stage.number}: {stage.gone_text}, retention {stage.retention:.4f}{end}")
+        if result.progressive.stopped:
+            say(result.progressive.stopped)
+    if result.skipped:
+        say(f"Taken from the earlier run: {', '.join(result.skipped)}")
+    say(f"The finished model is in {result.folder}")
 
 
 def split_names(text: str | None) -> tuple[str, ...] | None:

@@ -14,6 +14,7 @@ from interlace._cli import (
     Data,
     Device,
     Dtype,
+    MaxBad,
     Model,
     Overwrite,
     Remote,
@@ -22,7 +23,7 @@ from interlace._cli import (
     Split,
     output_option,
     read_bridges,
-    say,
+    say_result,
     split_names,
 )
 from interlace._recommended import RECOMMENDED_HEAL, RECOMMENDED_PLAN, RECOMMENDED_PRUNE
@@ -80,6 +81,7 @@ def progressive(
     split: Split = "train",
     calibration_count: Count = 512,
     heal_count: Count = 4096,
+    max_bad_fraction: MaxBad = 0.01,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of healing.")] = 1e-5,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per pass of healing.")] = 16,
     hidden_weight: Annotated[
@@ -112,7 +114,6 @@ def progressive(
     """
     from interlace.config import PlanSettings, Recipe
     from interlace.pipeline import run as run_flow
-    from interlace.report.tables import eval_table
 
     wanted = read_bridges(bridges)
     if token_weights is None:
@@ -133,6 +134,7 @@ def progressive(
             "split": split,
             "calibration_count": calibration_count,
             "heal_count": heal_count,
+            "max_bad_fraction": max_bad_fraction,
             "seed": seed,
         },
         "plan": {
@@ -163,12 +165,4 @@ def progressive(
     planned = PlanSettings(**sections["plan"])
     sections["score"] = {"metrics": ("similarity", *needed_metrics(planned))}
     result = run_flow(Recipe.from_dict(sections, source="interlace progressive"), output)
-    say(str(result.plan))
-    say(eval_table(result.result))
-    if result.progressive is not None:
-        for stage in result.progressive.stages:
-            end = "" if stage.kept else ", rolled back"
-            say(f"Stage {stage.number}: {stage.gone_text}, retention {stage.retention:.4f}{end}")
-        if result.progressive.stopped:
-            say(result.progressive.stopped)
-    say(f"The finished model is in {result.folder}")
+    say_result(result)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from interlace._cli import (
+    AllowPinned,
     Bridges,
     Count,
     Data,
@@ -40,15 +41,13 @@ def prune(
     model: Model,
     plan_file: Annotated[Path, path_argument("What `interlace plan` wrote.", "PLAN")],
     output: Annotated[Path, output_option("Folder of the new checkpoint.")],
-    allow_pinned: Annotated[
-        bool, typer.Option("--allow-pinned", help="Also drop layers that the family pins.")
-    ] = False,
+    allow_pinned: AllowPinned = False,
     bridges: Bridges = "none",
     token_weights: TokenWeights = "even",
     data: Data = "scenes",
     root: Root = None,
     split: Split = "train",
-    count: Count = 128,
+    count: Count = BRIDGE_SAMPLES,
     max_bad_fraction: MaxBad = 0.01,
     seed: Seed = 0,
     dtype: Dtype = None,
@@ -100,6 +99,7 @@ def heal(
     split: Split = "train",
     count: Count = 4096,
     max_bad_fraction: MaxBad = 0.01,
+    allow_pinned: AllowPinned = False,
     bridges: Bridges = "none",
     token_weights: TokenWeights = "even",
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
@@ -176,7 +176,12 @@ def heal(
     healing = read_samples(teacher, data, root, split, count, seed, max_bad_fraction)
     calibration = healing.subset(BRIDGE_SAMPLES) if has_bridges(wanted) else None
     student = run_prune(
-        teacher, chosen, bridges=wanted, data=calibration, token_weights=token_weights
+        teacher,
+        chosen,
+        allow_pinned=allow_pinned,
+        bridges=wanted,
+        data=calibration,
+        token_weights=token_weights,
     )
     if replaced:
         _remove(checkpoints)

@@ -51,6 +51,7 @@ from interlace._cli import (
     save_picture,
     save_record,
     say,
+    say_result,
     say_table,
     shares,
     split_names,
@@ -93,7 +94,7 @@ def score(
     data: Data = "scenes",
     root: Root = None,
     split: Split = "train",
-    count: Count = 256,
+    count: Count = 512,
     max_bad_fraction: MaxBad = 0.01,
     metrics: Metrics = "similarity",
     packs: Annotated[
@@ -227,9 +228,12 @@ def evaluate(
     model: Model,
     output: Annotated[Path | None, output_option("Where to write the measurements.")] = None,
     task: Annotated[
-        str,
-        typer.Option(help="Comma separated: fidelity, perplexity, vqa, caption, retrieval, speed."),
-    ] = "vqa",
+        str | None,
+        typer.Option(
+            help="Comma separated: fidelity, perplexity, vqa, caption, retrieval, speed. Default: "
+            "what the model is for and the data can tell (vqa, caption or retrieval)."
+        ),
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="The dense model; adds retention. fidelity needs it.")
     ] = None,
@@ -249,7 +253,8 @@ def evaluate(
 ) -> None:
     """Measure a model, beside the dense one where given."""
     from interlace._fused_evaluation import evaluate_fused
-    from interlace.data.samples import check_root
+    from interlace.data.samples import check_root, scenes_tasks
+    from interlace.data.schemas import as_task
     from interlace.evaluate import evaluate as run_evaluate
     from interlace.report.tables import eval_table
 
@@ -257,9 +262,11 @@ def evaluate(
     check_root(data, root)
     vlm = open_vlm(model, dtype, device, trust_remote_code)
     held_out = None
-    tasks = split_names(task) or ()
+    tasks = scenes_tasks(vlm.family.objective) if task is None else split_names(task) or ()
     if data != "scenes":
         chosen = read_samples(vlm, data, root, split, count, seed, max_bad_fraction)
+        if task is None:
+            tasks = tuple(t for t in tasks if any(as_task(each, (t,)) for each in chosen)) or tasks
         held_out = dict.fromkeys(tasks, chosen)
     measured = evaluate_fused if fuse else run_evaluate
     report = measured(
@@ -288,14 +295,9 @@ def run(
 ) -> None:
     """Do the whole flow of a recipe; stages that are done and still fit are skipped."""
     from interlace.pipeline import run as run_flow
-    from interlace.report.tables import eval_table
 
     result = run_flow(recipe, output)
-    say(str(result.plan))
-    say(eval_table(result.result))
-    if result.skipped:
-        say(f"Taken from the earlier run: {', '.join(result.skipped)}")
-    say(f"The finished model is in {result.folder}")
+    say_result(result)
 
 
 @app.command()

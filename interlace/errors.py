@@ -59,3 +59,14 @@ def unknown_name(kind: str, given: object, known: Iterable[object]) -> str:
     suggestion = f" Did you mean '{lowered[near[0]]}'?" if near else ""
     listing = ", ".join(names) if names else "none"
     return f"Unknown {kind} '{given}'.{suggestion} Known: {listing}."
+
+
+def check_numbers(**numbers: object) -> None:
+    """Refuse arguments that are no whole number of at least 1.
+
+    Raises:
+        ConfigError: names the argument.
+    """
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} is {value!r}; give a whole number of at least 1.")

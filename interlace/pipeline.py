@@ -19,7 +19,7 @@ from interlace._launch import check_single_process
 from interlace._recipe_checks import check_names, check_towers
 from interlace._stages import STATE, Stages
 from interlace._torch_utils import default_device
-from interlace.config import DataSettings, EvalSettings, Recipe
+from interlace.config import DataSettings, EvalSettings, ProgressiveSettings, Recipe
 from interlace.data.samples import Samples, samples, scenes_tasks
 from interlace.errors import ConfigError, PlanError
 from interlace.evaluate import evaluate
@@ -203,7 +203,9 @@ def run(
     calibration = _calibration(settings.data, vlm)
     folder.mkdir(parents=True, exist_ok=True)
     if settings.progressive is not None:
-        return _run_progressive(settings, vlm, calibration, stages, target, replace)
+        return _run_progressive(
+            settings, settings.progressive, vlm, calibration, stages, target, replace
+        )
 
     scores_key = sha256_of([vlm.fingerprint, calibration.fingerprint, settings.score.to_dict()])
     scores = stages.record(
@@ -301,12 +303,15 @@ def _export(
 
 
 def _run_progressive(
-    settings: Recipe, vlm: VLM, calibration: Samples, stages: Stages, target: Path, replace: bool
+    settings: Recipe,
+    chosen: ProgressiveSettings,
+    vlm: VLM,
+    calibration: Samples,
+    stages: Stages,
+    target: Path,
+    replace: bool,
 ) -> RunResult:
     """Do the flow with scoring, cutting and healing in stages; see `interlace.progressive`."""
-    chosen = settings.progressive
-    if chosen is None:
-        raise ConfigError("The recipe has no section [progressive].")
     smaller: dict[int, tuple[Path, bool]] = {}
     for number in range(1, chosen.stages if chosen.export_stages else 1):
         folder = target.with_name(f"model-stage-{number}")

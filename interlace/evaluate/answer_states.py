@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["answer_states", "output_head"]
 
+
 def output_head(vlm: VLM) -> tuple[nn.Module, nn.Module]:
     """Find the layer that turns hidden states into logits, and the part of the model it belongs to.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from interlace.errors import check_numbers
 from interlace.evaluate import caption, fidelity, retrieval, speed, vqa
 from interlace.evaluate._common import Options, TaskResult
 from interlace.evaluate.selection import (
@@ -13,7 +14,6 @@ from interlace.evaluate.selection import (
     TASKS,
     check_before_work,
     check_models,
-    check_numbers,
     checked_names,
     choose,
 )

@@ -13,7 +13,7 @@ from interlace.errors import ConfigError, DataError, unknown_name
 from interlace.evaluate import caption, retrieval, speed, vqa
 from interlace.evaluate._common import Options, processor_of
 from interlace.evaluate.generate import prompt_batch
-from interlace.models.handle import check_one_device
+from interlace.models.handle import check_one_device, check_vlm
 from interlace.records import EvalReport
 
 if TYPE_CHECKING:
@@ -71,24 +71,13 @@ def checked_names(tasks: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def check_numbers(**numbers: object) -> None:
-    """Refuse settings that are no whole number of at least 1."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} is {value!r}; give a whole number of at least 1.")
-
-
 def check_models(vlm: VLM, baseline: VLM | EvalReport | None, names: Sequence[str]) -> None:
     """Refuse tasks that the model or its baseline cannot do, with a ConfigError in words."""
     given = [("model", vlm)]
     if baseline is not None and not isinstance(baseline, EvalReport):
         given.append(("baseline", baseline))
     for role, each in given:
-        if not hasattr(each, "family"):
-            raise ConfigError(
-                f"The {role} is a {type(each).__name__}; evaluate takes what open_model or prune "
-                "gives, and as baseline also an EvalReport. Wrap a model with open_model(model)."
-            )
+        check_vlm(each, role)
         check_one_device(each, "evaluate")
         processor_of(each)
         for name in names:

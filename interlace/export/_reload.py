@@ -35,9 +35,9 @@ def flatten(output: Any, name: str = "") -> dict[str, torch.Tensor]:
             {name: output.detach().cpu().contiguous().clone()} if output.is_floating_point() else {}
         )
     if isinstance(output, dict):
-        items: Any = (
-            (str(key), value) for key, value in output.items() if key != "past_key_values"
-        )
+        # the KV cache, by its name since transformers 5.24 and before
+        left_out = ("cache", "past_key_values")
+        items: Any = ((str(key), value) for key, value in output.items() if key not in left_out)
     elif isinstance(output, (list, tuple)):
         items = ((str(i), value) for i, value in enumerate(output))
     else:

@@ -114,8 +114,16 @@ def check_validation(settings: HealSettings, teacher: VLM | None, validation: Sa
         )
     if not (validation or share):
         return
-    # what cannot go with a share cannot go with samples either
-    settings.replace(validation_fraction=share or 0.5)
+    if settings.gates != "none":
+        raise ConfigError(
+            f"There are validation samples and gates is {settings.gates!r}, but gates that stop "
+            "half way are neither open nor closed. Leave validation out."
+        )
+    if not settings.ce_weight and not settings.kl_weight:
+        raise ConfigError(
+            "There are validation samples, but ce_weight and kl_weight are 0, so nothing says "
+            "which predictions are better. Set one above 0, or leave validation out."
+        )
     if not settings.ce_weight and teacher is None:
         raise ConfigError(
             "There are validation samples and ce_weight is 0, so only the divergence from a "

@@ -38,11 +38,8 @@ _log = logging.getLogger(__name__)
 
 _DTYPES = {
     "float32": torch.float32,
-    "fp32": torch.float32,
     "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
     "float16": torch.float16,
-    "fp16": torch.float16,
 }
 # What transformers and huggingface_hub raise for names, files and configs they cannot use.
 _LOAD_FAILURES = (

@@ -7,13 +7,18 @@ before the prompt fills it. Places that no attention fills, since a layer has no
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import LlamaModel, StaticCache
 from transformers.cache_utils import StaticLayer
+
+# What decoders, their layers and their outputs call the cache: "cache" since transformers 5.24.
+_NAMES = inspect.signature(LlamaModel.forward).parameters
+CACHE = next(name for name in ("cache", "past_key_values") if name in _NAMES)
 
 # place in a cache -> keys, values and length
 Memory = dict[int, tuple[Tensor, Tensor, Tensor]]

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from interlace.nn import preparing
-from interlace.nn.cache_memory import CacheMemory, is_static, memory_of
+from interlace.nn.cache_memory import CACHE, CacheMemory, is_static, memory_of
 from interlace.nn.layers import FusedAttention
 from interlace.nn.masks import Pattern, attach, pattern_of
 from interlace.nn.stepping import stepping
@@ -49,8 +49,8 @@ class _Recording:
         self, decoder: Any, stock: Callable[..., Any], kwargs: dict[str, Any], *, overlap: bool
     ) -> None:
         self._overlap = overlap
-        self.cache = weakref.ref(kwargs["past_key_values"])
-        self._kept = memory_of(kwargs["past_key_values"])
+        self.cache = weakref.ref(kwargs[CACHE])
+        self._kept = memory_of(kwargs[CACHE])
         self.shapes = _shapes(kwargs)
         self.makeup = makeup(decoder.modules())
         self._inputs: dict[str, Any] = {
@@ -64,7 +64,7 @@ class _Recording:
         self._others = {
             name: value
             for name, value in kwargs.items()
-            if name not in self._inputs and name != "past_key_values"
+            if name not in self._inputs and name != CACHE
         }
         self._stock = stock
         self._replay: Callable[[], None] | None = None
@@ -73,7 +73,7 @@ class _Recording:
     def _step(self) -> Tensor:
         cache = self.cache()
         with stepping(cache, overlap=self._overlap):
-            out = self._stock(**self._inputs, **self._others, past_key_values=cache)
+            out = self._stock(**self._inputs, **self._others, **{CACHE: cache})
         for mask in self._masks.values():
             _move_on(mask)
         result: Tensor = out.last_hidden_state
@@ -181,9 +181,7 @@ class GraphedForward:
             return stock(decoder, **kwargs)
         self.num_replays += 1
         hidden = recording.run(kwargs)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden, past_key_values=kwargs["past_key_values"]
-        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: kwargs[CACHE]})
 
     def masks_ahead(self, cache: Any) -> dict[str, Any] | None:
         """The masks of the step after one that was replayed against a cache; None without any."""
@@ -194,7 +192,7 @@ class GraphedForward:
 
     def _other(self, *args: Any, **kwargs: Any) -> Any:
         """Run what is no step; a static cache gets the memory of the last one."""
-        stock, cache = type(self._decoder).forward, kwargs.get("past_key_values")
+        stock, cache = type(self._decoder).forward, kwargs.get(CACHE)
         first: Any = kwargs.get("inputs_embeds")
         first = kwargs.get("input_ids") if first is None else first
         like = next(self._decoder.parameters())
@@ -208,7 +206,7 @@ class GraphedForward:
 
     def _is_step(self, kwargs: dict[str, Any]) -> bool:
         """Tell whether a call is one token per row against a static cache, and nothing else."""
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = kwargs.get(CACHE)
         if self.reason or torch.is_grad_enabled() or not is_static(cache):
             return False
         first = kwargs.get("inputs_embeds")
@@ -222,14 +220,14 @@ class GraphedForward:
         masks = _masks(kwargs)
         if not masks or any(mask is None or pattern_of(mask) is None for mask in masks.values()):
             return False
-        known = (*_TENSORS, "attention_mask", "past_key_values")
+        known = (*_TENSORS, "attention_mask", CACHE)
         return all(
             name in known or value is None or isinstance(value, bool | int | float | str)
             for name, value in kwargs.items()
         )
 
     def _fits(self, recording: _Recording, kwargs: dict[str, Any]) -> bool:
-        if not recording.takes(kwargs["past_key_values"]):
+        if not recording.takes(kwargs[CACHE]):
             return False
         if recording.shapes != _shapes(kwargs) or self._hooks != RemovableHandle.next_id:
             return False
@@ -356,7 +354,7 @@ def _shapes(kwargs: dict[str, Any]) -> tuple[Any, ...]:
     inputs = tuple(
         (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, value)
         for name, value in sorted(kwargs.items())
-        if name not in ("attention_mask", "past_key_values")
+        if name not in ("attention_mask", CACHE)
     )
     # tensors of inference mode are not written outside of it
     inference = torch.is_inference_mode_enabled()

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from interlace import ops
 from interlace.nn.attention import NAME, interlace_attention
+from interlace.nn.cache_memory import CACHE
 from interlace.nn.heads import norm_and_rotate
 from interlace.nn.routes import packed_op_serves
 from interlace.nn.stepping import cached, project_by
@@ -90,18 +92,17 @@ class FusedAttention(_Attention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **others: Any,
     ) -> Any:
         """Attend: [B, T, hidden] -> the same and, if asked for, the weights."""
-        state = self.interlace_state
-        if self._leaves(hidden_states):
+        state, cache = self.interlace_state, others.get(CACHE)
+        # that of continuous batching, which is updated in ways of its own
+        paged = cache is not None and not isinstance(cache, Cache)
+        if paged or self._leaves(hidden_states):
             if position_embeddings is not None:
-                others |= {
-                    "position_embeddings": position_embeddings,
-                    "past_key_values": past_key_values,
-                }
+                others["position_embeddings"] = position_embeddings
             return super().forward(hidden_states, attention_mask=attention_mask, **others)
+        others.pop(CACHE, None)
         query, key, value, joint = self._project(hidden_states)
         if position_embeddings is not None:
             cos, sin = position_embeddings
@@ -109,8 +110,8 @@ class FusedAttention(_Attention):
                 query, key, cos, sin, *self._head_norms(), joint=joint, by_op=state.rope
             )
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-        if past_key_values is not None:
-            key, value = cached(past_key_values, key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cached(cache, key, value, self.layer_idx)
         out, weights = interlace_attention(
             self,
             query,

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from interlace.nn.cache_memory import CACHE
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -42,7 +44,7 @@ class Preparation:
         """Do what the model does, but hand the recorded step its own mask."""
         mask, masks = kwargs.get("attention_mask"), None
         if isinstance(mask, Tensor) and self._grown is not None and self._grown() is mask:
-            masks = self._forward.masks_ahead(kwargs.get("past_key_values"))
+            masks = self._forward.masks_ahead(kwargs.get(CACHE))
         self._given = weakref.ref(mask) if isinstance(mask, Tensor) else None
         self._grown = None
         stock = getattr(type(self._target), _PREPARE)

@@ -267,9 +267,16 @@ def make_plan(
             f"{', '.join(sorted(USE_LOSS))}."
         )
     amounts = drop_fraction if num_drop is None else num_drop
-    if amounts is None and towers is None and isinstance(shares[0], Mapping):
+    named = [share for share in shares if isinstance(share, Mapping)]
+    if amounts is None and towers is None and named:
         towers = list(dict.fromkeys(name for share in shares for name in _towers_of(share)))
     names = tower_names(scores, towers, amounts if isinstance(amounts, Mapping) else None)
+    left_out = [name for share in named for name in share if name not in names]
+    if towers is not None and left_out:
+        raise ConfigError(
+            f"towers={names} leaves out '{left_out[0]}', which is to lose a share of what is "
+            "within its layers. Name it in towers too, or leave it out of the shares."
+        )
     guards = resolve(protect, scores)
     planned: dict[str, TowerPlan] = {}
     for name in names:
@@ -320,7 +327,7 @@ def make_plan(
     inputs |= {key: scores.inputs[key] for key in ("model", "data") if key in scores.inputs}
     return Plan(
         towers=planned,
-        rule=rule if amounts is not None else "widths alone",
+        rule=rule if amounts is not None else "within layers",
         seed=seed,
         model_name=scores.model_name,
         shape=scores.shape,

@@ -14,7 +14,7 @@ import torch
 from interlace._torch_utils import to_device
 from interlace.config import HealSettings
 from interlace.data.collate import Collator
-from interlace.errors import ConfigError, DataError, unknown_name
+from interlace.errors import ConfigError, DataError, check_numbers, unknown_name
 from interlace.heal.model import HealModel
 from interlace.heal.shell import make_shell
 from interlace.models.handle import check_one_device, check_vlm
@@ -197,18 +197,31 @@ class CompensatedLoss:
             parts: place in a layer -> layers that lose it whole.
 
         Raises:
+            ConfigError: no such tower, or layers of one that must stay as deep as another.
             InterlaceError: as `prune` raises it.
         """
         if tower not in self._vlm.towers:
             raise ConfigError(unknown_name(f"tower of {self._vlm.name}", tower, self._vlm.towers))
         lost = {site: tuple(sorted(layers)) for site, layers in (parts or {}).items()}
         gone = tuple(sorted(dropped))
+        if gone:
+            self._check_depth(tower)
         key = (tower, gone, *sorted(lost.items()))
         if key not in self._known:
             number = self._vlm.towers[tower].num_layers
             cut = TowerPlan(num_layers=number, drop=gone, parts=lost)
             self._known[key] = self.of_plan(Plan(towers={tower: cut}, standard=False))
         return self._known[key]
+
+    def _check_depth(self, tower: str) -> None:
+        for group in self._vlm.family.shared_depth:
+            others = [name for name in group if name != tower and name in self._vlm.towers]
+            if tower in group and others:
+                raise ConfigError(
+                    f"Layers of '{tower}' cannot be judged with their cut repaired: that takes a "
+                    f"student without them, and {self._vlm.name} must keep '{tower}' as deep as "
+                    f"'{others[0]}'. Take the rule 'sleb', or one that asks for no loss."
+                )
 
     def of_plan(self, plan: Plan) -> float:
         """Return the same for the student of a plan, which may cut widths too.
@@ -271,8 +284,7 @@ def layer_loss(
             f"The data to judge layers by is a {type(data).__name__}; give samples, such as those "
             "of interlace.samples."
         )
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; give 1 or more.")
+    check_numbers(batch_size=batch_size)
     if rule not in USE_LOSS:
         raise ConfigError(
             f"The rule {rule!r} asks for no loss. The rules that do are "

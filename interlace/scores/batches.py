@@ -16,7 +16,7 @@ import torch
 from interlace._torch_utils import accepts
 from interlace.data import Collator
 from interlace.data.samples import IMAGE_PLACEHOLDER, Sample
-from interlace.errors import ConfigError, DataError
+from interlace.errors import DataError, check_numbers
 from interlace.models.tokens import token_units
 from interlace.scores.metrics import NotFinite, Units
 from interlace.scores.packing import pack, refuse_if_unpackable
@@ -102,8 +102,7 @@ class Batches:
             ConfigError: a batch size below 1, a model without processor, or no way to pack.
             DataError: no data, or items that are neither samples nor batches.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size!r}; give a number of at least 1.")
+        check_numbers(batch_size=batch_size)
         given: Any = data
         if isinstance(given, str) or not isinstance(given, Iterable):
             raise DataError(

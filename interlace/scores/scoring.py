@@ -23,7 +23,7 @@ from interlace._torch_utils import (
     to_device,
     without_cache,
 )
-from interlace.errors import ConfigError, DataError, InterlaceError, unknown_name
+from interlace.errors import ConfigError, DataError, InterlaceError, check_numbers, unknown_name
 from interlace.models.handle import check_vlm
 from interlace.records import Provenance, Scores, TowerScores
 from interlace.scores.alignment import Alignment, meeting_layers
@@ -185,9 +185,7 @@ def score(
 def _probes(
     vlm: VLM, towers: Sequence[Tower], classes: Mapping[str, type], num_directions: int
 ) -> Probes | None:
-    whole = isinstance(num_directions, int) and not isinstance(num_directions, bool)
-    if not whole or num_directions < 1:
-        raise ConfigError(f"num_directions is {num_directions!r}; give a number of at least 1.")
+    check_numbers(num_directions=num_directions)
     kinds = {name: kind for name, kind in classes.items() if issubclass(kind, Probe)}
     by_name = {tower.name: tower for tower in towers}
     return Probes(vlm, by_name, kinds, ProbeOptions(num_directions)) if kinds else None

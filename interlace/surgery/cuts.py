@@ -147,7 +147,7 @@ def check_cut(cut: Cut, allow_pinned: bool) -> None:
         listed = "; ".join(f"layer {layer}: {reason}" for layer, reason in bound.items())
         raise PlanError(
             f"The plan drops pinned layers of the {tower.name} tower ({listed}). Protect them when "
-            "planning (protect='auto'), or allow it with allow_pinned=True."
+            "planning (protect='auto'), or allow it (allow_pinned=True, --allow-pinned)."
         )
 
 

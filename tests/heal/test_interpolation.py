@@ -166,7 +166,10 @@ def test_settings_that_leave_nothing_to_judge_by_are_refused() -> None:
         heal(student, data=toy_samples(8), validation_fraction=0.25, ce_weight=0.0)
     with pytest.raises(ConfigError, match="4 validation samples, and validation_fraction"):
         heal(student, data=toy_samples(8), validation=toy_samples(4), validation_fraction=0.25)
-    with pytest.raises(ConfigError, match="neither open nor closed"):
-        heal(student, data=toy_samples(8), validation=toy_samples(4), gates="l1")
+    own = {"data": toy_samples(8), "validation": toy_samples(4)}
+    with pytest.raises(ConfigError, match=r"closed\. Leave validation out"):
+        heal(student, **own, gates="l1")
+    with pytest.raises(ConfigError, match="or leave validation out"):
+        heal(student, **own, ce_weight=0.0, kl_weight=0.0)
     with pytest.raises(DataError, match="validation is a str"):
         heal(student, data=toy_samples(8), validation="scenes")

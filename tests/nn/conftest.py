@@ -17,6 +17,7 @@ from tiny import TINY, generation_inputs, tiny_inputs
 
 from interlace import ops
 from interlace.models import VLM, family_of
+from interlace.nn.cache_memory import CACHE
 from interlace.ops._budget import Budget
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
@@ -74,7 +75,7 @@ def outputs(result: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.
             found[name] = real(value, inputs).detach()
         elif isinstance(value, dict):
             for key, each in value.items():
-                if key != "past_key_values":
+                if key != CACHE:
                     visit(f"{name}.{key}", each)
         elif isinstance(value, list | tuple):
             for key, each in enumerate(value):

@@ -12,6 +12,7 @@ from tiny import TINY, tiny_inputs
 
 import interlace as il
 from interlace.nn import block_graphs, graphs
+from interlace.nn.cache_memory import CACHE
 from interlace.nn.recording import record_blocks, text_decoders
 
 if TYPE_CHECKING:
@@ -81,15 +82,15 @@ def test_memory_is_not_taken_from_a_cache_in_use(kit: Any) -> None:
     for _ in range(3):
         found = kit.generate(model, "llava", **options)
         assert torch.equal(found.sequences, plain.sequences)
-        kept.append((found, found.past_key_values.layers[1].keys.clone()))
-    memory = [found.past_key_values.layers[1].keys for found, _ in kept]
+        kept.append((found, found[CACHE].layers[1].keys.clone()))
+    memory = [found[CACHE].layers[1].keys for found, _ in kept]
     assert len({each.data_ptr() for each in memory}) == 3
     assert all(torch.equal(now, then) for now, (_, then) in zip(memory, kept, strict=True))
     assert forward.num_recordings == 3
     lent = memory[-1].data_ptr()
     del found, kept, memory
     found = kit.generate(model, "llava", **options)
-    assert found.past_key_values.layers[1].keys.data_ptr() == lent
+    assert found[CACHE].layers[1].keys.data_ptr() == lent
     assert torch.equal(found.sequences, plain.sequences)
     assert forward.num_recordings == 3
 

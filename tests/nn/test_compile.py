@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import interlace as il
+from interlace.nn.cache_memory import CACHE
 
 # towers of which something is fused, each class of transformers once; nothing of T5 and of BLIP's
 # text model is
@@ -57,7 +58,7 @@ def call_of(kit: Any, name: str, model: Any, path: str) -> tuple[Any, tuple[Any,
     handle.remove()
     args, kwargs = calls[0]
     if path.endswith(_DECODERS):
-        kwargs = {**kwargs, "past_key_values": None, "use_cache": False}
+        kwargs = {**kwargs, CACHE: None, "use_cache": False}
     return module, args, kwargs
 
 

@@ -14,6 +14,7 @@ import interlace as il
 from interlace.errors import ConfigError
 from interlace.nn import graphs, masks
 from interlace.nn.blocks import FusedBlock
+from interlace.nn.cache_memory import CACHE
 from interlace.nn.recording import text_decoders
 from interlace.ops import _overlap
 
@@ -66,13 +67,13 @@ def test_a_cache_is_used_again_and_new_weights_are_seen(kit: Any) -> None:
     tokens = kit.generate(twin, "llava")
     for expected in (1, 1):
         cache.reset()
-        assert torch.equal(kit.generate(model, "llava", past_key_values=cache), tokens)
+        assert torch.equal(kit.generate(model, "llava", **{CACHE: cache}), tokens)
         assert forward.num_recordings == expected
     other = kit.build("llava", seed=1)
     model.load_state_dict(other.state_dict(), assign=True)
     cache.reset()
     tokens = kit.generate(other, "llava")
-    assert torch.equal(kit.generate(model, "llava", past_key_values=cache), tokens)
+    assert torch.equal(kit.generate(model, "llava", **{CACHE: cache}), tokens)
     assert forward.num_recordings == 2
 
 
@@ -93,14 +94,14 @@ def test_a_mask_of_the_callers_own_is_heeded(kit: Any) -> None:
     model = kit.build("llava")
     forward = _recorded(model)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
-    tokens = kit.generate(model, "llava", past_key_values=cache)
+    tokens = kit.generate(model, "llava", **{CACHE: cache})
     assert forward.num_replays == 5
     ones = torch.ones_like(tokens)
     holes = ones.clone()
     holes[:, 3] = 0
     for mask in (ones, holes):
         inputs = model.prepare_inputs_for_generation(
-            tokens, next_sequence_length=1, past_key_values=cache, attention_mask=mask
+            tokens, next_sequence_length=1, **{CACHE: cache}, attention_mask=mask
         )
         visible = inputs["attention_mask"][:, 0, 0, : tokens.shape[1]]
         assert torch.equal(visible, mask.bool())

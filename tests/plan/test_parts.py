@@ -58,7 +58,7 @@ def test_the_parts_of_least_relevance_go() -> None:
     assert own.tune == (1, 2, 3, 5)
     assert own.drop == ()
     assert not plan.standard
-    assert plan.rule == "widths alone"
+    assert plan.rule == "within layers"
     assert own.reasons[3] == "without attn: attention_relevance 0.1, lowest 2 of 6"
     assert own.reasons[2] == "without mlp: mlp_relevance -0.1, lowest 1 of 6"
     assert "attn: taken out of 3 layers whole (1, 3, 5)" in str(plan)

@@ -149,6 +149,11 @@ def test_cost_follows_the_widths() -> None:
             "metric of heads 'ffn_norm'.*head_norm",
         ),
         ({"heads": 0.25, "protect": (0, 99)}, PlanError, "99"),
+        (
+            {"towers": ["text"], "ffn": {"text": 0.25, "vision": 0.25}},
+            ConfigError,
+            "leaves out 'vision'",
+        ),
         ({}, ConfigError, "Give either drop_fraction"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_processors import with_processor
 
 import interlace as il
 from interlace.data.collate import Collator
@@ -159,6 +160,16 @@ def test_losses_that_no_rule_asks_for_are_refused() -> None:
     # a tower that gets no bridge is judged as it is cut
     loss = il.layer_loss(vlm, data, bridges={"text": "fold"})
     assert loss("vision", (3,)) > 0.0
+
+
+def test_towers_that_must_be_equally_deep_are_not_judged_one_at_a_time() -> None:
+    vlm = with_processor("blip_vqa")
+    data = il.samples("scenes", count=2, tasks=("vqa",))
+    loss = il.layer_loss(vlm, data, batch_size=2)
+    with pytest.raises(ConfigError, match="must keep 'text' as deep as 'text_encoder'"):
+        loss("text", (1,))
+    assert loss("text", ()) == pytest.approx(0.0, abs=1e-5)
+    assert il.layer_loss(vlm, data, "sleb", batch_size=2)("text", (1,)) > 0.0
 
 
 def test_bridges_are_left_out_where_nothing_is_there_to_stand_in_for() -> None:

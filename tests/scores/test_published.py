@@ -11,6 +11,7 @@ from scores.written_out import TOLERANCE, batch_of, one_by_one, opened, publishe
 from tiny import IMAGE, qwen3_vl
 
 from interlace.models import VLM, family_of
+from interlace.nn.cache_memory import CACHE
 from interlace.scores import score
 
 
@@ -83,7 +84,7 @@ def test_a_batch_is_one_forward_pass_without_cache_and_leaves_the_model_as_it_wa
         vlm.towers["text"]
         .layers[0]
         .register_forward_hook(
-            lambda _, args, kwargs, out: calls.append((model.training, kwargs["past_key_values"])),
+            lambda _, args, kwargs, out: calls.append((model.training, kwargs[CACHE])),
             with_kwargs=True,
         )
     )

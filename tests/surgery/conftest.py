@@ -40,7 +40,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, dict):
-        value = [each for key, each in value.items() if key != "past_key_values"]
+        # caches, and what a model looked at on the way
+        left_out = ("cache", "past_key_values", "image_outputs", "video_outputs")
+        value = [each for key, each in value.items() if key not in left_out]
     if isinstance(value, (list, tuple)):
         return [tensor for each in value for tensor in _tensors(each)]
     return []

@@ -15,7 +15,7 @@ import torch
 from interlace._torch_utils import FORWARD_REFUSALS, accepts, to_device
 from interlace.data import Collator
 from interlace.data.samples import Sample, samples, scenes_tasks
-from interlace.errors import ConfigError, DataError
+from interlace.errors import ConfigError, DataError, check_numbers
 from interlace.models.states import layer_input
 from interlace.models.tokens import token_units
 from interlace.surgery.bridges.fisher import Fisher
@@ -89,8 +89,7 @@ class Calibration:
             ConfigError: a bad batch size, or samples for a model without a processor.
             DataError: no data, or items that are neither samples nor batches.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size!r}; give a number of at least 1.")
+        check_numbers(batch_size=batch_size)
         if isinstance(data, str | Mapping) or not isinstance(data, Iterable):
             raise DataError(
                 f"The data for bridges is a {type(data).__name__}; give samples (see "

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from interlace._torch_utils import inference, without_cache
-from interlace.errors import ConfigError
+from interlace.errors import check_numbers
 from interlace.models.bridges import DIAGONAL, LOWRANK
 from interlace.surgery.bridges.calibration import Calibration, default_data
 from interlace.surgery.bridges.fold import fit_fold
@@ -73,8 +73,7 @@ def fit_bridges(
         ConfigError: no processor for samples, a bad batch size or rank.
         DataError: too little or unusable data.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ConfigError(f"rank is {rank!r}; give a number of at least 1.")
+    check_numbers(rank=rank)
     fits: dict[str, Callable[..., list[Bridge]]] = {
         "scale": fit_scale,
         FOLD: fit_fold,
