@@ -14,7 +14,7 @@ from torch import nn
 
 from interlace.errors import PlanError
 from interlace.models.discovery import has_cross_attention
-from interlace.models.family import Changes, Cut, Family
+from interlace.models.family import Changes, Family, Shortened
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,8 +40,8 @@ def frequency_of(crossing: Sequence[bool], preferred: int) -> int | None:
     return None
 
 
-def _remap_qformer(cut: Cut) -> Changes:
-    config: Any = cut.config
+def _remap_qformer(cut: Shortened) -> Changes:
+    config: Any = cut.model.config
     before = int(config.qformer_config.cross_attention_frequency)
     crossing = [has_cross_attention(cut.layers[i]) for i in cut.kept]
     after = frequency_of(crossing, before)
@@ -58,7 +58,7 @@ def _remap_qformer(cut: Cut) -> Changes:
     return {f"qformer_config.{_KEY}": (before, after)}
 
 
-def _move_position_bias(cut: Cut, stack: nn.ModuleList) -> None:
+def _move_position_bias(cut: Shortened, stack: nn.ModuleList) -> None:
     """Give the first kept T5 block the position bias that all blocks of its stack share."""
     old: Any = cut.layers[0]
     new: Any = stack[0]
@@ -77,13 +77,13 @@ def _move_position_bias(cut: Cut, stack: nn.ModuleList) -> None:
     target.has_relative_attention_bias = True
 
 
-def _state_cache_depth(cut: Cut) -> Changes:
+def _state_cache_depth(cut: Shortened) -> Changes:
     """State the depth of a T5 decoder that is deeper than its encoder where the KV cache reads it.
 
     `PreTrainedConfig.get_text_config(decoder=True)` takes it from `decoder_layers`, which T5 itself
     neither has nor reads; without it generation runs out of cache layers.
     """
-    config: Any = cut.config
+    config: Any = cut.model.config
     depth = getattr(config.text_config, "num_decoder_layers", None)
     if depth is None or depth <= config.text_config.num_layers:
         return {}
@@ -94,7 +94,7 @@ def _state_cache_depth(cut: Cut) -> Changes:
     return {f"text_config.{_CACHE_KEY}": (before, depth)}
 
 
-def _remap(cut: Cut) -> Changes:
+def _remap(cut: Shortened) -> Changes:
     changes = _remap_qformer(cut) if cut.tower_name == "qformer" else {}
     if cut.tower_name in ("text", "text_encoder") and cut.kept:
         _move_position_bias(cut, BLIP2.stack(cut.model, cut.tower_name).layers)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 Objective = Literal["chat", "contrastive", "caption", "vqa"]
 # Dotted config key -> (before, after).
@@ -39,26 +39,22 @@ class Pins(Protocol):
 
 
 @dataclass(frozen=True)
-class Cut:
+class Shortened:
     """One tower after its layers were taken out, for the family to bring its index maps in line.
 
     Attributes:
         model: the student; its module list and depth fields are already cut. Only this object may
             be changed.
-        config: the student's top config.
         tower_name: the tower that was cut.
         kept: positions, in the model before the cut, of the layers that stayed; ascending.
         layers: the modules before the cut, for what a removed layer held for all; not to be
             changed.
-        allow_pinned: the caller accepts that layers other parts refer to are gone.
     """
 
     model: PreTrainedModel
-    config: PreTrainedConfig
     tower_name: str
     kept: tuple[int, ...]
     layers: Sequence[nn.Module]
-    allow_pinned: bool
 
     @property
     def num_layers(self) -> int:
@@ -80,8 +76,8 @@ class Tiles(Protocol):
 class Remap(Protocol):
     """Brings a family's index maps in line with a cut and returns the config keys it changed."""
 
-    def __call__(self, cut: Cut) -> Changes:
-        """Change `cut.model` and `cut.config` in place.
+    def __call__(self, cut: Shortened) -> Changes:
+        """Change `cut.model` and its config in place.
 
         Raises:
             PlanError: the family cannot express the cut, in words.
@@ -98,7 +94,7 @@ def no_tiles(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor |
     return None
 
 
-def no_remap(cut: Cut) -> Changes:
+def no_remap(cut: Shortened) -> Changes:
     """Change nothing."""
     return {}
 
@@ -213,12 +209,9 @@ class Family:
     def remap(
         self,
         model: PreTrainedModel,
-        config: PreTrainedConfig,
         tower_name: str,
         kept: tuple[int, ...],
-        *,
         layers: Sequence[nn.Module],
-        allow_pinned: bool = False,
     ) -> Changes:
         """Bring the family's index maps in line after the layers of one tower were cut.
 
@@ -226,21 +219,18 @@ class Family:
         were cut.
 
         Args:
-            model: the student, changed in place.
-            config: its top config, changed in place.
+            model: the student, changed in place with its config.
             tower_name: the tower that was cut.
             kept: positions of the kept layers before the cut, ascending.
             layers: the tower's modules before the cut.
-            allow_pinned: accept that bound layers are gone, as far as the family can express it.
 
         Returns:
             Dotted config key -> (before, after) of what changed.
 
         Raises:
-            PlanError: a bound layer is gone and `allow_pinned` is False, or the family cannot
-                express the cut.
+            PlanError: the family cannot express the cut.
         """
-        return self.remapping(Cut(model, config, tower_name, kept, layers, allow_pinned))
+        return self.remapping(Shortened(model, tower_name, kept, layers))
 
     def image_token_id(self, model: PreTrainedModel) -> int | None:
         """The token id that stands for an image's features in `input_ids`; None without one."""
@@ -265,22 +255,3 @@ class Family:
         layers = self.stack(model, tower_name).layers
         crossing = tuple(i for i, layer in enumerate(layers) if has_cross_attention(layer))
         return crossing if 0 < len(crossing) < len(layers) else None
-
-
-def refuse_bound(cut: Cut, gone: Mapping[int, str]) -> None:
-    """Raise for bound layers that a cut took away, unless the caller allowed it.
-
-    Args:
-        cut: the cut.
-        gone: position before the cut -> what refers to it.
-
-    Raises:
-        PlanError: `gone` is not empty and the caller did not allow it.
-    """
-    if gone and not cut.allow_pinned:
-        listed = "; ".join(f"layer {position}: {reason}" for position, reason in gone.items())
-        raise PlanError(
-            f"The plan drops layers of the {cut.tower_name} tower that other parts refer to "
-            f"({listed}). Protect them (protect='auto' when planning), or allow it with "
-            "allow_pinned=True."
-        )

@@ -13,7 +13,7 @@ import torch
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from interlace.errors import PlanError
-from interlace.models.family import Changes, Cut, Family
+from interlace.models.family import Changes, Family, Shortened
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,10 +58,10 @@ def _unread(model: PreTrainedModel, tower_name: str) -> dict[int, str]:
     return dict.fromkeys(range(first, depth), "above vision_feature_layer, read by nothing")
 
 
-def _remap(cut: Cut) -> Changes:
+def _remap(cut: Shortened) -> Changes:
     if cut.tower_name != "vision":
         return {}
-    config: Any = cut.config
+    config: Any = cut.model.config
     before = config.vision_feature_layer
     states = _states(cut.model, cut.num_layers)
     new = [cut.below(state) for state in states]

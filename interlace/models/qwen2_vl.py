@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from interlace.models.family import Changes, Cut, Family
+from interlace.models.family import Changes, Family, Shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,8 +25,8 @@ def _advised(model: PreTrainedModel, tower_name: str) -> dict[int, str]:
     return {}
 
 
-def _remap(cut: Cut) -> Changes:
-    config: Any = cut.config
+def _remap(cut: Shortened) -> Changes:
+    config: Any = cut.model.config
     if cut.tower_name != "vision" or not hasattr(config.vision_config, _KEY):
         return {}
     before = list(getattr(config.vision_config, _KEY))

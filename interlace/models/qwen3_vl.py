@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from interlace.errors import PlanError
-from interlace.models.family import Changes, Cut, Family, refuse_bound
+from interlace.models.family import Changes, Family, Shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,11 +38,11 @@ def _bound(model: PreTrainedModel, tower_name: str) -> dict[int, str]:
     return {}
 
 
-def _set(cut: Cut, before: list[int], after: list[int]) -> Changes:
+def _set(cut: Shortened, before: list[int], after: list[int]) -> Changes:
     """Write the new indexes into the config and into every module that keeps a copy."""
     if after == before:
         return {}
-    config: Any = cut.config
+    config: Any = cut.model.config
     setattr(config.vision_config, _KEY, after)
     for module in cut.model.modules():
         if _KEY in vars(module):
@@ -50,27 +50,19 @@ def _set(cut: Cut, before: list[int], after: list[int]) -> Changes:
     return {f"vision_config.{_KEY}": (before, after)}
 
 
-def _remap(cut: Cut) -> Changes:
+def _remap(cut: Shortened) -> Changes:
     before = _indexes(cut.model)
     if cut.tower_name == "text":
-        gone = {
-            j: f"the feature of vision layer {i} is added after it"
-            for j, i in enumerate(before)
-            if j < cut.num_layers and j not in cut.kept
-        }
-        refuse_bound(cut, gone)
         # A feature goes with the text layer it belongs to: the others then still stand at their own
         # layers, since the kept ones among the first len(before) layers come first, in order.
+        gone = {*range(cut.num_layers)} - {*cut.kept}
         rest = [j for j in range(len(before)) if j not in gone]
-        for module in cut.model.modules() if gone else ():
+        for module in cut.model.modules() if len(rest) < len(before) else ():
             if "deepstack_merger_list" in dict(module.named_children()):
                 mergers: Any = module.deepstack_merger_list
                 module.deepstack_merger_list = nn.ModuleList([mergers[j] for j in rest])
         return _set(cut, before, [before[j] for j in rest])
     if cut.tower_name == "vision":
-        refuse_bound(
-            cut, {i: "DeepStack takes a feature after it" for i in before if i not in cut.kept}
-        )
         # A dropped layer passes its input through, so its feature is read after the nearest kept
         # layer below.
         after = [cut.below(i + 1) - 1 for i in before]

@@ -175,7 +175,7 @@ def prune(
     )
     by_hand = carried_over(draft, vlm.model)
     fill(draft, vlm.model)
-    changes = _apply(vlm, draft, [cut for cut in cuts.values() if cut.plan.drop], allow_pinned)
+    changes = _apply(vlm, draft, [cut for cut in cuts.values() if cut.plan.drop])
     narrow_layers(draft, cuts.values())
     graft_heads(draft, cuts.values())
     widths = uneven_widths(vlm, plan, draft, cuts)
@@ -188,9 +188,7 @@ def prune(
     return _hand_over(vlm, plan, cuts, model, changes, fingerprint, widths, fitted)
 
 
-def _apply(
-    vlm: VLM, draft: PreTrainedModel, cuts: Sequence[Cut], allow_pinned: bool
-) -> dict[str, tuple[Any, Any]]:
+def _apply(vlm: VLM, draft: PreTrainedModel, cuts: Sequence[Cut]) -> dict[str, tuple[Any, Any]]:
     """Cut the towers of the draft, and bring its configs and index maps in line.
 
     Returns:
@@ -221,9 +219,7 @@ def _apply(
             _write(site, len(cut.kept), changes)
     for cut in cuts:
         name = cut.tower.name
-        changes |= family.remap(
-            draft, draft.config, name, cut.kept, layers=layers[name], allow_pinned=allow_pinned
-        )
+        changes |= family.remap(draft, name, cut.kept, layers[name])
     return changes
 
 

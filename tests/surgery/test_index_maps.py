@@ -82,7 +82,9 @@ def test_deepstack_cuts_that_cannot_be_stated_are_refused(
         (-1, (2,), -1),
         (3, (0, 1), 1),
         (3, (0, 1, 2), -4),
+        (4, (1, 3), 2),
         ([2, -2], (1,), [1, -2]),
+        ([-2, 3], (0,), [-2, 2]),
     ],
 )
 def test_vision_feature_layer_reads_what_it_read(
@@ -116,12 +118,41 @@ def test_windows_stay_with_their_layers(kit: Any) -> None:
     assert kit.bit_equal(kit.outputs(student.model, inputs), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "drop"),
+    [
+        ("qwen2_vl", {"window": 4}, {"text": (1, 5)}),
+        ("llava_onevision", {}, {"vision": (0, 5)}),
+        ("clip", {}, {"vision": (0, 5)}),
+    ],
+)
+def test_cuts_that_change_no_index_change_depths_alone(
+    kit: Any, name: str, options: Any, drop: Any
+) -> None:
+    """Windows of the text tower, and towers that lose their last layer, which protection keeps."""
+    model = tiny.TINY[name](**options)
+    vlm = _vlm(model, name)
+    inputs = tiny.tiny_inputs(name, model)
+    student = prune(vlm, kit.plan_of(vlm, drop))
+    assert all(
+        key.endswith(("num_hidden_layers", "layer_types", "max_window_layers"))
+        for key in student.record.config_changes
+    )
+    expected = _expected(kit, vlm, inputs, drop)
+    assert kit.bit_equal(kit.outputs(student.model, inputs), expected)
+
+
 def test_position_bias_of_t5_moves_to_the_first_kept_block(kit: Any) -> None:
     dense = kit.opened("blip2_t5")
     drop = {"text": (0, 1), "text_encoder": (0, 3, 4)}
     student = prune(dense.vlm, kit.plan_of(dense.vlm, drop))
     text_config = student.model.config.text_config
     assert (text_config.num_layers, text_config.num_decoder_layers) == (4, 4)
+    for tower in drop:
+        moved, held = (vlm.towers[tower].layers[0].layer[0] for vlm in (student, dense.vlm))
+        assert moved.SelfAttention.relative_attention_bias.weight.data_ptr() == (
+            held.SelfAttention.relative_attention_bias.weight.data_ptr()
+        )
     expected = _expected(kit, dense.vlm, dense.inputs, drop)
     assert kit.bit_equal(kit.outputs(student.model, dense.inputs), expected)
 
