@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from interlace._coerce import Checked, field_types, plain
-from interlace._files import sha256_of
 from interlace.errors import ConfigError, unknown_name
 
 
@@ -45,11 +44,6 @@ class Settings(Checked):
 
     def _check_together(self) -> None:
         """Raise ConfigError where the fields contradict each other."""
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of all values."""
-        return sha256_of(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-able values."""

@@ -260,13 +260,13 @@ def test_merging_what_does_not_fit_is_refused():
 
 
 def test_shapes_shrink():
-    smaller = shape().without({"text": (1, 3)})
+    smaller = shape().after({"text": TowerPlan(6, drop=(1, 3))})
     assert smaller.total_parameters == 800
     assert smaller.towers["text"].num_layers == 4
     with pytest.raises(ShapeError, match=r"0\.\.5"):
-        shape().without({"text": (6,)})
+        shape().after({"text": TowerPlan(7, drop=(6,))})
     with pytest.raises(ShapeError, match="Unknown tower"):
-        shape().without({"vision": (1,)})
+        shape().after({"vision": TowerPlan(6, drop=(1,))})
 
 
 def test_files_are_readable():

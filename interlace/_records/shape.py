@@ -206,16 +206,6 @@ class ModelShape(Checked):
     total_parameters: int
     bytes_per_parameter: int = 2
 
-    def without(self, dropped: Mapping[str, Iterable[int]]) -> ModelShape:
-        """Return the shape after the given layers of each tower are removed."""
-        towers, total = dict(self.towers), self.total_parameters
-        for name, layers in dropped.items():
-            if name not in towers:
-                raise ShapeError(unknown_name("tower", name, towers))
-            towers[name] = self.towers[name].without(layers)
-            total -= sum(self.towers[name].layer_parameters) - sum(towers[name].layer_parameters)
-        return dataclasses.replace(self, towers=towers, total_parameters=total)
-
     def after(self, plans: Mapping[str, TowerPlan]) -> ModelShape:
         """Return the shape once these plans, by tower, are carried out."""
         towers, total = dict(self.towers), self.total_parameters

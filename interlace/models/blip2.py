@@ -106,6 +106,5 @@ BLIP2 = Family(
     model_types=("blip-2",),
     objective="caption",
     architectures=("Blip2ForConditionalGeneration",),
-    index_keys=(_KEY,),
     remapping=_remap,
 )

@@ -16,7 +16,7 @@ from torch import nn
 from interlace.errors import FamilyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -189,12 +189,11 @@ def depth_sites(model: PreTrainedModel, path: str) -> tuple[DepthSite, ...]:
     return tuple(sites)
 
 
-def find_towers(model: PreTrainedModel, names: Mapping[str, str] | None = None) -> dict[str, Stack]:
+def find_towers(model: PreTrainedModel) -> dict[str, Stack]:
     """Find all towers of a model.
 
     Args:
         model: a transformers model.
-        names: end of a path -> tower name, for the stacks whose path alone does not tell.
 
     Returns:
         tower name -> stack, in the order text_encoder, text, vision, qformer, others.
@@ -213,14 +212,13 @@ def find_towers(model: PreTrainedModel, names: Mapping[str, str] | None = None) 
     encoder_decoder = {path for path in stacks if _DECODER.search(path)}
     towers: dict[str, Stack] = {}
     for path, layers in stacks.items():
-        given = next((name for end, name in (names or {}).items() if path.endswith(end)), None)
-        name = given or default_name(path)
-        if given is None and name == "text" and _ENCODER.search(path) and encoder_decoder - {path}:
+        name = default_name(path)
+        if name == "text" and _ENCODER.search(path) and encoder_decoder - {path}:
             name = "text_encoder"
         if name in towers:
             raise FamilyError(
                 f"{type(model).__name__} has two stacks that would both be the tower '{name}': "
-                f"{towers[name].path} and {path}. Its family would have to say which is which."
+                f"{towers[name].path} and {path}. Towers are told apart by their paths alone."
             )
         sites = depth_sites(model, path)
         if not sites or sites[0].value != len(layers):

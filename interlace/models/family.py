@@ -7,7 +7,7 @@ those numbers change when layers go.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from interlace.errors import FamilyError, PlanError, unknown_name
@@ -16,7 +16,6 @@ from interlace.models.discovery import (
     DepthSite,
     Stack,
     find_towers,
-    has_cross_attention,
 )
 
 if TYPE_CHECKING:
@@ -109,9 +108,7 @@ class Family:
         objective: what its models are trained for: "chat", "contrastive", "caption" or "vqa".
         architectures: model classes it covers; the first one is built where a checkpoint names
             none.
-        tower_names: end of a module path -> tower name, where the path alone does not tell.
         bidirectional: towers whose tokens see later ones too.
-        index_keys: config fields that number layers and that `remapping` handles.
         shared_depth: groups of towers whose depth is one config field, so that they must stay
             equally deep.
         bound: layers that other parts read from or write to by number; dropping one must be asked
@@ -121,23 +118,19 @@ class Family:
         remapping: what else must change when layers of a tower go.
         tiles: into how many rows of the vision tower every image of a batch is cut, [images]; None
             where an image is a row.
-        generic: True for a model of unknown type that passed the self-check.
     """
 
     name: str
     model_types: tuple[str, ...]
     objective: Objective
     architectures: tuple[str, ...] = ()
-    tower_names: Mapping[str, str] = field(default_factory=dict)
     bidirectional: tuple[str, ...] = ("vision", "qformer", "text_encoder")
-    index_keys: tuple[str, ...] = ()
     shared_depth: tuple[tuple[str, ...], ...] = ()
     bound: Pins = no_pins
     advised: Pins = no_pins
     unread: Pins = no_pins
     remapping: Remap = no_remap
     tiles: Tiles = no_tiles
-    generic: bool = False
 
     def stacks(self, model: PreTrainedModel) -> dict[str, Stack]:
         """Find the towers of a model of this family.
@@ -145,7 +138,7 @@ class Family:
         Raises:
             FamilyError: a tower's depth is not the one its config states.
         """
-        return find_towers(model, self.tower_names)
+        return find_towers(model)
 
     def pinned(self, model: PreTrainedModel, tower_name: str) -> dict[int, str]:
         """Layers that protection keeps: position in this model -> reason.
@@ -247,11 +240,3 @@ class Family:
             if isinstance(value, int):
                 return value
         return None
-
-    def cross_attention_layers(
-        self, model: PreTrainedModel, tower_name: str
-    ) -> tuple[int, ...] | None:
-        """Positions of the layers with cross-attention, or None where all layers are alike."""
-        layers = self.stack(model, tower_name).layers
-        crossing = tuple(i for i, layer in enumerate(layers) if has_cross_attention(layer))
-        return crossing if 0 < len(crossing) < len(layers) else None

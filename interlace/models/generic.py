@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from interlace.errors import FamilyError
@@ -97,16 +98,12 @@ def generic_family(model: PreTrainedModel, known: str) -> Family:
             f"The model type '{model_type}' ({type(model).__name__}) is not a known family and did "
             f"not pass the self-check. {error} Known families: {known}."
         ) from error
+    family = Family(model_type, (model_type,), objective, (type(model).__name__,))
     if not isinstance(getattr(config, _FEATURE_LAYER, None), (int, list, tuple)):
-        return Family(model_type, (model_type,), objective, (type(model).__name__,), generic=True)
-    return Family(
-        model_type,
-        (model_type,),
-        objective,
-        (type(model).__name__,),
-        index_keys=(_FEATURE_LAYER,),
+        return family
+    return replace(
+        family,
         advised=llava.LLAVA.advised,
         unread=llava.LLAVA.unread,
         remapping=llava.LLAVA.remapping,
-        generic=True,
     )

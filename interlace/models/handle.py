@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from interlace.errors import CheckpointError, ConfigError, FamilyError, ShapeError, unknown_name
+from interlace.errors import CheckpointError, ConfigError, FamilyError, ShapeError
 from interlace.models.discovery import has_cross_attention
 from interlace.models.sites import site_shapes
 from interlace.records import ModelShape, TowerShape
@@ -42,9 +42,6 @@ _VOLATILE = frozenset(
 # Values of each parameter that go into the fingerprint one by one, so that their order counts.
 _NUM_SAMPLED = 64
 _PART = 1 << 18
-_WORD = 8
-# Bounds the copy that a parameter whose memory is not aligned to words needs.
-_CHUNK_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -182,16 +179,6 @@ class VLM:
             cross_attention_layers=tuple(original[i] for i in crossing) if mixed else None,
             causal=stack.name not in self.family.bidirectional,
         )
-
-    def tower(self, name: str) -> Tower:
-        """Return a tower by name.
-
-        Raises:
-            FamilyError: the model has no such tower.
-        """
-        if name not in self.towers:
-            raise FamilyError(unknown_name("tower", name, self.towers))
-        return self.towers[name]
 
     @property
     def device(self) -> torch.device:

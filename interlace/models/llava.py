@@ -113,7 +113,6 @@ def _family(name: str, architecture: str) -> Family:
         model_types=(name,),
         objective="chat",
         architectures=(architecture,),
-        index_keys=(_KEY,),
         advised=_advised,
         unread=_unread,
         remapping=_remap,

@@ -52,7 +52,6 @@ QWEN2_5_VL = Family(
     model_types=("qwen2_5_vl",),
     objective="chat",
     architectures=("Qwen2_5_VLForConditionalGeneration",),
-    index_keys=(_KEY,),
     advised=_advised,
     remapping=_remap,
 )

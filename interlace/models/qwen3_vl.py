@@ -87,7 +87,6 @@ QWEN3_VL = Family(
     model_types=("qwen3_vl",),
     objective="chat",
     architectures=("Qwen3VLForConditionalGeneration",),
-    index_keys=(_KEY,),
     bound=_bound,
     remapping=_remap,
 )

@@ -14,7 +14,6 @@ from transformers import AutoConfig
 from interlace.models.attention import set_widths
 from interlace.models.checkpoint import read_json
 from interlace.models.discovery import find_towers
-from interlace.models.registry import known_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,9 +54,7 @@ def with_widths(model_class: Any, record: PruneRecord) -> Any:
 
     def build(self: Any, config: PreTrainedConfig, *args: Any, **settings: Any) -> None:
         model_class.__init__(self, config, *args, **settings)
-        families = known_for(str(config.model_type))
-        names = families[0].tower_names if families else {}
-        for name, stack in find_towers(self, names).items():
+        for name, stack in find_towers(self).items():
             layers = record.widths.get(name, {})
             kept = record.towers.get(name, ())
             set_widths(stack.layers, {kept.index(layer): sites for layer, sites in layers.items()})

@@ -51,11 +51,6 @@ class FuseReport:
         """What was replaced."""
         return tuple(entry for entry in self.entries if entry.fused)
 
-    @property
-    def left_alone(self) -> tuple[FuseEntry, ...]:
-        """What was looked at and left as it was."""
-        return tuple(entry for entry in self.entries if not entry.fused)
-
     def __str__(self) -> str:
         lines = [f"{self.model} on {self.device}, {self.dtype.removeprefix('torch.')}"]
         rows = [("module", "part", "class", "now", "reason")]

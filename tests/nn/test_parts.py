@@ -44,7 +44,7 @@ def test_fused_students_compute_what_they_did(name: str, kit: Any, route: Any) -
     truth = kit.forward(kit.in_fp64(model), kit.cast(inputs, torch.float64))
     tokens = kit.generate(model, name) if name in GENERATIVE else None
     report = il.fuse(model)
-    absent = [each for each in report.left_alone if each.part == "absent"]
+    absent = [each for each in report.entries if each.part == "absent"]
     assert absent
     assert all("taken out" in each.reason for each in absent)
     with route():
