@@ -25,6 +25,7 @@ from torch import nn
 
 from interlace.errors import FamilyError
 from interlace.models.prediction import find_head
+from interlace.models.states import layer_output
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -32,16 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-
-def _first(output: Any) -> Tensor:
-    tensor = output[0] if isinstance(output, tuple | list) else output
-    if not isinstance(tensor, torch.Tensor):
-        raise FamilyError(
-            f"A layer returned a {type(tensor).__name__} where hidden states were expected. "
-            "This family cannot be distilled; heal without a teacher."
-        )
-    return tensor
 
 
 def _called(method: weakref.WeakMethod[Any], *args: Any) -> Any:
@@ -96,7 +87,7 @@ class Reader:
     def _keep(self, place: tuple[str, int], output: Any) -> None:
         # Gradient checkpointing runs layers again in the backward pass: nothing to keep then.
         if self._reading:
-            self.states[place] = _first(output)
+            self.states[place] = layer_output(output, place[0])
 
     def _narrow(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not self._reading or not self.chunked:

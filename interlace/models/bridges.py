@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from interlace.errors import CheckpointError
-from interlace.models.states import layer_input, layer_output
+from interlace.models.states import layer_input, layer_output, replaced
 from interlace.ops import bridge_norm
 
 if TYPE_CHECKING:
@@ -113,11 +113,7 @@ class RunTimeBridge(nn.Module):
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the layer behind the cut."""
         hidden = layer_input(args, kwargs, type(layer).__name__)
-        crossed = self._cross(layer, hidden)
-        return (
-            tuple(crossed if each is hidden else each for each in args),
-            {key: crossed if each is hidden else each for key, each in kwargs.items()},
-        )
+        return replaced(args, kwargs, hidden, self._cross(layer, hidden))
 
     def after(self, layer: nn.Module, _: Any, output: Any) -> Any:
         """Forward hook of the layer before the cut."""

@@ -56,16 +56,22 @@ def layer_output(output: Any, name: str) -> torch.Tensor:
     )
 
 
+def replaced(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: torch.Tensor, by: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with other hidden states wherever these very ones stand."""
+    return (
+        tuple(by if each is hidden else each for each in args),
+        {key: by if each is hidden else each for key, each in kwargs.items()},
+    )
+
+
 def shift_input(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Set a hook that replaces the hidden states a layer is given; returns its handle."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = layer_input(args, kwargs, type(module).__name__)
-        changed = change(hidden)
-        return (
-            tuple(changed if each is hidden else each for each in args),
-            {key: changed if each is hidden else each for key, each in kwargs.items()},
-        )
+        return replaced(args, kwargs, hidden, change(hidden))
 
     return layer.register_forward_pre_hook(hook, with_kwargs=True)
 

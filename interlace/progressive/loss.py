@@ -18,6 +18,7 @@ from interlace.errors import ConfigError, DataError, check_numbers, unknown_name
 from interlace.heal.model import HealModel
 from interlace.heal.shell import make_shell
 from interlace.models.handle import check_one_device, check_vlm
+from interlace.models.states import layer_input
 from interlace.plan.rules import USE_LOSS
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
@@ -130,10 +131,10 @@ class TaskLoss:
         self._measure = _Measure(vlm, shell, settings)
 
     def _skip(self, place: tuple[str, int]) -> Callable[..., Any]:
-        def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             if place not in self._skipped:
                 return None
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = layer_input(args, kwargs, type(module).__name__)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return hook

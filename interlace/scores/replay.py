@@ -12,16 +12,18 @@ Memory: the hidden states of all layers, for one batch at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from interlace.errors import ShapeError
-from interlace.models.states import layer_input
+from interlace.models.states import layer_input, standing_in
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from interlace.models.handle import Tower
 
@@ -98,7 +100,7 @@ class Replay:
     def __init__(self, towers: Mapping[str, Tower]) -> None:
         """Take all towers of a model; their layers are changed inside the `with` block only."""
         self._towers = towers
-        self._own: list[tuple[nn.Module, Forward | None]] = []
+        self._standing = ExitStack()
         self._calls: dict[tuple[str, int, int], _Call] = {}
         self._turn: dict[tuple[str, int], int] = {}
         self._running = self._recording = False
@@ -112,19 +114,14 @@ class Replay:
         """Put the layers behind the record."""
         for name, tower in self._towers.items():
             for index, layer in enumerate(tower.layers):
-                self._own.append((layer, vars(layer).get("forward")))
-                layer.forward = self._standing_before(name, index, layer.forward)
+                make = partial(self._standing_before, name, index)
+                self._standing.enter_context(standing_in([layer], make))
         return self
 
     def __exit__(self, *error: object) -> None:
         """Give every layer its own forward back."""
         self.forget()
-        while self._own:
-            layer, own = self._own.pop()
-            if own is None:
-                del layer.forward
-            else:
-                layer.forward = own
+        self._standing.close()
 
     def record(self, run: Callable[[], Tensor]) -> Tensor:
         """Run the model as it is and record it."""
