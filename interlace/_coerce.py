@@ -207,15 +207,35 @@ def plain(value: Any) -> Any:
     return value
 
 
+def within(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
+    """Declare a number with its default and range; `above` leaves the lower bound itself out."""
+    metadata = {"low": low, "high": high, "above": above}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _check_range(value: Any, where: str, low: float, high: float, above: bool) -> None:
+    if (low < value if above else low <= value) and value <= high and math.isfinite(value):
+        return
+    if math.isinf(high):
+        words = f"{'more than' if above else 'at least'} {low:g}, and finite"
+    else:
+        words = f"above {low:g} and at most {high:g}" if above else f"within {low:g}..{high:g}"
+    raise ConfigError(f"{where} must be {words}, got {value!r}.")
+
+
 class Checked:
     """Base of frozen dataclasses whose fields are coerced to their declared types on creation."""
 
     def __post_init__(self) -> None:
-        """Coerce every field, then run the class's own consistency check."""
-        kind = type(self)
-        for name, field_type in field_types(kind).items():
-            value = coerce(field_type, getattr(self, name), f"{kind.__name__}.{name}")
-            object.__setattr__(self, name, value)
+        """Coerce every field and check its range, then run the class's own consistency check."""
+        kind: Any = type(self)
+        types_of = field_types(kind)
+        for field in dataclasses.fields(kind):
+            where = f"{kind.__name__}.{field.name}"
+            value = coerce(types_of[field.name], getattr(self, field.name), where)
+            object.__setattr__(self, field.name, value)
+            if field.metadata and value is not None:
+                _check_range(value, where, **field.metadata)
         self._check()
 
     def _check(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from interlace._settings import Settings, within
+from interlace._coerce import within
+from interlace._settings import Settings
 from interlace.errors import ConfigError
 
 
@@ -81,7 +82,7 @@ class HealSettings(Settings):
         """Whether any step is asked for."""
         return self.max_steps != 0 and (self.epochs > 0 or bool(self.max_steps))
 
-    def _check_together(self) -> None:
+    def _check(self) -> None:
         if self.ce_weight == self.hidden_weight == self.kl_weight == 0.0:
             raise ConfigError(
                 "HealSettings: ce_weight, hidden_weight and kl_weight are all 0, "

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from interlace._coerce import build, field_types
+from interlace._coerce import build, field_types, within
 from interlace._heal_settings import HealSettings
-from interlace._settings import Settings, within
+from interlace._settings import Settings
 from interlace.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class ModelSettings(Settings):
     device: str | None = None
     trust_remote_code: bool = False
 
-    def _check_together(self) -> None:
+    def _check(self) -> None:
         if not self.path.strip():
             raise ConfigError("ModelSettings.path is empty. Give a folder or a model name.")
 
@@ -112,7 +112,7 @@ class ScoreSettings(Settings):
     packed: bool = False
     num_directions: int = within(8, 1)
 
-    def _check_together(self) -> None:
+    def _check(self) -> None:
         if not self.metrics:
             raise ConfigError("ScoreSettings.metrics is empty. Name at least one metric.")
         if self.packs != "all" and (not self.packs or min(self.packs) < 1):
@@ -180,7 +180,7 @@ class PlanSettings(Settings):
         """Whether a number of layers is asked to go."""
         return self.drop_fraction is not None or self.num_drop is not None
 
-    def _check_together(self) -> None:
+    def _check(self) -> None:
         if self.drop_fraction is not None and self.num_drop is not None:
             raise ConfigError("Give either drop_fraction or num_drop in PlanSettings, not both.")
         shares = (self.heads, self.ffn, self.attention_parts, self.ffn_parts)
@@ -218,7 +218,7 @@ class PruneSettings(Settings):
     rank: int = within(16, 1)
     token_weights: Literal["even", "fisher"] = "even"
 
-    def _check_together(self) -> None:
+    def _check(self) -> None:
         names = self.bridges.values() if isinstance(self.bridges, dict) else [self.bridges]
         if self.token_weights != "even" and all(name == "none" for name in names):
             raise ConfigError(
@@ -280,7 +280,7 @@ class EvalSettings(Settings):
     seed: int = within(0, 0)
     fuse: bool = False
 
-    def _check_together(self) -> None:
+    def _check(self) -> None:
         if not self.tasks:
             raise ConfigError("EvalSettings.tasks is empty. Name at least one task.")
         if self.root is not None and self.source is None:
