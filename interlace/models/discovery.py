@@ -38,7 +38,7 @@ _DECODER = re.compile(r"(^|\.)(text_)?decoder(\.|$)")
 
 
 @dataclass(frozen=True)
-class DepthSite:
+class DepthField:
     """One config field that holds the depth of a tower.
 
     Attributes:
@@ -67,13 +67,14 @@ class Stack:
         name: tower name.
         path: dotted path of the module list.
         layers: the module list itself.
-        sites: every config field that counts its layers; the first belongs to the nearest config.
+        depth_fields: every config field that counts its layers; the first belongs to the nearest
+            config.
     """
 
     name: str
     path: str
     layers: nn.ModuleList
-    sites: tuple[DepthSite, ...]
+    depth_fields: tuple[DepthField, ...]
 
 
 def is_block(module: nn.Module) -> bool:
@@ -159,7 +160,7 @@ def _depth_keys(config: PreTrainedConfig, path: str, *, copy: bool) -> list[str]
     return list(dict.fromkeys(key for key in keys if key is not None))
 
 
-def depth_sites(model: PreTrainedModel, path: str) -> tuple[DepthSite, ...]:
+def depth_fields(model: PreTrainedModel, path: str) -> tuple[DepthField, ...]:
     """Find every config field that counts the layers of the stack at `path`, nearest config first.
 
     Configs are looked for on the modules around the stack: copies that modules keep, up to the
@@ -168,7 +169,7 @@ def depth_sites(model: PreTrainedModel, path: str) -> tuple[DepthSite, ...]:
     """
     tree = {id(config): name for name, config in config_paths(model.config)}
     depth = sum(1 for _ in model.get_submodule(path).children())
-    sites: list[DepthSite] = []
+    found: list[DepthField] = []
     seen: set[int] = set()
     in_tree = False
     for name, module in _chain(model, path):
@@ -181,12 +182,12 @@ def depth_sites(model: PreTrainedModel, path: str) -> tuple[DepthSite, ...]:
             break
         for key in _depth_keys(config, path, copy=where is None):
             value = getattr(config, key)
-            if not isinstance(value, int) or (sites and value != depth):
+            if not isinstance(value, int) or (found and value != depth):
                 continue
             in_tree = in_tree or where is not None
             full = f"{name}:{key}" if where is None else f"{where}.{key}" if where else key
-            sites.append(DepthSite(config, key, full))
-    return tuple(sites)
+            found.append(DepthField(config, key, full))
+    return tuple(found)
 
 
 def find_towers(model: PreTrainedModel) -> dict[str, Stack]:
@@ -220,15 +221,15 @@ def find_towers(model: PreTrainedModel) -> dict[str, Stack]:
                 f"{type(model).__name__} has two stacks that would both be the tower '{name}': "
                 f"{towers[name].path} and {path}. Towers are told apart by their paths alone."
             )
-        sites = depth_sites(model, path)
-        if not sites or sites[0].value != len(layers):
-            stated = f"{sites[0].path} = {sites[0].value}" if sites else "no field"
+        fields = depth_fields(model, path)
+        if not fields or fields[0].value != len(layers):
+            stated = f"{fields[0].path} = {fields[0].value}" if fields else "no field"
             raise FamilyError(
                 f"{type(model).__name__}: the stack {path} has {len(layers)} layers, but its "
                 f"config states {stated}. The depth of a tower must be written in its config to "
                 "survive saving."
             )
-        towers[name] = Stack(name, path, layers, sites)
+        towers[name] = Stack(name, path, layers, fields)
     order = {name: rank for rank, name in enumerate(("text", "text_encoder", "vision", "qformer"))}
     return dict(sorted(towers.items(), key=lambda item: order.get(item[0], len(order))))
 

@@ -11,12 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from interlace.errors import FamilyError, PlanError, unknown_name
-from interlace.models.discovery import (
-    PER_LAYER_KEYS,
-    DepthSite,
-    Stack,
-    find_towers,
-)
+from interlace.models.discovery import PER_LAYER_KEYS, DepthField, Stack, find_towers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -165,19 +160,19 @@ class Family:
             raise FamilyError(unknown_name(f"tower of {type(model).__name__}", tower_name, stacks))
         return stacks[tower_name]
 
-    def depth_sites(self, model: PreTrainedModel, tower_name: str) -> tuple[DepthSite, ...]:
+    def depth_fields(self, model: PreTrainedModel, tower_name: str) -> tuple[DepthField, ...]:
         """Every config field that holds a tower's depth, copies inside the model included."""
-        return self.stack(model, tower_name).sites
+        return self.stack(model, tower_name).depth_fields
 
-    def per_layer_lists(self, model: PreTrainedModel, tower_name: str) -> tuple[DepthSite, ...]:
+    def per_layer_lists(self, model: PreTrainedModel, tower_name: str) -> tuple[DepthField, ...]:
         """Every config list with one entry per layer of a tower, to be cut with its layers."""
         stack = self.stack(model, tower_name)
         return tuple(
-            DepthSite(site.config, key, site.path.removesuffix(site.key) + key)
-            for site in {id(site.config): site for site in stack.sites}.values()
+            DepthField(field.config, key, field.path.removesuffix(field.key) + key)
+            for field in {id(field.config): field for field in stack.depth_fields}.values()
             for key in PER_LAYER_KEYS
-            if isinstance(getattr(site.config, key, None), (list, tuple))
-            and len(getattr(site.config, key)) == len(stack.layers)
+            if isinstance(getattr(field.config, key, None), (list, tuple))
+            and len(getattr(field.config, key)) == len(stack.layers)
         )
 
     def check_depths(self, depths: Mapping[str, int]) -> None:

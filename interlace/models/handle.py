@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from interlace.models.discovery import DepthSite, Stack
+    from interlace.models.discovery import DepthField, Stack
     from interlace.models.family import Family
     from interlace.records import Plan, PruneRecord
 
@@ -53,7 +53,7 @@ class Tower:
         path: dotted path of the module list in the model.
         layers: the module list itself.
         config: the nearest config that states its depth.
-        sites: every config field that states its depth.
+        depth_fields: every config field that states its depth.
         original: original layer number of every position.
         pinned: ORIGINAL layer -> why protection keeps it.
         bound: the part of `pinned` that other parts refer to by number; dropping one must be asked
@@ -68,7 +68,7 @@ class Tower:
     path: str
     layers: nn.ModuleList
     config: PreTrainedConfig
-    sites: tuple[DepthSite, ...]
+    depth_fields: tuple[DepthField, ...]
     original: tuple[int, ...]
     pinned: dict[int, str]
     bound: dict[int, str]
@@ -170,8 +170,8 @@ class VLM:
             name=stack.name,
             path=stack.path,
             layers=stack.layers,
-            config=stack.sites[0].config,
-            sites=stack.sites,
+            config=stack.depth_fields[0].config,
+            depth_fields=stack.depth_fields,
             original=original,
             pinned=numbered(self.family.pinned(self.model, stack.name)),
             bound=numbered(self.family.bound(self.model, stack.name)),

@@ -74,8 +74,8 @@ def per_layer_settings(vlm: VLM) -> dict[str, dict[str, dict[str, Any]]]:
     made: dict[str, dict[str, dict[str, Any]]] = {}
     for name in vlm.record.widths if vlm.record is not None else {}:
         tower = vlm.towers[name]
-        site = next(each for each in tower.sites if ":" not in each.path)
-        if not hasattr(type(site.config), PER_LAYER) or site.key != "num_hidden_layers":
+        field = next(each for each in tower.depth_fields if ":" not in each.path)
+        if not hasattr(type(field.config), PER_LAYER) or field.key != "num_hidden_layers":
             continue
         shapes = vlm.shape().towers[name].sites
         by_layer: dict[str, dict[str, Any]] = {}
@@ -85,14 +85,14 @@ def per_layer_settings(vlm: VLM) -> dict[str, dict[str, dict[str, Any]]]:
                 kind = "ffn" if key == "intermediate_size" else "heads"
                 found = [s.groups[position] for s in shapes.values() if s.kind == kind]
                 # transformers has a word of its own for parts that a layer lacks
-                if found and found[0] and key in vars(site.config):
+                if found and found[0] and key in vars(field.config):
                     own[key] = count(found[0])
             skipped = {
                 _SKIPPED[s.kind] for s in shapes.values() if not (s.cross or s.groups[position])
             }
-            if any(getattr(site.config, key) != value for key, value in own.items()):
+            if any(getattr(field.config, key) != value for key, value in own.items()):
                 by_layer[str(position)] = own
             if skipped:
                 by_layer.setdefault(str(position), {})["skip"] = sorted(skipped)
-        made[site.path.removesuffix(site.key).rstrip(".")] = by_layer
+        made[field.path.removesuffix(field.key).rstrip(".")] = by_layer
     return made

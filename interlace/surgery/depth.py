@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from interlace.data.samples import Sample
     from interlace.models.attention import Widths
-    from interlace.models.discovery import DepthSite
+    from interlace.models.discovery import DepthField
 
 # Layers from this number on have windows. `layer_types` supersedes it, but other engines read it.
 _FIRST_WINDOW = "max_window_layers"
@@ -197,11 +197,11 @@ def _apply(vlm: VLM, draft: PreTrainedModel, cuts: Sequence[Cut]) -> dict[str, t
     family = vlm.family
     changes: dict[str, tuple[Any, Any]] = {}
     # All of it is looked up before the first cut: a family reads the depths that the configs state.
-    depths = {cut.tower.name: family.depth_sites(draft, cut.tower.name) for cut in cuts}
+    depths = {cut.tower.name: family.depth_fields(draft, cut.tower.name) for cut in cuts}
     lists = {
         cut.tower.name: [
-            (site, list(getattr(site.config, site.key)))
-            for site in family.per_layer_lists(draft, cut.tower.name)
+            (field, list(getattr(field.config, field.key)))
+            for field in family.per_layer_lists(draft, cut.tower.name)
         ]
         for cut in cuts
     }
@@ -210,13 +210,13 @@ def _apply(vlm: VLM, draft: PreTrainedModel, cuts: Sequence[Cut]) -> dict[str, t
         name = cut.tower.name
         owner, _, leaf = cut.tower.path.rpartition(".")
         setattr(draft.get_submodule(owner), leaf, nn.ModuleList(layers[name][i] for i in cut.kept))
-        for site, entries in lists[name]:
-            _write(site, [entries[i] for i in cut.kept], changes)
-        for site in {id(site.config): site for site in depths[name]}.values():
-            _cut_windows(site, cut, changes)
-            _cut_overrides(site, cut, changes)
-        for site in depths[name]:
-            _write(site, len(cut.kept), changes)
+        for field, entries in lists[name]:
+            _write(field, [entries[i] for i in cut.kept], changes)
+        for field in {id(field.config): field for field in depths[name]}.values():
+            _cut_windows(field, cut, changes)
+            _cut_overrides(field, cut, changes)
+        for field in depths[name]:
+            _write(field, len(cut.kept), changes)
     for cut in cuts:
         name = cut.tower.name
         changes |= family.remap(draft, name, cut.kept, layers[name])
@@ -227,34 +227,34 @@ def _layers(model: nn.Module, path: str) -> list[nn.Module]:
     return list(model.get_submodule(path).children())
 
 
-def _write(site: DepthSite, value: Any, changes: dict[str, tuple[Any, Any]]) -> None:
-    before = getattr(site.config, site.key)
+def _write(field: DepthField, value: Any, changes: dict[str, tuple[Any, Any]]) -> None:
+    before = getattr(field.config, field.key)
     if before == value:
         return
-    setattr(site.config, site.key, value)
+    setattr(field.config, field.key, value)
     # A copy that a module keeps is not saved; it is built anew from the config that is.
-    if ":" not in site.path:
-        changes[site.path] = (before, value)
+    if ":" not in field.path:
+        changes[field.path] = (before, value)
 
 
-def _cut_windows(site: DepthSite, cut: Cut, changes: dict[str, tuple[Any, Any]]) -> None:
-    first = getattr(site.config, _FIRST_WINDOW, None)
+def _cut_windows(field: DepthField, cut: Cut, changes: dict[str, tuple[Any, Any]]) -> None:
+    first = getattr(field.config, _FIRST_WINDOW, None)
     if isinstance(first, int) and first <= cut.tower.num_layers:
         below = sum(1 for position in cut.kept if position < first)
-        path = site.path.removesuffix(site.key) + _FIRST_WINDOW
-        _write(replace(site, key=_FIRST_WINDOW, path=path), below, changes)
+        path = field.path.removesuffix(field.key) + _FIRST_WINDOW
+        _write(replace(field, key=_FIRST_WINDOW, path=path), below, changes)
 
 
-def _cut_overrides(site: DepthSite, cut: Cut, changes: dict[str, tuple[Any, Any]]) -> None:
+def _cut_overrides(field: DepthField, cut: Cut, changes: dict[str, tuple[Any, Any]]) -> None:
     """Renumber the sparse per-layer settings that a config may hold (transformers >= 5.20)."""
-    config: Any = site.config
+    config: Any = field.config
     if not getattr(config, "is_heterogeneous", False):
         return
     before = config.to_dict()["per_layer_config"]
     by_layer = {int(layer): settings for layer, settings in before.items()}
     after = {new: by_layer[old] for new, old in enumerate(cut.kept) if old in by_layer}
     config.per_layer_config = after
-    changes[site.path.removesuffix(site.key) + "per_layer_config"] = (
+    changes[field.path.removesuffix(field.key) + "per_layer_config"] = (
         before,
         {str(layer): settings for layer, settings in after.items()},
     )

@@ -199,7 +199,7 @@ def state_widths(family: Family, draft: PreTrainedModel, cuts: Iterable[Cut]) ->
             ):
                 old, new = _uniform(draft, cut, kind)
                 place = next(
-                    s for s in family.depth_sites(draft, cut.tower.name) if ":" not in s.path
+                    s for s in family.depth_fields(draft, cut.tower.name) if ":" not in s.path
                 )
                 config: Any = place.config
                 stated[type(config).__name__] = _wording(old, new)

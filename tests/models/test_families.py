@@ -56,8 +56,8 @@ def test_towers_have_their_names_and_depths(opened: tuple[str, VLM]) -> None:
     for tower in vlm.towers.values():
         assert vlm.model.get_submodule(tower.path) is tower.layers
         assert tower.original == tuple(range(tower.num_layers))
-        assert all(site.value == tower.num_layers for site in tower.sites)
-        assert any(":" not in site.path for site in tower.sites)
+        assert all(field.value == tower.num_layers for field in tower.depth_fields)
+        assert any(":" not in field.path for field in tower.depth_fields)
 
 
 def test_pinned_layers(opened: tuple[str, VLM]) -> None:

@@ -76,8 +76,10 @@ def test_equal_depths_do_not_mix_configs() -> None:
         vision_config=VISION,
     )
     vlm = open_model(randomise(tf.GitForCausalLM(config), 0))
-    assert [site.path for site in vlm.towers["text"].sites] == ["num_hidden_layers"]
-    assert [site.path for site in vlm.towers["vision"].sites] == ["vision_config.num_hidden_layers"]
+    assert [field.path for field in vlm.towers["text"].depth_fields] == ["num_hidden_layers"]
+    assert [field.path for field in vlm.towers["vision"].depth_fields] == [
+        "vision_config.num_hidden_layers"
+    ]
 
 
 def test_configs_that_number_layers_are_refused() -> None:

@@ -42,7 +42,7 @@ def test_depths_and_layer_numbers_are_right_everywhere(dense: Any, cut: Any) -> 
         kept = tuple(layer for layer in range(whole) if layer not in drop[name])
         assert tower.original == kept == student.record.towers[name]
         assert student.record.dropped[name] == drop[name]
-        assert all(site.value == len(kept) for site in tower.sites)
+        assert all(field.value == len(kept) for field in tower.depth_fields)
         for position, layer in enumerate(tower.layers):
             for module in layer.modules():
                 for key in ("layer_idx", "layer_num"):
