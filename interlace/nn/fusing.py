@@ -43,20 +43,10 @@ from interlace.nn.swap import Fused, restore, stock_class, swap
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# Under this name a fused model keeps its configs with the attention that each had chosen.
 _KEPT = "interlace_fusion"
 _ABSENT = "taken out, so nothing runs; steps of a decoder that lacks attention are not recorded"
 _CHOSEN = "_attn_implementation_internal"
-
-
-@dataclasses.dataclass
-class _Fusion:
-    """What `unfuse` needs.
-
-    Attributes:
-        chosen: configs, and the attention implementation that each had.
-    """
-
-    chosen: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
 
 
 def fuse(
@@ -126,7 +116,7 @@ def fuse(
             "already. Call unfuse on that first."
         )
     # before the first swap, so that whatever is swapped by then can be swapped back
-    target.__dict__[_KEPT] = _Fusion()
+    target.__dict__[_KEPT] = []
     try:
         entries: list[FuseEntry] = []
         names = {id(module): name for name, module in target.named_modules()}
@@ -171,8 +161,8 @@ def unfuse(model: VLM | PreTrainedModel) -> None:
         ConfigError: the model is not fused.
     """
     target = _target(model)
-    fusion = target.__dict__.pop(_KEPT, None)
-    if fusion is None:
+    chosen = target.__dict__.pop(_KEPT, None)
+    if chosen is None:
         raise ConfigError(f"{type(target).__name__} is not fused, so there is nothing to undo.")
     remove(target)
     merged = []
@@ -180,7 +170,7 @@ def unfuse(model: VLM | PreTrainedModel) -> None:
         if isinstance(module, Fused):
             merged.append(getattr(module.interlace_state, "merged", None))
             restore(module)
-    for config, implementation in fusion.chosen:
+    for config, implementation in chosen:
         # what was chosen since then stays
         if getattr(config, _CHOSEN) == NAME:
             setattr(config, _CHOSEN, implementation)
@@ -232,9 +222,8 @@ def _choose_attention(target: PreTrainedModel) -> None:
         owner = next(each for each in above if isinstance(each, PreTrainedModel))
         for config in (layer.config, owner.config):
             configs[id(config)] = config
-    fusion: _Fusion = target.__dict__[_KEPT]
     for config in configs.values():
-        fusion.chosen.append((config, getattr(config, _CHOSEN)))
+        target.__dict__[_KEPT].append((config, getattr(config, _CHOSEN)))
         setattr(config, _CHOSEN, NAME)
 
 
