@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -112,13 +111,6 @@ def _locate(trial: Trial) -> None:
                 raise trial.batch.not_finite(trial.vlm.towers[name], bad)
 
 
-@dataclass(frozen=True)
-class ProbeOptions:
-    """Options of the probes; see `score`."""
-
-    num_directions: int
-
-
 class Probe(ABC):
     """Measures the layers of some towers by what the loss does.
 
@@ -129,11 +121,11 @@ class Probe(ABC):
 
     replays: ClassVar[bool] = True
 
-    def __init__(self, vlm: VLM, towers: Mapping[str, Tower], options: ProbeOptions) -> None:
-        """Take the towers to measure."""
+    def __init__(self, vlm: VLM, towers: Mapping[str, Tower], num_directions: int) -> None:
+        """Take the towers to measure, and how many random directions a layer is given, if any."""
         self.vlm = vlm
         self.towers = towers
-        self.options = options
+        self.num_directions = num_directions
         # tower -> why it has no values; what `measure` gives for it is not shown then
         self.notes: dict[str, str] = {}
 
@@ -184,11 +176,11 @@ class Probes:
         vlm: VLM,
         towers: Mapping[str, Tower],
         classes: Mapping[str, type[Probe]],
-        options: ProbeOptions,
+        num_directions: int,
     ) -> None:
         """Make the probes with empty sums."""
         self._vlm = vlm
-        self._probes = {name: kind(vlm, towers, options) for name, kind in classes.items()}
+        self._probes = {name: kind(vlm, towers, num_directions) for name, kind in classes.items()}
         self._sums = {
             (name, tower): torch.zeros(1 + each.num_layers, dtype=torch.float64)
             for name in classes

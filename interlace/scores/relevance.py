@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from interlace.models.handle import VLM, Tower
-    from interlace.scores.probes import ProbeOptions, Trial
+    from interlace.scores.probes import Trial
     from interlace.scores.replay import Change
 
 
@@ -37,9 +37,9 @@ class Relevance(Probe):
 
     part: ClassVar[Part | None] = None
 
-    def __init__(self, vlm: VLM, towers: Mapping[str, Tower], options: ProbeOptions) -> None:
+    def __init__(self, vlm: VLM, towers: Mapping[str, Tower], num_directions: int) -> None:
         """See `Probe`."""
-        super().__init__(vlm, towers, options)
+        super().__init__(vlm, towers, num_directions)
         # what runs in the place of every layer; None skips it
         self._changes: dict[str, list[Change | None]] = {}
         for name, tower in towers.items():

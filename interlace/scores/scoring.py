@@ -30,7 +30,7 @@ from interlace.scores.alignment import Alignment, meeting_layers
 from interlace.scores.batches import Batch, Batches
 from interlace.scores.metrics import Meter, metric_classes, named
 from interlace.scores.packing import check_packing
-from interlace.scores.probes import Probe, ProbeOptions, Probes
+from interlace.scores.probes import Probe, Probes
 from interlace.scores.tap import Tap
 from interlace.scores.task import Measure, TaskRelevance
 from interlace.scores.widths import Gauge, Gauges
@@ -188,7 +188,7 @@ def _probes(
     check_numbers(num_directions=num_directions)
     kinds = {name: kind for name, kind in classes.items() if issubclass(kind, Probe)}
     by_name = {tower.name: tower for tower in towers}
-    return Probes(vlm, by_name, kinds, ProbeOptions(num_directions)) if kinds else None
+    return Probes(vlm, by_name, kinds, num_directions) if kinds else None
 
 
 def _task(

@@ -91,14 +91,14 @@ class ZerothOrderSensitivity(Probe):
 
     def forwards(self) -> float:
         """See `Probe`."""
-        sweeps = 2 * self.options.num_directions
+        sweeps = 2 * self.num_directions
         return sweeps * sum(suffix_forwards(self.vlm, name) for name in self.towers)
 
     def settings(self) -> dict[str, Any]:
         """See `Probe`."""
         return {
             "zeroth_order": {
-                "num_directions": self.options.num_directions,
+                "num_directions": self.num_directions,
                 "seed": SEED,
                 "eps": self._eps(),
             }
@@ -127,7 +127,7 @@ class ZerothOrderSensitivity(Probe):
                         directional_derivative(
                             weights, loss, eps=self._eps(), seed=SEED + direction
                         ).square()
-                        for direction in range(self.options.num_directions)
+                        for direction in range(self.num_directions)
                     ]
                 )
                 found[name][index] = squares.mean(0).sqrt().mean()

@@ -12,7 +12,7 @@ from scores.written_out import every_metric, opened, parts_of_the_whole, score_e
 from interlace.errors import ShapeError
 from interlace.records import Scores
 from interlace.scores import METRICS, score
-from interlace.scores.probes import ProbeOptions, Probes
+from interlace.scores.probes import Probes
 from interlace.scores.relevance import Relevance
 
 if TYPE_CHECKING:
@@ -73,14 +73,13 @@ def test_metrics_scored_apart_merge_into_one_record() -> None:
 def test_the_bar_says_what_a_sample_costs() -> None:
     vlm = opened("clip")
     towers = {"text": vlm.towers["text"]}
-    options = ProbeOptions(4)
     text, vision = (
         sum(p.numel() for layer in vlm.towers[name].layers for p in layer.parameters())
         for name in ("text", "vision")
     )
     # 15 of 6 x 6 layers, and one pass that is recorded
     cost = 1 + 15 / 6 * text / (text + vision)
-    probes = Probes(vlm, towers, {"relevance": Relevance}, options)
+    probes = Probes(vlm, towers, {"relevance": Relevance}, 4)
     assert probes.description() == f"relevance (about {cost:.1f} forward passes per sample)"
     with pytest.raises(ShapeError, match="same metrics and towers"):
         probes.load_totals(torch.zeros(3))
