@@ -9,7 +9,8 @@ import torch
 from tiny_processors import BUILT, with_processor
 
 import interlace as il
-from interlace.data.samples import scenes_tasks
+from interlace.data.samples import Sample, Turn, scenes_tasks
+from interlace.errors import ConfigError
 from interlace.records import Plan, TowerPlan
 
 
@@ -37,3 +38,52 @@ def test_scores_losses_bridges_and_healing(name: str) -> None:
     assert all(map(math.isfinite, report.final.values()))
     after = student.model.state_dict()
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_batch_without_images_trains_nothing_of_the_vision_tower() -> None:
+    vlm = with_processor("qwen3_vl")
+    depth = vlm.towers["vision"].num_layers
+    student = il.prune(vlm, Plan({"vision": TowerPlan(depth, drop=(2,), tune=(1,))}))
+    pairs = (("What?", "red"), ("How many?", "two"))
+    spoken = [
+        Sample(str(number), "chat", (), (Turn("user", asked), Turn("assistant", said)))
+        for number, (asked, said) in enumerate(pairs)
+    ]
+    seen = il.samples("scenes", count=2, tasks=("vqa",))
+    before = {name: value.clone() for name, value in student.model.state_dict().items()}
+    for data, changes in ((spoken, False), ([*spoken, *seen], True)):
+        report = il.heal(student, teacher=vlm, data=data, batch_size=1, learning_rate=1e-2)
+        assert report.steps == len(data)
+        after = student.model.state_dict()
+        found = any(not torch.equal(value, after[name]) for name, value in before.items())
+        assert found is changes
+
+
+@pytest.mark.parametrize("name", ["blip_caption", "blip_vqa", "qwen3_vl"])
+def test_recomputed_activations_give_the_same_weights(name: str) -> None:
+    vlm = with_processor(name)
+    data = il.samples("scenes", count=2, tasks=scenes_tasks(vlm.family.objective))
+    depth = vlm.towers["vision"].num_layers
+    plan = Plan({"vision": TowerPlan(depth, drop=(2,), tune=(1,))})
+    weights = []
+    for recompute in (False, True):
+        student = il.prune(vlm, plan)
+        settings = {"max_steps": 2, "batch_size": 2, "gradient_checkpointing": recompute}
+        il.heal(student, teacher=vlm, data=data, learning_rate=1e-3, **settings)
+        weights.append(student.model.state_dict())
+    assert all(torch.equal(value, weights[1][each]) for each, value in weights[0].items())
+
+
+def test_single_pairs_are_no_batch_for_a_contrastive_loss() -> None:
+    vlm = with_processor("clip")
+    data = il.samples("scenes", count=3, tasks=("retrieval",))
+    student = il.prune(vlm, Plan({"text": TowerPlan(vlm.towers["text"].num_layers, (1,), (2,))}))
+    for call in (
+        lambda: il.score(vlm, data, metrics=("relevance",), batch_size=1),
+        lambda: il.score(vlm, data[:1], metrics=("head_taylor",), batch_size=4),
+        lambda: il.layer_loss(vlm, data, "sleb", batch_size=1),
+        lambda: il.heal(student, data=data, batch_size=1),
+    ):
+        with pytest.raises(ConfigError, match="tells the samples of a batch apart"):
+            call()
+    assert il.score(vlm, data, metrics=("similarity", "head_norm"), batch_size=1)["text"]

@@ -51,7 +51,8 @@ def evaluate(
     """Measure a model, and what it retains of a baseline.
 
     Everything is greedy and deterministic, and in float32 no quality metric depends on the batch
-    size; in half precision products of another shape round otherwise.
+    size; in half precision products of another shape round otherwise, and BLIP's decoder of answers
+    also reads the padding of questions.
 
     Args:
         vlm: the model, from `open_model` or `prune`.

@@ -9,6 +9,8 @@ from interlace.errors import ConfigError
 from interlace.models.bridges import RunTimeBridge, run_time
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from interlace.models import VLM, Tower
     from interlace.records import Plan, TowerPlan
 
@@ -103,11 +105,15 @@ def tuned_parameters(student: VLM, plan: Plan) -> tuple[str, ...]:
     return tuple(inside.values())
 
 
-def anchor_layers(plan: TowerPlan) -> tuple[int, ...]:
-    """Return the original layers to compare: the frozen anchors, else the layer after each drop."""
+def anchor_layers(plan: TowerPlan, kept: Sequence[int]) -> tuple[int, ...]:
+    """Return the original layers to compare: the frozen anchors, else the layer after each drop.
+
+    Args:
+        plan: of the last cut.
+        kept: original layers of the student, ascending; earlier cuts may have taken others.
+    """
     if plan.freeze:
         return tuple(sorted(plan.freeze))
-    kept = plan.kept
     after = {next((layer for layer in kept if layer > drop), None) for drop in plan.drop}
     return tuple(sorted(layer for layer in after if layer is not None))
 
@@ -135,7 +141,7 @@ def find_anchors(student: VLM, teacher: VLM, plan: Plan) -> tuple[Anchor, ...]:
         if not (each.drop or each.losing()):
             continue
         tower, other = _tower(student, name), _tower(teacher, name)
-        for layer in anchor_layers(each):
+        for layer in anchor_layers(each, tower.original):
             if layer in tower.unread:
                 continue
             place = _teacher_position(teacher, name, layer)

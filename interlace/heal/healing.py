@@ -26,7 +26,7 @@ from interlace.heal.shell import HALF, hand_over, make_shell, move_together
 from interlace.heal.sparsity import final_gates, fold, reported
 from interlace.heal.trainer import HealTrainer
 from interlace.heal.units import find_gated
-from interlace.models.handle import check_one_device, check_vlm
+from interlace.models.handle import check_compares, check_one_device, check_vlm
 from interlace.records import HealReport, Provenance
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def heal(
     gated = find_gated(student, plan.towers, units)
     if len(samples) == 0:
         raise DataError("There are no samples to heal with. Give at least one.")
+    check_compares(student, chosen.batch_size, len(samples))
     checks.check_validation(chosen, teacher, validation)
     folder = checks.output_folder(output, resume=resume)
     checks.check_device(student)
@@ -254,6 +255,8 @@ def _recompute_activations(shell: nn.Module) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    # Those of embeddings serve the other kind of recomputation, and BLIP adds to its in place.
+    model.disable_input_require_grads()
 
 
 def _sizes(model: nn.Module, names: tuple[str, ...]) -> tuple[int, int]:

@@ -247,6 +247,19 @@ def check_vlm(value: object, role: str) -> None:
         )
 
 
+def check_compares(vlm: VLM, batch_size: int, num_samples: int) -> None:
+    """Refuse batches of one sample where the loss tells samples of a batch apart.
+
+    Raises:
+        ConfigError: the loss would be the same whatever the model does.
+    """
+    if vlm.family.objective == "contrastive" and min(batch_size, num_samples) == 1:
+        raise ConfigError(
+            f"The loss of {vlm.name} tells the samples of a batch apart, and every batch would "
+            f"hold one (batch_size={batch_size}, samples: {num_samples}). Give 2 or more."
+        )
+
+
 def check_one_device(vlm: VLM, what: str) -> None:
     """Refuse a model that accelerate has spread over several devices, or keeps on a disk.
 

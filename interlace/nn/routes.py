@@ -27,6 +27,8 @@ _ROPE_ELEMENTS = 1 << 16
 
 def decode_op_serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Tell whether ragged_decode computes attention of a single query per row."""
+    if not _alike(query, key, value):
+        return False
     if query.shape[3] > MAX_HEAD_DIM or needs_grad(query, key, value):
         return False
     if mask is not None and pattern_of(mask) is None:
@@ -36,6 +38,8 @@ def decode_op_serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
 def prefill_op_serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Tell whether ragged_attention computes attention of many queries per row."""
+    if not _alike(query, key, value):
+        return False
     if query.shape[3] > MAX_HEAD_DIM:
         return False
     if mask is not None and pattern_of(mask) is None:
@@ -47,7 +51,11 @@ def prefill_op_serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
 
 def packed_op_serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Tell whether ragged_attention computes attention of sequences one after the other."""
-    if torch.compiler.is_compiling() and query.shape[3] <= MAX_HEAD_DIM:
+    if (
+        torch.compiler.is_compiling()
+        and query.shape[3] <= MAX_HEAD_DIM
+        and _alike(query, key, value)
+    ):
         # the other way takes the sequences apart by lengths that compiled code does not know
         return True
     return prefill_op_serves(query, key, value, None)
@@ -74,6 +82,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in tensors
     )
+
+
+def _alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Tell whether all have one dtype; under autocast rotated ones may be wider than values."""
+    return query.dtype == key.dtype == value.dtype
 
 
 def _serves(op: str, device: torch.device, worth: bool) -> bool:

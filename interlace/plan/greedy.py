@@ -65,10 +65,43 @@ def compensated(problem: Problem) -> Choice:
     return _greedy(problem, "compensated", shortlist)
 
 
-def _losses(loss: Loss, tower: str, drop: list[int], layers: list[int]) -> dict[int, float]:
-    """Return layer -> loss without it and those dropped before; what is no number is infinite."""
-    found = {layer: float(loss(tower, (*drop, layer))) for layer in layers}
-    return {layer: math.inf if math.isnan(value) else value for layer, value in found.items()}
+def no_choice(tower: str, what: str, gone: object, refused: PlanError | None) -> PlanError:
+    """Return the error for a round in which no candidate had a finite loss.
+
+    Args:
+        tower: its name.
+        what: is taken out, such as "layer".
+        gone: what went before.
+        refused: why the last student that was to be judged could not be made.
+    """
+    stuck = f"Tower '{tower}': no {what} can be taken out after {gone}"
+    if refused is None:
+        return PlanError(
+            f"{stuck} without the loss becoming infinite or not a number. Check the loss callback "
+            "and its data."
+        )
+    return PlanError(
+        f"{stuck}, since no student without another one can be made to be judged: {refused} This "
+        "rule takes out one after the other; 'sleb' judges without making students, 'shortgpt' and "
+        "others by scores alone."
+    )
+
+
+def _losses(
+    loss: Loss, tower: str, drop: list[int], layers: list[int]
+) -> tuple[dict[int, float], PlanError | None]:
+    """Return layer -> loss without it and those dropped before, and the last refusal of a student.
+
+    What is no number is infinite, and what cannot be made as well.
+    """
+    found, refused = {}, None
+    for layer in layers:
+        try:
+            value = float(loss(tower, (*drop, layer)))
+        except PlanError as error:
+            value, refused = math.inf, error
+        found[layer] = math.inf if math.isnan(value) else value
+    return found, refused
 
 
 def _greedy(problem: Problem, name: str, shortlist: Shortlist) -> Choice:
@@ -86,13 +119,10 @@ def _greedy(problem: Problem, name: str, shortlist: Shortlist) -> Choice:
     alone: tuple[float | None, ...] | None = None
     rounds = track(range(problem.num_drop), description=f"{name}, {problem.tower}")
     for number in rounds:
-        losses = _losses(problem.loss, problem.tower, drop, shortlist(inner))
+        losses, refused = _losses(problem.loss, problem.tower, drop, shortlist(inner))
         best = min(losses, key=lambda each, losses=losses: (losses[each], each))  # type: ignore[misc]
         if math.isinf(losses[best]):
-            raise PlanError(
-                f"Tower '{problem.tower}': no layer can be dropped after {drop} without the loss "
-                "becoming infinite or not a number. Check the loss callback and its data."
-            )
+            raise no_choice(problem.tower, "layer", drop, refused) from refused
         if alone is None:
             alone = tuple(losses.get(layer) for layer in range(problem.num_layers))
         drop.append(best)

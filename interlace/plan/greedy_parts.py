@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from interlace._progress import track
 from interlace.errors import ConfigError, PlanError
+from interlace.plan.greedy import no_choice
 from interlace.plan.published import FEWER
 from interlace.plan.rules import Choice, nearest_kept
 
@@ -61,16 +62,13 @@ def compensated_parts(problem: Problem) -> Choice:
             for part, size in sizes.items()
             if part not in gone and size <= left + half and _may_go(part, gone, shape)
         ]
-        losses = {part: _loss(problem, shape, [*gone, part]) for part in _likely(fitting, first)}
+        losses, refused = _losses(problem, shape, gone, _likely(fitting, first))
         if not losses:
             break
         rises = {part: (value - loss) / sizes[part] for part, value in losses.items()}
         best = min(rises, key=lambda part, rises=rises: (rises[part], part))  # type: ignore[misc]
         if math.isinf(losses[best]):
-            raise PlanError(
-                f"Tower '{problem.tower}': no part can be taken out after {gone} without the loss "
-                "becoming infinite or not a number. Check the loss callback and its data."
-            )
+            raise no_choice(problem.tower, "part", gone, refused) from refused
         first = first or rises
         gone.append(best)
         left, loss = left - sizes[best], losses[best]
@@ -108,7 +106,7 @@ def _shape_of(problem: Problem) -> TowerShape:
     if problem.scores.cross_attention_layers is not None:
         raise PlanError(
             f"In the tower '{problem.tower}' only some layers have cross-attention, in a pattern "
-            "that must stay. Take the rule 'compensated', which drops whole layers."
+            "that must stay. Take 'sleb' or 'shortgpt', which drop whole layers so that it does."
         )
     return problem.shape
 
@@ -160,8 +158,20 @@ def _grouped(
     return tuple(drop), {site: layers for site, layers in parts.items() if layers}
 
 
-def _loss(problem: Problem, shape: TowerShape, gone: Iterable[Part]) -> float:
+def _losses(
+    problem: Problem, shape: TowerShape, gone: Sequence[Part], parts: Sequence[Part]
+) -> tuple[dict[Part, float], PlanError | None]:
+    """Return part -> loss without it and those gone before, and the last refusal of a student.
+
+    What is no number is infinite, and what cannot be made as well.
+    """
     assert problem.loss is not None
-    drop, parts = _grouped(gone, shape)
-    value = float(problem.loss(problem.tower, drop, parts))
-    return math.inf if math.isnan(value) else value
+    found: dict[Part, float] = {}
+    refused = None
+    for part in parts:
+        try:
+            value = float(problem.loss(problem.tower, *_grouped([*gone, part], shape)))
+        except PlanError as error:
+            value, refused = math.inf, error
+        found[part] = math.inf if math.isnan(value) else value
+    return found, refused

@@ -10,6 +10,7 @@ are compared repaired, as the rule `compensated` compares layers.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -334,18 +335,18 @@ def _best(
         try:
             look(split)
         except PlanError as error:
-            # not every width has a place in a config
-            if not standard:
-                raise
+            # not every depth and width has a place in a model or its config
             refused = error
     if not found:
+        wanted = "a standard checkpoint" if standard else "a model that can be built"
+        looser = "Give standard=False, or cut" if standard else "Cut"
         raise PlanError(
-            f"No split of the tower '{tower}' leaves a standard checkpoint. Give standard=False, "
-            f"or cut another share. {refused or ''}"
+            f"No split of the tower '{tower}' leaves {wanted}. {looser} another share. {refused}"
         ) from refused
     best = min(found, key=lambda split: found[split][0])
     if best.widths.gone and not standard:
-        look(replace(best, spread="global"))
+        with contextlib.suppress(PlanError):
+            look(replace(best, spread="global"))
         best = min(found, key=lambda split: found[split][0])
     loss, plan = found[best]
     if math.isinf(loss):

@@ -14,10 +14,10 @@ import torch
 from interlace._torch_utils import to_device
 from interlace.config import HealSettings
 from interlace.data.collate import Collator
-from interlace.errors import ConfigError, DataError, check_numbers, unknown_name
+from interlace.errors import ConfigError, DataError, PlanError, check_numbers, unknown_name
 from interlace.heal.model import HealModel
 from interlace.heal.shell import make_shell
-from interlace.models.handle import check_one_device, check_vlm
+from interlace.models.handle import check_compares, check_one_device, check_vlm
 from interlace.models.states import layer_input
 from interlace.plan.rules import USE_LOSS
 from interlace.records import Plan, TowerPlan
@@ -198,7 +198,7 @@ class CompensatedLoss:
             parts: place in a layer -> layers that lose it whole.
 
         Raises:
-            ConfigError: no such tower, or layers of one that must stay as deep as another.
+            PlanError: layers are to go of a tower that must stay as deep as another.
             InterlaceError: as `prune` raises it.
         """
         if tower not in self._vlm.towers:
@@ -218,10 +218,9 @@ class CompensatedLoss:
         for group in self._vlm.family.shared_depth:
             others = [name for name in group if name != tower and name in self._vlm.towers]
             if tower in group and others:
-                raise ConfigError(
-                    f"Layers of '{tower}' cannot be judged with their cut repaired: that takes a "
-                    f"student without them, and {self._vlm.name} must keep '{tower}' as deep as "
-                    f"'{others[0]}'. Take the rule 'sleb', or one that asks for no loss."
+                raise PlanError(
+                    f"{self._vlm.name} must keep '{tower}' as deep as '{others[0]}', and the loss "
+                    "of a repaired student is asked for one tower at a time."
                 )
 
     def of_plan(self, plan: Plan) -> float:
@@ -292,6 +291,7 @@ def layer_loss(
             f"{', '.join(sorted(USE_LOSS))}; leave loss out for the others."
         )
     check_one_device(vlm, f"the rule {rule!r}")
+    check_compares(vlm, batch_size, len(data))
     check_bridges(bridges)
     check_token_weights(token_weights, bridges)
     if rule in (COMPENSATED, COMPENSATED_PARTS):

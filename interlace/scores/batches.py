@@ -17,6 +17,7 @@ from interlace._torch_utils import accepts
 from interlace.data import Collator
 from interlace.data.samples import IMAGE_PLACEHOLDER, Sample
 from interlace.errors import DataError, check_numbers
+from interlace.models.handle import check_compares
 from interlace.models.tokens import token_units
 from interlace.scores.metrics import NotFinite, Units
 from interlace.scores.packing import pack, refuse_if_unpackable
@@ -148,6 +149,15 @@ class Batches:
         if self._collate is not None:
             other._collate = Collator.for_model(self._vlm, answers=True)
         return other
+
+    def check_compared(self) -> None:
+        """Refuse batches of one sample for losses that tell the samples of a batch apart.
+
+        Raises:
+            ConfigError: the model's loss would be the same whatever it does.
+        """
+        if self._collate is not None:
+            check_compares(self._vlm, max(map(len, self._rows)), len(self._items))
 
     def part(self, rank: int, world: int) -> Part:
         """Return the share of one of `world` processes: every world-th batch from `rank` on."""

@@ -133,6 +133,8 @@ def score(
     task = _task(chosen, classes, measure)
     wide = {name: kind for name, kind in classes.items() if issubclass(kind, Gauge)}
     gauges = Gauges(vlm, chosen, wide) if wide else None
+    if probes is not None or any(kind.gradient for kind in wide.values()):
+        batches.check_compared()
     others = [each for each in (probes, task, gauges) if each is not None]
     with joined_processes() as (rank, world), contextlib.ExitStack() as stack:
         if rank or not progress:

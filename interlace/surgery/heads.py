@@ -36,7 +36,7 @@ _HEADS = ("num_attention_heads", "num_heads", "n_head", "decoder_attention_heads
 _NEURONS = ("intermediate_size", "ffn_dim", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim")
 _ADVICE = (
     "Plan it with standard=False (only interlace.open_model loads the result then), or cut neurons "
-    "and layers only."
+    "and layers only, and towers that share a config all alike."
 )
 
 
@@ -191,7 +191,7 @@ def state_widths(family: Family, draft: PreTrainedModel, cuts: Iterable[Cut]) ->
         PlanError: the layers differ, or the config has no place for it; says what to do.
     """
     changes: Changes = {}
-    stated: dict[str, str] = {}
+    stated: dict[str, list[str]] = {}
     try:
         for cut in cuts:
             for kind in dict.fromkeys(
@@ -202,7 +202,7 @@ def state_widths(family: Family, draft: PreTrainedModel, cuts: Iterable[Cut]) ->
                     s for s in family.depth_fields(draft, cut.tower.name) if ":" not in s.path
                 )
                 config: Any = place.config
-                stated[type(config).__name__] = _wording(old, new)
+                stated.setdefault(type(config).__name__, []).append(_wording(old, new))
                 for key, value in _entries(config, old, new).items():
                     path = place.path.removesuffix(place.key) + key
                     changes[path] = (getattr(config, key, None), value)
@@ -246,8 +246,10 @@ def _uniform(draft: nn.Module, cut: Cut, kind: str) -> tuple[Site, tuple[int, ..
     return next(site for site in _whole(cut).values() if site.kind == kind), new
 
 
-def _refusal(stated: Mapping[str, str], error: Exception) -> PlanError:
-    told = " and ".join(f"{name} cannot state {width}" for name, width in stated.items())
+def _refusal(stated: Mapping[str, list[str]], error: Exception) -> PlanError:
+    told = " and ".join(
+        f"{name} cannot state {' with '.join(widths)}" for name, widths in stated.items()
+    )
     return PlanError(f"{told}: {' '.join(str(error).split())} {_ADVICE}")
 
 

@@ -9,8 +9,10 @@ from heal.toys import toy, toy_collate, toy_plan, toy_samples
 
 from interlace.errors import ConfigError, DataError
 from interlace.heal import heal
+from interlace.heal.anchors import anchor_layers
 from interlace.heal.shell import move_together
 from interlace.records import HealReport, Plan, TowerPlan
+from interlace.surgery import prune
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -175,11 +177,27 @@ def test_bad_input_is_refused_in_words(tmp_path: Path) -> None:
 
 
 def test_without_anchors_the_layer_behind_each_drop_is_compared() -> None:
-    from interlace.heal.anchors import anchor_layers
+    def layers(earlier: tuple[int, ...] = (), **cut: Any) -> tuple[int, ...]:
+        plan = TowerPlan(num_layers=6, **cut)
+        return anchor_layers(plan, [layer for layer in plan.kept if layer not in earlier])
 
-    assert anchor_layers(TowerPlan(num_layers=6, drop=(1, 2, 5), tune=(0,))) == (3,)
-    assert anchor_layers(TowerPlan(num_layers=6, drop=(4, 0), tune=(1, 2))) == (1, 5)
-    assert anchor_layers(TowerPlan(num_layers=6, drop=(1,), tune=(2,), freeze=(3,))) == (3,)
+    assert layers(drop=(1, 2, 5), tune=(0,)) == (3,)
+    assert layers(drop=(4, 0), tune=(1, 2)) == (1, 5)
+    assert layers(drop=(1,), tune=(2,), freeze=(3,)) == (3,)
+    # what an earlier cut took is not there to be compared
+    assert layers(drop=(1,), tune=(0,), earlier=(2,)) == (3,)
+
+
+def test_a_student_that_was_pruned_again_is_healed_by_either_model_before_it() -> None:
+    teacher, student = toy("llava")
+    first = Plan({"text": TowerPlan(num_layers=5, drop=(2,), tune=(3,))})
+    again = Plan({"text": TowerPlan(num_layers=5, drop=(1,), tune=(0,))})
+    for by_first in (False, True):
+        student = prune(teacher, first)
+        smaller = prune(student, again)
+        assert smaller.towers["text"].original == (0, 3, 4)
+        report = _heal("llava", smaller, student if by_first else teacher)
+        assert report.losses[0]["hidden"] > 0.0
 
 
 @pytest.mark.gpu

@@ -30,6 +30,18 @@ def test_sleb_is_greedy_over_the_loss_with_barriers():
         make_plan(scores, num_drop=2, rule="sleb")
     with pytest.raises(PlanError, match="not a number"):
         make_plan(scores, num_drop=2, rule="sleb", loss=lambda tower, dropped: math.nan)
+
+    def refusing(tower: str, dropped: tuple[int, ...]) -> float:
+        if 4 in dropped or len(dropped) > most:
+            raise PlanError("It cannot be built.")
+        return loss(tower, dropped)
+
+    # a student that cannot be made is passed over, unless all are
+    most = 2
+    assert make_plan(scores, num_drop=2, rule="sleb", loss=refusing)["text"].drop == (1, 2)
+    most = 1
+    with pytest.raises(PlanError, match=r"after \[1\], since .*: It cannot be built\."):
+        make_plan(scores, num_drop=2, rule="sleb", loss=refusing)
     with pytest.raises(PlanError, match="only 2 layers between"):
         make_plan(scores, num_drop=3, rule="sleb", protect=(1, 2), loss=loss)
 

@@ -126,14 +126,16 @@ def test_what_a_config_cannot_state_is_no_candidate_for_a_standard_checkpoint() 
 
     plan = split_plan(scores(), parameters=0.4, loss=Loss(of), standard=True)
     assert plan["text"].drop
-    with pytest.raises(PlanError, match="cannot state it"):
-        split_plan(scores(), parameters=0.4, loss=Loss(of))
+    # nor where it need not be one: what cannot be made is passed over
+    assert split_plan(scores(), parameters=0.4, loss=Loss(of))["text"].drop
 
     def none(plan: Plan) -> float:
         raise PlanError("cannot state it")
 
     with pytest.raises(PlanError, match=r"leaves a standard checkpoint.*cannot state it"):
         split_plan(scores(), parameters=0.4, loss=Loss(none), standard=True)
+    with pytest.raises(PlanError, match=r"leaves a model that can be built. Cut another share"):
+        split_plan(scores(), parameters=0.4, loss=Loss(none))
 
 
 @pytest.mark.parametrize(

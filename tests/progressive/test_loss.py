@@ -10,7 +10,7 @@ from tiny_processors import with_processor
 
 import interlace as il
 from interlace.data.collate import Collator
-from interlace.errors import ConfigError, DataError
+from interlace.errors import ConfigError, DataError, PlanError
 from interlace.heal.model import HealModel
 from interlace.progressive.loss import CompensatedLoss, TaskLoss
 from interlace.records import Plan, TowerPlan
@@ -166,8 +166,11 @@ def test_towers_that_must_be_equally_deep_are_not_judged_one_at_a_time() -> None
     vlm = with_processor("blip_vqa")
     data = il.samples("scenes", count=2, tasks=("vqa",))
     loss = il.layer_loss(vlm, data, batch_size=2)
-    with pytest.raises(ConfigError, match="must keep 'text' as deep as 'text_encoder'"):
+    with pytest.raises(PlanError, match="must keep 'text' as deep as 'text_encoder'"):
         loss("text", (1,))
+    scores = il.score(vlm, data, batch_size=2)
+    with pytest.raises(PlanError, match=r"no layer can be taken out after .*'sleb' judges without"):
+        il.make_plan(scores, drop_fraction={"text": 0.3}, rule="compensated", loss=loss)
     assert loss("text", ()) == pytest.approx(0.0, abs=1e-5)
     assert il.layer_loss(vlm, data, "sleb", batch_size=2)("text", (1,)) > 0.0
 
