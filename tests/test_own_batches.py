@@ -40,15 +40,34 @@ def test_scores_losses_bridges_and_healing(name: str) -> None:
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
 
 
+def _spoken() -> list[Sample]:
+    pairs = (("What?", "red"), ("How many?", "two"))
+    return [
+        Sample(str(number), "chat", (), (Turn("user", asked), Turn("assistant", said)))
+        for number, (asked, said) in enumerate(pairs)
+    ]
+
+
+def test_what_images_are_worth_does_not_hang_on_samples_without_any() -> None:
+    vlm = with_processor("qwen3_vl")
+    seen = il.samples("scenes", count=2, tasks=("vqa",))
+    found = [
+        il.score(vlm, data, metrics=("relevance", "sensitivity"), batch_size=size)
+        for data, size in ((list(seen), 1), ([*_spoken(), *seen], 1), ([*_spoken(), *seen], 4))
+    ]
+    for each in found:
+        assert each["vision"].group_samples["relevance"] == 2
+        for metric in ("relevance", "sensitivity")[: 1 + (each is not found[2])]:
+            values, expected = (s["vision"].metrics[metric] for s in (each, found[0]))
+            assert values == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert found[2]["text"].group_samples["relevance"] == 4
+
+
 def test_a_batch_without_images_trains_nothing_of_the_vision_tower() -> None:
     vlm = with_processor("qwen3_vl")
     depth = vlm.towers["vision"].num_layers
     student = il.prune(vlm, Plan({"vision": TowerPlan(depth, drop=(2,), tune=(1,))}))
-    pairs = (("What?", "red"), ("How many?", "two"))
-    spoken = [
-        Sample(str(number), "chat", (), (Turn("user", asked), Turn("assistant", said)))
-        for number, (asked, said) in enumerate(pairs)
-    ]
+    spoken = _spoken()
     seen = il.samples("scenes", count=2, tasks=("vqa",))
     before = {name: value.clone() for name, value in student.model.state_dict().items()}
     for data, changes in ((spoken, False), ([*spoken, *seen], True)):

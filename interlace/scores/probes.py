@@ -90,6 +90,16 @@ class Trial:
             "where bfloat16 and float32 do not), check its weights, or leave the sample out."
         )
 
+    def num_reaching(self, tower: str) -> int:
+        """Count the samples that have something for a tower: images, where it is not of text."""
+        family, model = self.vlm.family, self.vlm.model
+        named = (family.image_token_id(model), family.video_token_id(model))
+        tokens = torch.tensor([token for token in named if token is not None])
+        ids: Tensor | None = self.batch.inputs.get("input_ids")
+        if tower.startswith("text") or ids is None or not len(tokens):
+            return self.num_samples
+        return int(torch.isin(ids, tokens.to(ids)).any(-1).sum())
+
 
 def _locate(trial: Trial) -> None:
     """Raise for the first activations of a batch that are not finite, if there are any."""
@@ -230,7 +240,8 @@ class Probes:
                 continue
             for tower, means in probe.measure(trial).items():
                 sums = self._sums[name, tower]
-                sums[0] += trial.num_samples
+                # the others of the batch have zeros in the means
+                sums[0] += trial.num_reaching(tower)
                 sums[1:] += trial.num_samples * means.double().cpu()
 
     def totals(self) -> Tensor:
