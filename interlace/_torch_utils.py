@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import itertools
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -72,25 +72,6 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config in caching:
             config.use_cache = True
-
-
-def to_device(
-    batch: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype | None = None
-) -> dict[str, Any]:
-    """Move the tensors of a batch; floating ones (pixels) also take `dtype` where it is given.
-
-    Tensors made under `torch.inference_mode` are copied outside of it, so that writes are counted.
-    """
-    moved: dict[str, Any] = {}
-    for name, value in batch.items():
-        if isinstance(value, torch.Tensor):
-            kind = dtype if value.is_floating_point() else None
-            own = value.to(device=device, dtype=kind, non_blocking=True)
-            frozen = own.is_inference() and not torch.is_inference_mode_enabled()
-            moved[name] = own.clone() if frozen else own
-        else:
-            moved[name] = value
-    return moved
 
 
 def accepts(model: nn.Module, argument: str) -> bool:

@@ -12,9 +12,10 @@ from subjects import Subject, train_samples
 
 import interlace as il
 from interlace._recommended import RECOMMENDED_PRUNE
-from interlace._torch_utils import inference, to_device
+from interlace._torch_utils import inference
 from interlace.data.collate import Collator
 from interlace.errors import PlanError
+from interlace.models.handle import to_model
 from interlace.models.states import layer_input, standing_in
 from interlace.progressive.loss import CompensatedLoss
 
@@ -121,7 +122,7 @@ class Shared:
         samples = self.calibration[:LOSS_SAMPLES]
         starts = range(0, len(samples), BATCH_SIZE)
         batches = [collate(samples[start : start + BATCH_SIZE]) for start in starts]
-        return [to_device(batch, self.vlm.device, self.vlm.dtype) for batch in batches]
+        return [to_model(batch, self.vlm) for batch in batches]
 
     def loss(self, tower: str, drop: tuple[int, ...]) -> float:
         """Return the model's own loss on calibration samples without some layers of a tower.

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from interlace._torch_utils import inference, to_device
+from interlace._torch_utils import inference
 from interlace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,11 +52,6 @@ def batches(samples: Sequence[Sample], batch_size: int) -> list[list[Sample]]:
         [samples[index] for index in range(start, min(start + batch_size, len(samples)))]
         for start in range(0, len(samples), batch_size)
     ]
-
-
-def to_model(batch: dict[str, Any], vlm: VLM) -> dict[str, Any]:
-    """Move the tensors of a batch to the model: its device, and its dtype where they are float."""
-    return to_device(batch, vlm.device, vlm.dtype)
 
 
 @contextlib.contextmanager

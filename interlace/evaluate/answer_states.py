@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from interlace.errors import DataError, FamilyError
-from interlace.evaluate._common import to_model
+from interlace.models.handle import to_model
 from interlace.models.prediction import (
     IGNORED,
     aligned,

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from interlace._progress import track
 from interlace.errors import DataError, FamilyError
-from interlace.evaluate._common import batches, held_still, processor_of, to_model, tokenizer_of
+from interlace.evaluate._common import batches, held_still, processor_of, tokenizer_of
+from interlace.models.handle import to_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

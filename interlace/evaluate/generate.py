@@ -16,9 +16,9 @@ from interlace.errors import ConfigError, DataError
 from interlace.evaluate._common import (
     batches,
     held_still,
-    to_model,
     tokenizer_of,
 )
+from interlace.models.handle import to_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

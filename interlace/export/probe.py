@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from interlace._torch_utils import accepts
+from interlace.models.handle import to_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -133,12 +134,8 @@ def _image_tokens(vlm: VLM, images: Inputs) -> int:
     merge = getattr(config.vision_config, "spatial_merge_size", None)
     if "image_grid_thw" in images and isinstance(merge, int):
         return int(images["image_grid_thw"][0].prod()) // merge**2
-    placed = {
-        name: value.to(vlm.device, vlm.dtype if value.is_floating_point() else None)
-        for name, value in images.items()
-    }
     model: Any = vlm.model
     with torch.no_grad():
-        found = model.get_image_features(**placed)
+        found = model.get_image_features(**to_model(images, vlm))
     features = getattr(found, "pooler_output", found)
     return len(features[0])

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from interlace._torch_utils import FORWARD_REFUSALS, inference, to_device
+from interlace._torch_utils import FORWARD_REFUSALS, inference
 from interlace.errors import CheckpointError
 from interlace.export import _reload
 from interlace.export.probe import probes
+from interlace.models.handle import to_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -125,7 +126,7 @@ def _in_memory(
                 watch = partial(_note, ran, name)
                 stack.callback(tower.layers[0].register_forward_pre_hook(watch).remove)
             try:
-                used = to_device(make(), vlm.device, vlm.dtype)
+                used = to_model(make(), vlm)
                 outputs = _reload.run(vlm.model, used)
             except FORWARD_REFUSALS as error:
                 refusals.append(f"{type(error).__name__}: {str(error).strip()[:200]}")

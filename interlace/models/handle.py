@@ -234,6 +234,22 @@ class VLM:
         return digest.hexdigest()
 
 
+def to_model(batch: Mapping[str, Any], vlm: VLM) -> dict[str, Any]:
+    """Move the tensors of a batch to a model's device, floating ones (pixels) also to its dtype.
+
+    Tensors made under `torch.inference_mode` are copied outside of it, so that writes are counted.
+    """
+    moved: dict[str, Any] = dict(batch)
+    device, dtype = vlm.device, vlm.dtype
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            kind = dtype if value.is_floating_point() else None
+            own = value.to(device=device, dtype=kind, non_blocking=True)
+            frozen = own.is_inference() and not torch.is_inference_mode_enabled()
+            moved[name] = own.clone() if frozen else own
+    return moved
+
+
 def check_vlm(value: object, role: str) -> None:
     """Refuse anything but a `VLM`, such as the transformers model inside one.
 

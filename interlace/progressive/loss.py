@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from interlace._torch_utils import to_device
 from interlace.config import HealSettings
 from interlace.data.collate import Collator
 from interlace.errors import ConfigError, DataError, PlanError, check_numbers, unknown_name
 from interlace.heal.model import HealModel
 from interlace.heal.shell import make_shell
-from interlace.models.handle import check_compares, check_one_device, check_vlm
+from interlace.models.handle import check_compares, check_one_device, check_vlm, to_model
 from interlace.models.states import layer_input
 from interlace.plan.rules import USE_LOSS
 from interlace.records import Plan, TowerPlan
@@ -68,7 +67,7 @@ class _Measure:
     """Means of the loss terms of a model over batches that are kept in memory."""
 
     def __init__(self, vlm: VLM, model: nn.Module, settings: HealSettings, **more: Any) -> None:
-        self._device, self._dtype = vlm.device, vlm.dtype
+        self._vlm = vlm
         paths = {name: tower.path for name, tower in vlm.towers.items()}
         self._model = HealModel(
             model, objective=vlm.family.objective, settings=settings, paths=paths, **more
@@ -76,7 +75,7 @@ class _Measure:
 
     def of_teacher(self, batches: Batches) -> list[Tensor]:
         """Return what the teacher says to each batch, kept on the CPU."""
-        inputs = (to_device(batch, self._device, self._dtype) for batch in batches)
+        inputs = (to_model(batch, self._vlm) for batch in batches)
         return [self._model.of_teacher(each).cpu() for each in inputs]
 
     def mean(self, batches: Batches, term: str, said: Sequence[Tensor] = ()) -> float:
@@ -85,8 +84,8 @@ class _Measure:
         total = 0.0
         with torch.no_grad():
             for batch, known in itertools.zip_longest(batches, said):
-                inputs = to_device(batch, self._device, self._dtype)
-                own = known if known is None else known.to(self._device)
+                inputs = to_model(batch, self._vlm)
+                own = known if known is None else known.to(self._vlm.device)
                 total += self._model(counts=counts, said=own, **inputs)[term].item()
         return total
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from interlace._torch_utils import accepts, to_device
+from interlace._torch_utils import accepts
 from interlace.errors import ConfigError
+from interlace.models.handle import to_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,8 +58,8 @@ def check_packing(vlm: VLM, singles: Sequence[dict[str, Any]]) -> None:
     Raises:
         ConfigError: the model mixes the samples of a row.
     """
-    row = to_device(pack(vlm, singles), vlm.device, vlm.dtype)
-    alone = to_device(singles[-1], vlm.device, vlm.dtype)
+    row = to_model(pack(vlm, singles), vlm)
+    alone = to_model(singles[-1], vlm)
     alone.pop("labels", None)
     row.pop("labels", None)
     extra = {"logits_to_keep": 1} if accepts(vlm.model, "logits_to_keep") else {}

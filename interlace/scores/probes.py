@@ -17,11 +17,11 @@ import torch
 
 from interlace._torch_utils import (
     inference,
-    to_device,
     union_over_processes,
     without_cache,
 )
 from interlace.errors import DataError, ShapeError
+from interlace.models.handle import to_model
 from interlace.scores.losses import SampleLoss
 from interlace.scores.replay import Replay
 from interlace.scores.similarity import Similarity
@@ -221,7 +221,7 @@ class Probes:
         verified = False
         with inference(model), without_cache(model), Replay(self._vlm.towers) as replay:
             for batch in batches:
-                inputs = to_device(batch.inputs, self._vlm.device, self._vlm.dtype)
+                inputs = to_model(batch.inputs, self._vlm)
                 trial = Trial(self._vlm, batch, partial(loss, inputs), replay)
                 replay.forget()
                 self._measure(trial, replays=False)

@@ -20,11 +20,10 @@ from interlace._torch_utils import (
     joined_processes,
     outside_inference_mode,
     sum_over_processes,
-    to_device,
     without_cache,
 )
 from interlace.errors import ConfigError, DataError, InterlaceError, check_numbers, unknown_name
-from interlace.models.handle import check_vlm
+from interlace.models.handle import check_vlm, to_model
 from interlace.records import Provenance, Scores, TowerScores
 from interlace.scores.alignment import Alignment, meeting_layers
 from interlace.scores.batches import Batch, Batches
@@ -266,7 +265,7 @@ def _run(vlm: VLM, batches: Iterable[Batch], watches: Sequence[_Watch]) -> None:
             stack.enter_context(watch.tap)
         checked = False
         for batch in batches:
-            inputs = to_device(batch.inputs, vlm.device, vlm.dtype)
+            inputs = to_model(batch.inputs, vlm)
             if len(batch.singles) > 1 and not checked:
                 check_packing(vlm, batch.singles)
                 checked = True

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from interlace._progress import track
-from interlace._torch_utils import inference, to_device, without_cache
+from interlace._torch_utils import inference, without_cache
 from interlace.errors import DataError, ShapeError
+from interlace.models.handle import to_model
 from interlace.models.predictor import check_gradients
 from interlace.models.sites import find_sites
 from interlace.models.states import layer_input
@@ -249,7 +250,7 @@ class Gauges:
 
 
 def _run(vlm: VLM, batch: Batch, watches: Sequence[_Watch], loss: SampleLoss | None) -> None:
-    inputs = to_device(batch.inputs, vlm.device, vlm.dtype)
+    inputs = to_model(batch.inputs, vlm)
     for watch in watches:
         watch.units = None
         watch.gates.clear()

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from interlace._torch_utils import FORWARD_REFUSALS, accepts, to_device
+from interlace._torch_utils import FORWARD_REFUSALS, accepts
 from interlace.data import Collator
 from interlace.data.samples import Sample, samples, scenes_tasks
 from interlace.errors import ConfigError, DataError, check_numbers
+from interlace.models.handle import to_model
 from interlace.models.states import layer_input
 from interlace.models.tokens import token_units
 from interlace.surgery.bridges.fisher import Fisher
@@ -131,7 +132,7 @@ class Calibration:
         """Run either model on a batch."""
         front = self._fronts.get(model)
         with front.resting(batch) if front is not None else contextlib.nullcontext():
-            return model(**to_device(batch, self._vlm.device, self._vlm.dtype), **self._extra)
+            return model(**to_model(batch, self._vlm), **self._extra)
 
     @contextlib.contextmanager
     def looking_at(self, tower: str, student: nn.Module, changed: Iterable[str]) -> Iterator[None]:
@@ -232,7 +233,7 @@ class Calibration:
         fisher = Fisher(vlm)
         for batch, labels in zip(self.batches, self._labels, strict=True):
             given = batch if labels is None else {**batch, "labels": labels}
-            inputs = to_device(given, vlm.device, vlm.dtype)
+            inputs = to_model(given, vlm)
             try:
                 found = fisher.traces(inputs, weights)
             except torch.OutOfMemoryError as error:
