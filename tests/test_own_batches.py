@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -106,3 +107,28 @@ def test_single_pairs_are_no_batch_for_a_contrastive_loss() -> None:
         with pytest.raises(ConfigError, match="tells the samples of a batch apart"):
             call()
     assert il.score(vlm, data, metrics=("similarity", "head_norm"), batch_size=1)["text"]
+
+
+def test_reasons_of_a_second_plan_name_layers_of_the_first_model() -> None:
+    vlm = with_processor("qwen3_vl")
+    depth = vlm.towers["text"].num_layers
+    data = il.samples("scenes", count=2, tasks=("vqa",))
+    student = il.prune(vlm, Plan({"text": TowerPlan(depth, drop=(2,))}))
+    plan = il.make_plan(il.score(student, data, towers=("text",)), num_drop=1, protect=())["text"]
+    second = il.prune(student, Plan({"text": plan}), allow_pinned=True).plan["text"]
+    original = student.towers["text"].original
+    (gone,), (tuned,) = second.drop, second.tune
+    assert gone == original[plan.drop[0]]
+    assert f"takes over from layer {gone}" in second.reasons[tuned]
+    start = min(gone, tuned)
+    named = "-".join(str(layer) for layer in original if start <= layer)[:5]
+    assert f"triplet {named} (" in second.reasons[gone]
+
+
+def test_float16_is_not_trained_on_a_cpu() -> None:
+    vlm = il.open_model(copy.deepcopy(with_processor("clip").model).half(), processor=object())
+    depth = vlm.towers["text"].num_layers
+    student = il.prune(vlm, Plan({"text": TowerPlan(depth, drop=(1,), tune=(2,))}))
+    data = il.samples("scenes", count=2, tasks=("retrieval",))
+    with pytest.raises(ConfigError, match="float16 on a CPU"):
+        il.heal(student, data=data, batch_size=2)

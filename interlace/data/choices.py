@@ -17,8 +17,8 @@ PROMPT = "Answer with the letter of the right choice."
 
 
 def has_choices(record: Mapping[str, Any]) -> bool:
-    """Tell whether a record gives choices to its question."""
-    return any(key in record for key in CHOICE_KEYS)
+    """Tell whether a record gives choices to its question; an empty list is none."""
+    return any(record.get(key) not in (None, [], ()) for key in CHOICE_KEYS)
 
 
 def with_choices(

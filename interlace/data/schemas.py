@@ -131,7 +131,7 @@ def _content(
         return "chat", _finevision(texts, num_images, where), accepted, ()
     lead = (IMAGE_PLACEHOLDER + "\n") * num_images
     question = _first(present, QUESTION_KEYS)
-    if isinstance(question, str) and num_images:
+    if isinstance(question, str) and (num_images or _first(present, ANSWER_KEYS) is not None):
         asked = _plain(question)
         if has_choices(present):
             asked, answers = with_choices(asked, present, where)
@@ -142,7 +142,8 @@ def _content(
         turns: tuple[Turn, ...] = (Turn("user", lead + asked),)
         if best:
             turns += (Turn("assistant", Counter(best).most_common(1)[0][0]),)
-        return "vqa", turns, answers, ()
+        # tables of questions with images hold some without
+        return "vqa" if num_images else "chat", turns, answers, ()
     captions = _texts(_first(present, CAPTION_KEYS))
     if captions and num_images:
         turns = (Turn("user", lead + CAPTION_PROMPT), Turn("assistant", captions[0]))

@@ -110,13 +110,15 @@ def _listed(layers: Sequence[int]) -> str:
 def _layers(vlm: VLM, records: Sequence[Record]) -> str:
     record: Any = vlm.record
     plans = [each for each in records if isinstance(each, Plan)]
+    # a plan of a student that was pruned before stands beside the same in original numbers
+    numbered = [*plans, *([vlm.plan] if vlm.plan is not None else [])]
     rows = []
     strips = []
     width = max(map(len, record.towers))
     for tower, kept in record.towers.items():
         gone = record.dropped.get(tower, ())
         rows.append((tower, len(kept) + len(gone), len(kept), _listed(gone)))
-        strips.append(f"{tower:<{width}}  |{_strip(tower, kept, gone, plans)}|")
+        strips.append(f"{tower:<{width}}  |{_strip(tower, kept, gone, numbered)}|")
     before, after = record.parameters_before, record.parameters_after
     share = f" ({after / before:.1%})" if before else ""
     text = [
@@ -130,6 +132,15 @@ def _layers(vlm: VLM, records: Sequence[Record]) -> str:
     if plans:
         rules = ", ".join(dict.fromkeys(f"`{plan.rule}`" for plan in plans))
         text.append(f"Chosen by the rule {rules}; `plan.json` holds the scores and reasons.")
+        again = any(
+            each.num_layers != len(record.towers[tower]) + len(record.dropped.get(tower, ()))
+            for plan in plans
+            for tower, each in plan.towers.items()
+        )
+        if again:
+            text.append(
+                "It counts the layers of the student that was pruned, not the original ones."
+            )
     if record.bridges:
         text += _bridges(record.bridges)
     text += [f"- {note}" for note in record.notes]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from interlace._files import check_place, sha256_of
 from interlace._launch import is_first_process, world_size
 from interlace.data.samples import Samples
@@ -59,6 +61,19 @@ def check_device(vlm: VLM) -> None:
         raise ConfigError(
             f"{vlm.name} is on {device}, but a single process trains on cuda:0. Choose the GPU "
             f"with CUDA_VISIBLE_DEVICES={device.index} and open the model on 'cuda'."
+        )
+
+
+def check_half(vlm: VLM) -> None:
+    """Refuse float16 where it would be trained on a CPU.
+
+    Raises:
+        ConfigError: bfloat16 autocast of a CPU takes no float16 weights.
+    """
+    if vlm.dtype is torch.float16 and vlm.device.type == "cpu":
+        raise ConfigError(
+            f"{vlm.name} is in float16 on a CPU, which cannot train beside such weights. Open it "
+            "with dtype='bfloat16' or 'float32', or on a GPU."
         )
 
 

@@ -122,9 +122,11 @@ def heal(
     checks.check_validation(chosen, teacher, validation)
     folder = checks.output_folder(output, resume=resume)
     checks.check_device(student)
-    check_one_device(student, "healing")
+    for vlm in (student, teacher):
+        if vlm is not None:
+            check_one_device(vlm, "healing")
+            checks.check_half(vlm)
     if teacher is not None:
-        check_one_device(teacher, "healing")
         checks.check_teacher(student, teacher)
     found = checkpoints.newest(folder) if resume and folder is not None else None
     with start.restored(found[0].parent if found is not None else None, student):

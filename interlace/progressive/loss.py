@@ -177,12 +177,12 @@ class CompensatedLoss:
             token_weights: likewise.
         """
         self._vlm, self._bridges, self._batch_size = vlm, bridges, batch_size
-        batches = _batched(vlm, data, batch_size)
-        half = len(batches) // 2
-        self._judged = batches[:half] or batches
+        half = len(data) // 2
+        self._judged = _batched(vlm, data[:half] or data, batch_size)
         # one for all students
-        (probe,) = _batched(vlm, data[half * batch_size :][:1], 1)
-        self._fitted = Calibration(vlm, batches[half:], batch_size, probe, token_weights)
+        (probe,) = _batched(vlm, data[half:][:1], 1)
+        fitted = _batched(vlm, data[half:], batch_size)
+        self._fitted = Calibration(vlm, fitted, batch_size, probe, token_weights)
         self._said: list[Tensor] = []
         self._known: dict[tuple[Any, ...], float] = {}
 

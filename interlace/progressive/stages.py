@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from interlace._files import sha256_of
+from interlace.config import HealSettings
 from interlace.errors import ConfigError
 from interlace.heal import heal
 from interlace.heal.interpolation import split_off
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from interlace._stages import Stages
     from interlace.config import (
-        HealSettings,
         PlanSettings,
         ProgressiveSettings,
         PruneSettings,
@@ -256,7 +256,7 @@ class Run:
             epochs=1.0,
             max_steps=None,
             validation_fraction=0.0,
-            **({"gates": "none"} if last else {}),
+            **({"gates": "none", "gate_units": HealSettings().gate_units} if last else {}),
         )
         samples = [] if data is None else [data.fingerprint, self.validation.fingerprint]
         key = sha256_of(

@@ -275,9 +275,8 @@ def _check_prune(settings: PruneSettings) -> None:
     for name in bridges.values() if isinstance(bridges, dict) else [bridges]:
         if name in RUN_TIME:
             raise ConfigError(
-                f"The bridge '{name}' is a module at run time, and a student that has one cannot "
-                "be cut again by the next stage. Take 'refit', 'fold' or 'scale', which go into "
-                "the weights."
+                f"The bridge '{name}' is a module at run time, and progressive makes students that "
+                "can be cut again. Take 'refit', 'fold' or 'scale', which go into the weights."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from interlace.models.handle import VLM, Tower
 
 _MIN_LAYERS = 2
+# Where reasons of rules name layers of the tower that they are about; pins name its own layers
+# and those of others, in original numbers already.
+_LAYERS = re.compile(
+    r"(?<=\btriplet )\d+(-\d+)*|(?<=\bpair )\d+(-\d+)*"
+    r"|(?<=\blayer )(?<!vision layer )(?<!text layer )\d+"
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ def renumbered(plan: TowerPlan, original: Sequence[int], depth: int) -> TowerPla
         tune=tuple(original[i] for i in plan.tune),
         freeze=tuple(original[i] for i in plan.freeze),
         layer_scores=tuple(scores),
-        reasons={original[i]: reason for i, reason in plan.reasons.items()},
+        reasons={original[i]: _in_original(why, original) for i, why in plan.reasons.items()},
         cut={
             site: {original[i]: units for i, units in layers.items()}
             for site, layers in plan.cut.items()
@@ -128,6 +135,15 @@ def renumbered(plan: TowerPlan, original: Sequence[int], depth: int) -> TowerPla
             for i, sources in plan.graft.items()
         },
     )
+
+
+def _in_original(reason: str, original: Sequence[int]) -> str:
+    """Translate the layers that a reason names, as in "triplet 3-4-5: takes over from layer 3"."""
+
+    def translated(numbers: re.Match[str]) -> str:
+        return "-".join(str(original[int(each)]) for each in numbers[0].split("-"))
+
+    return _LAYERS.sub(translated, reason)
 
 
 def check_cut(cut: Cut, allow_pinned: bool) -> None:

@@ -250,7 +250,8 @@ def _refusal(stated: Mapping[str, list[str]], error: Exception) -> PlanError:
     told = " and ".join(
         f"{name} cannot state {' with '.join(widths)}" for name, widths in stated.items()
     )
-    return PlanError(f"{told}: {' '.join(str(error).split())} {_ADVICE}")
+    why = " ".join(str(error).split()).rstrip(".")
+    return PlanError(f"{told}: {why}. {_ADVICE}")
 
 
 def _wording(old: Site, new: tuple[int, ...]) -> str:

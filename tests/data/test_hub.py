@@ -179,6 +179,10 @@ def test_choices_stand_in_the_question(save_image: Callable[..., Path], tmp_path
     ]
     assert answer.text == "B"
     assert len(asked(hint="").turns) == 1
+    # an open question among them, and one without an image
+    assert asked(choices=[], answer="cat").turns[0].text == "<image>\nWhich?"
+    spoken = asked(image=None, answer="cat")
+    assert (spoken.task, spoken.images, spoken.references) == ("chat", (), ("A",))
     for changes, words in (
         ({"answer": 2}, "2 names none of the 2 choices"),
         ({"answer": "bird"}, "'bird' names none"),

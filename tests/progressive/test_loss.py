@@ -74,7 +74,7 @@ def test_the_compensated_loss_is_lower_where_the_cut_is_repaired(name: str) -> N
 
 def test_the_compensated_loss_of_a_plan_knows_widths_too() -> None:
     vlm = il.open_model("bundled:clip", dtype="float32", device="cpu")
-    data = il.samples("scenes", count=8, tasks=("retrieval",), processor=vlm.processor)
+    data = il.samples("scenes", count=64, tasks=("retrieval",), processor=vlm.processor)
     loss = CompensatedLoss(vlm, data, 8, "fold")
     layers = TowerPlan(num_layers=12, drop=(4, 7))
     narrow = replace(layers, cut={"mlp": {5: tuple(range(128))}})

@@ -90,6 +90,13 @@ def test_it_heals_on_the_tokens_of_one_cut(vlm: Any, tmp_path: Path) -> None:
     assert plan.dropped == single.stages[0].layers
 
 
+def test_gates_may_stand_on_heads_in_all_stages_but_the_last(vlm: Any, tmp_path: Path) -> None:
+    heal = {"gates": "l1", "gate_units": ("heads",), "validation_fraction": 0.0}
+    made = small(vlm, tmp_path, heal=heal, stages=2)
+    gated = [bool(stage.healed.unit_gates) for stage in made.stages]
+    assert gated == [True, False]
+
+
 def test_a_stage_that_would_collapse_is_rolled_back(
     vlm: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
