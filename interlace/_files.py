@@ -51,6 +51,16 @@ def _sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
+def remove_parts(path: Path) -> None:
+    """Remove what killed processes left of a folder that they were making.
+
+    Args:
+        path: the folder; nobody else may be making it now.
+    """
+    for left in path.parent.glob(f".{path.name}.*-*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def _make_parent(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interlace._files import check_new_folder, check_place, sha256_of
+from interlace._files import check_new_folder, check_place, remove_parts, sha256_of
 from interlace._fused_evaluation import evaluate_fused
 from interlace._launch import check_single_process
 from interlace._recipe_checks import check_names, check_towers
@@ -296,6 +296,7 @@ def _export(
         log.info("%s: unchanged, %s", name, target)
         stages.skipped.append(name)
         return
+    remove_parts(target)
     # noted before the folder is there, so that a run killed in between knows it for its own
     stages.mark(name, "")
     export(student, target, records=records, overwrite=replace, verify=verify)

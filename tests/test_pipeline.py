@@ -174,9 +174,14 @@ def test_missing_model_folder_is_exported_again(tmp_path: Path) -> None:
     assert first.healed is None
     assert first.result.details["settings"]["data"].startswith("train scenes")
     shutil.rmtree(first.folder)
+    left = out / f".{first.folder.name}.4711-deadbeef.tmp"
+    left.mkdir()
+    (left / "model.safetensors").touch()
     second = il.run(_recipe(tmp_path, text), out)
     assert "export" not in second.skipped
     assert second.folder.exists()
+    # what a killed export left
+    assert not left.exists()
 
 
 def test_unknown_recipe_key_is_refused_before_anything_is_made(tmp_path: Path) -> None:

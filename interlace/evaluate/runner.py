@@ -111,6 +111,10 @@ def evaluate(
     )
 
 
+# far above what smoothing leaves of zero, far below anything measured
+_NOTHING = 1e-9
+
+
 def retention_of(
     metrics: Mapping[str, float],
     baseline: Mapping[str, float],
@@ -124,7 +128,8 @@ def retention_of(
         lower_is_better: names for which baseline / value is taken instead of value / baseline.
 
     Returns:
-        name -> retention, 1 where nothing is lost. A division by zero is left out.
+        name -> retention, 1 where nothing is lost. A division by zero is left out, and by what the
+        smoothing of BLEU makes of zero.
     """
     kept: dict[str, float] = {}
     for name, value in metrics.items():
@@ -133,7 +138,7 @@ def retention_of(
         upper, lower = value, baseline[name]
         if name in lower_is_better:
             upper, lower = lower, upper
-        if lower:
+        if abs(lower) > _NOTHING:
             kept[name] = upper / lower
     return kept
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from typing import TYPE_CHECKING
 
 import torch
 
-from interlace._files import atomic_folder
+from interlace._files import atomic_folder, remove_parts
 from interlace.errors import CheckpointError
 from interlace.heal.checkpoints import read_tensors, write_tensors
 from interlace.models.checkpoint import MANIFEST
@@ -70,8 +69,7 @@ def save_student(folder: Path, student: VLM, dense: VLM, healed: HealReport | No
     Returns:
         SHA-256 of the weights.
     """
-    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
+    remove_parts(folder)
     with atomic_folder(folder, overwrite=True) as made:
         plan, record = _told(student)
         plan.save(made / PLAN)

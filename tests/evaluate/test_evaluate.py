@@ -23,6 +23,7 @@ def test_retention() -> None:
     kept = retention_of(metrics, baseline, frozenset({"perplexity"}))
     assert kept == pytest.approx({"accuracy": 0.75, "perplexity": 0.75})
     assert retention_of({"s": 0.0}, {"s": 1.0}, frozenset({"s"})) == {}
+    assert retention_of({"bleu_2": 2e-10}, {"bleu_2": 1.5e-10}) == {}
 
 
 def test_report_with_a_model_as_baseline(tiny_vlm: Callable[..., VLM]) -> None:
