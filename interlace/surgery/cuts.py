@@ -141,7 +141,10 @@ def _in_original(reason: str, original: Sequence[int]) -> str:
     """Translate the layers that a reason names, as in "triplet 3-4-5: takes over from layer 3"."""
 
     def translated(numbers: re.Match[str]) -> str:
-        return "-".join(str(original[int(each)]) for each in numbers[0].split("-"))
+        places = [int(each) for each in numbers[0].split("-")]
+        # a reason of somebody's own may count otherwise
+        known = max(places) < len(original)
+        return "-".join(str(original[each]) for each in places) if known else numbers[0]
 
     return _LAYERS.sub(translated, reason)
 
