@@ -253,21 +253,19 @@ def evaluate(
 ) -> None:
     """Measure a model, beside the dense one where given."""
     from interlace._fused_evaluation import evaluate_fused
-    from interlace.data.samples import check_root, scenes_tasks
-    from interlace.data.schemas import as_task
+    from interlace.data.samples import check_root
     from interlace.evaluate import evaluate as run_evaluate
+    from interlace.evaluate.selection import default_tasks
     from interlace.report.tables import eval_table
 
     check_outputs(output, None, overwrite)
     check_root(data, root)
     vlm = open_vlm(model, dtype, device, trust_remote_code)
-    held_out = None
-    tasks = scenes_tasks(vlm.family.objective) if task is None else split_names(task) or ()
+    own = None
     if data != "scenes":
-        chosen = read_samples(vlm, data, root, split, count, seed, max_bad_fraction)
-        if task is None:
-            tasks = tuple(t for t in tasks if any(as_task(each, (t,)) for each in chosen)) or tasks
-        held_out = dict.fromkeys(tasks, chosen)
+        own = read_samples(vlm, data, root, split, count, seed, max_bad_fraction)
+    tasks = default_tasks(vlm, own) if task is None else split_names(task) or ()
+    held_out = None if own is None else dict.fromkeys(tasks, own)
     measured = evaluate_fused if fuse else run_evaluate
     report = measured(
         vlm,

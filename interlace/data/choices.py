@@ -8,37 +8,30 @@ from typing import TYPE_CHECKING, Any
 from interlace.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-CHOICE_KEYS = ("choices", "options")
-HINT_KEYS = ("hint", "context")
-RIGHT_KEYS = ("correct_choice_idx", "answer", "label")
 PROMPT = "Answer with the letter of the right choice."
 
 
-def has_choices(record: Mapping[str, Any]) -> bool:
-    """Tell whether a record gives choices to its question; an empty list is none."""
-    return any(record.get(key) not in (None, [], ()) for key in CHOICE_KEYS)
-
-
 def with_choices(
-    question: str, record: Mapping[str, Any], where: str
+    question: str, choices: Any, *, hint: str, right: Any, where: str
 ) -> tuple[str, tuple[str, ...]]:
     """Put choices, and a hint where there is one, into a question.
 
     Args:
-        question: as the record asks it.
-        record: has no empty values. The right choice stands in it as its index from 0, its letter,
-            or its text.
+        question: without them.
+        choices: as the record holds them, a list of texts.
+        hint: stands in front of the question; may be empty.
+        right: the right choice as its index from 0, its letter, or its text; None where the record
+            does not say.
         where: file and record, for errors.
 
     Returns:
-        The question, and the letter of the right choice; none where the record does not say.
+        The question, and the letter of the right choice, if known.
 
     Raises:
         DataError: choices that are no list, or an answer that is none of them.
     """
-    choices = _first(record, CHOICE_KEYS)
     most = len(ascii_uppercase)
     if not isinstance(choices, list | tuple) or not 2 <= len(choices) <= most:
         raise DataError(
@@ -46,10 +39,8 @@ def with_choices(
             f"to {most} texts."
         )
     texts = [str(each).strip() for each in choices]
-    lines = [str(_first(record, HINT_KEYS) or "").strip(), question]
-    lines += [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, texts, strict=False)]
-    asked = "\n".join(line for line in (*lines, PROMPT) if line)
-    right = _first(record, RIGHT_KEYS)
+    lettered = [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, texts, strict=False)]
+    asked = "\n".join(filter(None, (hint, question, *lettered, PROMPT)))
     return asked, () if right is None else (ascii_uppercase[_place(right, texts, where)],)
 
 
@@ -67,7 +58,3 @@ def _place(right: Any, texts: Sequence[str], where: str) -> int:
         f"{where}: the answer {right!r} names none of the {len(texts)} choices. Give its index "
         "from 0, its letter, or its text."
     )
-
-
-def _first(record: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    return next((record[key] for key in keys if key in record), None)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from interlace.data.choices import has_choices, with_choices
+from interlace.data.choices import with_choices
 from interlace.data.samples import IMAGE_PLACEHOLDER, TASKS, Sample, Turn
 from interlace.errors import DataError
 
@@ -27,6 +27,9 @@ CAPTION_PROMPT = "Describe the image."
 IMAGE_KEYS = ("images", "image", "img", "image_path", "file_name", "jpg", "jpeg", "png", "webp")
 QUESTION_KEYS = ("question", "query")
 ANSWER_KEYS = ("multiple_choice_answer", "answer", "answers", "label")
+CHOICE_KEYS = ("choices", "options")
+HINT_KEYS = ("hint", "context")
+RIGHT_KEYS = ("correct_choice_idx", "answer", "label")
 CAPTION_KEYS = ("captions", "caption", "sentences", "references", "text", "txt")
 
 _ROLES = {
@@ -133,8 +136,12 @@ def _content(
     question = _first(present, QUESTION_KEYS)
     if isinstance(question, str) and (num_images or _first(present, ANSWER_KEYS) is not None):
         asked = _plain(question)
-        if has_choices(present):
-            asked, answers = with_choices(asked, present, where)
+        # an empty list is that of an open question
+        choices = next((present[key] for key in CHOICE_KEYS if present.get(key)), None)
+        if choices is not None:
+            hint = " ".join(_texts(_first(present, HINT_KEYS)))
+            right = _first(present, RIGHT_KEYS)
+            asked, answers = with_choices(asked, choices, hint=hint, right=right, where=where)
             best = answers
         else:
             answers = _texts(_first(present, ("answers", *ANSWER_KEYS)))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from interlace.data.samples import Sample, Samples, samples
+from interlace.data.samples import Sample, Samples, samples, scenes_tasks
 from interlace.data.schemas import as_task
 from interlace.errors import ConfigError, DataError, unknown_name
 from interlace.evaluate import caption, retrieval, speed, vqa
@@ -103,6 +103,13 @@ def check_models(vlm: VLM, baseline: VLM | EvalReport | None, names: Sequence[st
             f"The task {paired[0]} needs the baseline itself, not its report: it compares two "
             "models within one run. Pass the model as baseline=, or leave the task out."
         )
+
+
+def default_tasks(vlm: VLM, data: Samples | None = None) -> tuple[str, ...]:
+    """Return the tasks that a model is for; of given samples, those that some of them serve."""
+    tasks = scenes_tasks(vlm.family.objective)
+    served = tuple(task for task in tasks if any(as_task(each, (task,)) for each in data or ()))
+    return served or tasks
 
 
 def _serving(name: str, objective: str) -> tuple[str, ...] | None:

@@ -6,7 +6,7 @@ Legend: L layers, n layers to drop.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from interlace._progress import track
 from interlace.errors import ConfigError, PlanError
@@ -14,14 +14,16 @@ from interlace.plan.published import FEWER
 from interlace.plan.rules import by_score, finish
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
-    from interlace.plan.rules import Choice, Loss, Problem
+    from interlace.plan.rules import Choice, Problem
 
     Shortlist = Callable[[list[int]], list[int]]
 
 # How many layers a round of `compensated` tries: enough that the cheap order need not be right.
 CANDIDATES = 4
+
+T = TypeVar("T")
 
 
 def sleb(problem: Problem) -> Choice:
@@ -87,25 +89,27 @@ def no_choice(tower: str, what: str, gone: object, refused: PlanError | None) ->
     )
 
 
-def _losses(
-    loss: Loss, tower: str, drop: list[int], layers: list[int]
-) -> tuple[dict[int, float], PlanError | None]:
-    """Return layer -> loss without it and those dropped before, and the last refusal of a student.
+def losses_of(
+    candidates: Iterable[T], loss: Callable[[T], float]
+) -> tuple[dict[T, float], PlanError | None]:
+    """Return candidate -> loss without it, and the last refusal of a student.
 
     What is no number is infinite, and what cannot be made as well.
     """
-    found, refused = {}, None
-    for layer in layers:
+    found: dict[T, float] = {}
+    refused = None
+    for each in candidates:
         try:
-            value = float(loss(tower, (*drop, layer)))
+            value = float(loss(each))
         except PlanError as error:
             value, refused = math.inf, error
-        found[layer] = math.inf if math.isnan(value) else value
+        found[each] = math.inf if math.isnan(value) else value
     return found, refused
 
 
 def _greedy(problem: Problem, name: str, shortlist: Shortlist) -> Choice:
-    if problem.loss is None:
+    loss = problem.loss
+    if loss is None:
         raise ConfigError(
             f"The rule '{name}' chooses by the loss of the model without the layers. Give "
             "make_plan(..., loss=callback), where callback(tower, dropped_layers) returns it; "
@@ -117,9 +121,13 @@ def _greedy(problem: Problem, name: str, shortlist: Shortlist) -> Choice:
     drop: list[int] = []
     reasons: dict[int, str] = {}
     alone: tuple[float | None, ...] | None = None
+
+    def without(layer: int) -> float:
+        return loss(problem.tower, (*drop, layer))
+
     rounds = track(range(problem.num_drop), description=f"{name}, {problem.tower}")
     for number in rounds:
-        losses, refused = _losses(problem.loss, problem.tower, drop, shortlist(inner))
+        losses, refused = losses_of(shortlist(inner), without)
         best = min(losses, key=lambda each, losses=losses: (losses[each], each))  # type: ignore[misc]
         if math.isinf(losses[best]):
             raise no_choice(problem.tower, "layer", drop, refused) from refused

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from interlace._progress import track
 from interlace.errors import ConfigError, PlanError
-from interlace.plan.greedy import no_choice
+from interlace.plan.greedy import losses_of, no_choice
 from interlace.plan.published import FEWER
 from interlace.plan.rules import Choice, nearest_kept
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from interlace.plan.rules import Problem
     from interlace.records import TowerShape
@@ -43,7 +43,7 @@ def compensated_parts(problem: Problem) -> Choice:
         ConfigError: no loss was given, or one that cannot be asked for parts.
         PlanError: the parts are not known, too few may go, or no choice leaves a finite loss.
     """
-    _check_loss(problem)
+    ask = _checked_loss(problem)
     shape = _shape_of(problem)
     sizes = _sizes(problem, shape)
     half = min(sizes.values(), default=0) / 2
@@ -55,6 +55,10 @@ def compensated_parts(problem: Problem) -> Choice:
     reasons: dict[int, str] = {}
     first: dict[Part, float] = {}
     loss = 0.0
+
+    def without(part: Part) -> float:
+        return ask(problem.tower, *_grouped([*gone, part], shape))
+
     most = math.ceil((left + half) / (2 * half)) if half else 0
     for number in track(range(most), description=f"compensated_parts, {problem.tower}"):
         fitting = [
@@ -62,7 +66,7 @@ def compensated_parts(problem: Problem) -> Choice:
             for part, size in sizes.items()
             if part not in gone and size <= left + half and _may_go(part, gone, shape)
         ]
-        losses, refused = _losses(problem, shape, gone, _likely(fitting, first))
+        losses, refused = losses_of(_likely(fitting, first), without)
         if not losses:
             break
         rises = {part: (value - loss) / sizes[part] for part, value in losses.items()}
@@ -81,7 +85,7 @@ def compensated_parts(problem: Problem) -> Choice:
     return Choice(drop, (*tune, *losing), reasons=reasons, parts=parts)
 
 
-def _check_loss(problem: Problem) -> None:
+def _checked_loss(problem: Problem) -> Callable[..., float]:
     asks = (
         "The rule 'compensated_parts' chooses by the loss of the model without layers and parts. "
         "Give make_plan(..., loss=callback), where callback(tower, dropped_layers, parts) returns "
@@ -94,6 +98,7 @@ def _check_loss(problem: Problem) -> None:
         inspect.signature(problem.loss).bind("", (), {})
     except TypeError as error:
         raise ConfigError(f"{asks} The one given cannot be called so: {error}.") from error
+    return problem.loss
 
 
 def _shape_of(problem: Problem) -> TowerShape:
@@ -156,22 +161,3 @@ def _grouped(
         for site in shape.sites
     }
     return tuple(drop), {site: layers for site, layers in parts.items() if layers}
-
-
-def _losses(
-    problem: Problem, shape: TowerShape, gone: Sequence[Part], parts: Sequence[Part]
-) -> tuple[dict[Part, float], PlanError | None]:
-    """Return part -> loss without it and those gone before, and the last refusal of a student.
-
-    What is no number is infinite, and what cannot be made as well.
-    """
-    assert problem.loss is not None
-    found: dict[Part, float] = {}
-    refused = None
-    for part in parts:
-        try:
-            value = float(problem.loss(problem.tower, *_grouped([*gone, part], shape)))
-        except PlanError as error:
-            value, refused = math.inf, error
-        found[part] = math.inf if math.isnan(value) else value
-    return found, refused

@@ -99,16 +99,17 @@ def qwen(template: str = CHATML) -> Any:
     return without_video(tf.Qwen2VLProcessor, images, words, chat_template=template)
 
 
+# what processors of LLaVA are told about their vision tower
+_TOWER = {
+    "patch_size": PATCH_SIDE,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,
+}
+
+
 def llava(template: str | None = VICUNA) -> Any:
     images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIDE}, crop_size=SIZE)
-    return tf.LlavaProcessor(
-        images,
-        tokenizer(),
-        patch_size=PATCH_SIDE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template,
-    )
+    return tf.LlavaProcessor(images, tokenizer(), chat_template=template, **_TOWER)
 
 
 def llava_next() -> Any:
@@ -117,14 +118,7 @@ def llava_next() -> Any:
         crop_size=SIZE,
         image_grid_pinpoints=[[IMAGE_SIDE, IMAGE_SIDE]],
     )
-    return tf.LlavaNextProcessor(
-        images,
-        tokenizer(),
-        patch_size=PATCH_SIDE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=VICUNA,
-    )
+    return tf.LlavaNextProcessor(images, tokenizer(), chat_template=VICUNA, **_TOWER)
 
 
 def llava_onevision() -> Any:

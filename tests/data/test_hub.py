@@ -181,6 +181,7 @@ def test_choices_stand_in_the_question(save_image: Callable[..., Path], tmp_path
     assert len(asked(hint="").turns) == 1
     # an open question among them, and one without an image
     assert asked(choices=[], answer="cat").turns[0].text == "<image>\nWhich?"
+    assert asked(choices=[], options=["cat", "dog"], answer="dog").turns[1].text == "B"
     spoken = asked(image=None, answer="cat")
     assert (spoken.task, spoken.images, spoken.references) == ("chat", (), ("A",))
     for changes, words in (

@@ -9,6 +9,7 @@ from interlace.data.samples import Sample, Samples, samples
 from interlace.errors import ConfigError, DataError
 from interlace.evaluate import TASKS, evaluate
 from interlace.evaluate.runner import retention_of
+from interlace.evaluate.selection import default_tasks
 from interlace.records import EvalReport
 
 if TYPE_CHECKING:
@@ -24,6 +25,18 @@ def test_retention() -> None:
     assert kept == pytest.approx({"accuracy": 0.75, "perplexity": 0.75})
     assert retention_of({"s": 0.0}, {"s": 1.0}, frozenset({"s"})) == {}
     assert retention_of({"bleu_2": 2e-10}, {"bleu_2": 1.5e-10}) == {}
+
+
+def test_a_model_is_measured_by_what_it_is_for_and_the_data_can_tell(
+    tiny_vlm: Callable[..., VLM],
+) -> None:
+    questions = samples("scenes", count=2, tasks=("vqa",))
+    chat = tiny_vlm("qwen3_vl")
+    assert default_tasks(chat) == ("vqa", "caption")
+    assert default_tasks(chat, questions) == ("vqa",)
+    assert default_tasks(tiny_vlm("clip")) == ("retrieval",)
+    # what serves none of them is refused by name later
+    assert default_tasks(tiny_vlm("blip_caption"), questions) == ("caption",)
 
 
 def test_report_with_a_model_as_baseline(tiny_vlm: Callable[..., VLM]) -> None:
