@@ -69,5 +69,6 @@ PRESETS = {
             512, 0.01, 8, 256, contrastive_batch=32, validation=RECOMMENDED_HEAL.validation_fraction
         ),
         tuple(each.name for each in CROWDED_SUBJECTS),
+        rounds=15,
     ),
 }

@@ -300,7 +300,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--summary", action="store_true", help="the same in one table, the mean of all metrics"
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what the file holds")
-    parser.add_argument("--highlight", choices=list(METHODS), default="interlace")
+    parser.add_argument(
+        "--highlight", nargs="+", choices=list(METHODS), default=["interlace"], help="in the chart"
+    )
     return parser.parse_args(arguments)
 
 

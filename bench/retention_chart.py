@@ -17,6 +17,7 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from retention_report import Row
@@ -91,13 +92,13 @@ def points(rows: list[Row]) -> dict[tuple[str, str], list[tuple[float, float]]]:
     return found
 
 
-def plot(rows: list[Row], path: Path, ours: str = "interlace") -> None:
+def plot(rows: list[Row], path: Path, ours: Sequence[str] = ("interlace",)) -> None:
     """Draw the chart.
 
     Args:
         rows: cells of a results file, speed among them.
         path: PNG file to write.
-        ours: the method to highlight.
+        ours: the methods to highlight.
 
     Raises:
         DataError: the file holds nothing that was timed.
@@ -133,7 +134,9 @@ def plot(rows: list[Row], path: Path, ours: str = "interlace") -> None:
     _save(figure, path)
 
 
-def _panel(axes: Any, model: str, found: Any, ours: str, entries: dict[str, Any]) -> None:
+def _panel(
+    axes: Any, model: str, found: Any, ours: Sequence[str], entries: dict[str, Any]
+) -> None:
     hidden = 0
     for (name, label), places in found.items():
         if name != model:
@@ -143,7 +146,7 @@ def _panel(axes: Any, model: str, found: Any, ours: str, entries: dict[str, Any]
         hidden += sum(value < FLOOR for value in y)
         shown, colour, marker = _LINES.get(method, ("other methods", _OTHERS, "."))
         style: dict[str, Any] = {"color": colour, "marker": marker, "lw": 1.0, "ms": 5, "zorder": 2}
-        if method == ours and not bridges:
+        if method in ours and not bridges:
             if method not in _LINES:
                 shown, style["color"] = method, _OURS
             style |= {"lw": 2.6, "ms": 8, "zorder": 4}

@@ -267,7 +267,7 @@ def test_points_are_means_after_healing_beside_the_speed_of_their_kind() -> None
 
 
 def test_chart_is_a_small_png(tmp_path: Path) -> None:
-    plot(rows(), tmp_path / "chart.png", "last")
+    plot(rows(), tmp_path / "chart.png", ["last"])
     image = Image.open(tmp_path / "chart.png")
     assert image.format == "PNG"
     assert (tmp_path / "chart.png").stat().st_size < 30_000
