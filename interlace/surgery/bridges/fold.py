@@ -10,11 +10,14 @@ where there is one) that explains what is missing:
 
     min over M of   sum over tokens of  weight |t - s - M x|^2  +  penalty |M|^2
 
-and W + M takes the place of W. In post-norm layers (BERT, BLIP's text towers) the sum passes
+and W + M takes the place of W; where a layer multiplies what it adds by a factor per channel
+(LayerScale), M is divided by it. In post-norm layers (BERT, BLIP's text towers) the sum passes
 LayerNorm, s = gamma (z - mean) / sigma + beta, so the missing part is brought in front of it to
 first order, sigma (t - s) / gamma, with weights 1 / sigma^2, and the fit is repeated from where the
 last one arrived. Where a part between two such norms was taken out, one runs behind the other:
-sigma and gamma are then the products of both.
+sigma and gamma are then the products of both. Where a norm stands behind the projection and its
+result is added (Gemma, GLM), s = residual + gamma z / sigma with z = o, which is fitted in the same
+way; then gamma, since no projection in front of a norm makes what it adds longer.
 
 Derivation: docs/math/bridges.md.
 Source: ReplaceMe, arXiv 2505.02819, solves for a D x D map behind the projection; here the
@@ -33,11 +36,12 @@ import torch
 from interlace.errors import PlanError
 from interlace.records import Bridge
 from interlace.surgery.bridges.names import FOLD, NONE, REFIT
-from interlace.surgery.bridges.observe import Reached, observe
+from interlace.surgery.bridges.observe import Reached, Seen, observe
 from interlace.surgery.bridges.resting import Start, idling, starting
 from interlace.surgery.bridges.statistics import NormalEquations, choose
 from interlace.surgery.bridges.structure import (
     Call,
+    Norm,
     Projection,
     find_projection,
     read_elsewhere,
@@ -46,7 +50,7 @@ from interlace.surgery.bridges.structure import (
 from interlace.surgery.bridges.weights import Weights, changed, put_weights, weights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -124,7 +128,12 @@ def _fold(tower: _Tower, gap: Gap) -> Bridge:
             break
     error, best = rounds[-1]
     put_weights(linear, best)
-    if len(rounds) == 1:
+    settings = {"ridge": ridge, "rounds": len(rounds) - 1} if len(rounds) > 1 else {}
+    if projection.sandwiched:
+        gained = _gain(tower, gap, projection.norms[0])
+        if gained < error:
+            error, settings["gain"] = gained, True
+    if not settings:
         note = "no change of the layer before it came closer on held-out samples"
         return Bridge(gap.tower, NONE, gap.dropped, gap.after, note=note)
     return Bridge(
@@ -134,7 +143,7 @@ def _fold(tower: _Tower, gap: Gap) -> Bridge:
         gap.after,
         error_before=rounds[0][0],
         error_after=error,
-        settings={"ridge": ridge, "rounds": len(rounds) - 1},
+        settings=settings,
     )
 
 
@@ -166,8 +175,8 @@ def _place(tower: _Tower, gap: Gap) -> Projection | str:
     found = find_projection(calls[0]) if calls else None
     if found is None:
         why = (
-            "does not add its last linear projection to the residual stream as it is, nor straight "
-            "before a LayerNorm"
+            "does not add its last linear projection to the residual stream, nor straight before a "
+            "LayerNorm"
         )
         if not gap.dropped or gap.narrowed:
             return f"layer {gap.after} {why}"
@@ -192,7 +201,7 @@ def _equations(
     """Stream the normal equations of the samples to fit on, and of the held-out ones."""
     linear = projection.linear
     norms = {f"norm {place}": norm for place, norm in enumerate(projection.norms)}
-    modules: dict[str, nn.Module] = {"features": linear, **norms}
+    modules = {"features": linear, **{place: norm.module for place, norm in norms.items()}}
     both = tuple(
         NormalEquations(
             linear.in_features,
@@ -202,19 +211,11 @@ def _equations(
         )
         for _ in range(2)
     )
-    for seen in observe(
-        tower.teacher,
-        tower.student,
-        gap,
-        tower.calibration,
-        tower.weights,
-        modules,
-        tower.reached,
-    ):
+    for seen in _observe(tower, gap, modules):
         goal, weight = seen.goal.double(), seen.weight
         missing = goal - seen.state.double()
         for place, norm in norms.items():
-            sigma = (seen.inputs[place].double().var(1, correction=0) + norm.eps).sqrt()
+            sigma = norm.sigma(seen.inputs[place])
             weight = weight / sigma.square()
             goal, missing = goal * sigma[:, None], missing * sigma[:, None]
         for equations, rows in zip(both, (~seen.held, seen.held), strict=True):
@@ -223,15 +224,60 @@ def _equations(
     return both[0], both[1]
 
 
+def _gain(tower: _Tower, gap: Gap, norm: Norm) -> float:
+    """Fit the weight of a norm whose result is added to the stream, channel by channel.
+
+    What a projection in front of a norm gives cannot become longer; its weight can.
+
+    Returns:
+        The error on held-out samples, as a share of the goal's squared size; the weight is left as
+        it is where no other is better on them.
+    """
+    # per channel, on samples to fit on and on held-out ones: sum w n d, sum w n^2
+    sums = torch.zeros(2, 2, len(norm.gamma), dtype=torch.float64, device=norm.gamma.device)
+    energy = size = 0.0
+    for seen in _observe(tower, gap, {"norm": norm.module}):
+        given, goal = seen.inputs["norm"].double(), seen.goal.double()
+        normed, missing = given / norm.sigma(given)[:, None], goal - seen.state.double()
+        for own, rows in zip(sums, (~seen.held, seen.held), strict=True):
+            weighed = seen.weight[rows, None] * normed[rows]
+            own += torch.stack([(weighed * each[rows]).sum(0) for each in (missing, normed)])
+        held = seen.weight[seen.held]
+        energy += float(held @ missing[seen.held].square().sum(1))
+        size += float(held @ goal[seen.held].square().sum(1))
+    (cross, square), (held_cross, held_square) = sums
+    change = torch.where(square > 0, cross / square, torch.zeros_like(cross))
+    left = energy - float((2 * change * held_cross - change.square() * held_square).sum())
+    if left < energy:
+        module: Any = norm.module
+        module.weight = changed(module.weight, lambda value: value + change)
+    return min(left, energy) / (size or 1.0)
+
+
+def _observe(tower: _Tower, gap: Gap, modules: Mapping[str, nn.Module]) -> Iterator[Seen]:
+    return observe(
+        tower.teacher,
+        tower.student,
+        gap,
+        tower.calibration,
+        tower.weights,
+        modules,
+        tower.reached,
+    )
+
+
 def _change(projection: Projection, change: torch.Tensor) -> None:
     """Give the projection weights of its own: old ones plus the change M [F, D]."""
     linear = projection.linear
     if projection.norms:
         # the equations are those of gamma times the change
-        gammas = [norm.weight.detach().double() for norm in projection.norms]
-        gamma = torch.stack(gammas).prod(0)
+        gamma = torch.stack([norm.gamma for norm in projection.norms]).prod(0)
         damped = gamma.square() + (_DAMPING**2) * gamma.square().mean()
         change = change * (gamma / damped)
+    if projection.scale is not None:
+        # nothing that a channel without a factor gives would be seen
+        scale = projection.scale
+        change = torch.where(scale == 0, torch.zeros_like(change), change / scale)
     features = linear.in_features
     weight = changed(linear.weight, lambda value: value + change[:features].T)
     bias = changed(linear.bias, lambda value: value + change[features])

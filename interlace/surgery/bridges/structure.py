@@ -112,6 +112,53 @@ def changing(changes: Mapping[nn.Module, Callable[[torch.Tensor], torch.Tensor]]
             hook.remove()
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A norm as a function: gamma (z - mean z) / sigma + beta, where an RMSNorm has no mean.
+
+    Attributes:
+        module: the norm.
+        gamma: what its weight multiplies by, [D] fp64.
+        centred: it is a LayerNorm.
+        eps: added to the square of sigma.
+    """
+
+    module: nn.Module
+    gamma: torch.Tensor
+    centred: bool
+    eps: float
+
+    def sigma(self, given: torch.Tensor) -> torch.Tensor:
+        """Return what every row of its input [N, D] is divided by, [N] fp64."""
+        rows = given.double()
+        square = rows.var(1, correction=0) if self.centred else rows.square().mean(1)
+        return (square + self.eps).sqrt()
+
+
+def _known(module: Any, given: torch.Tensor, made: torch.Tensor) -> Norm | None:
+    """Describe a norm by what it made of an input; None where it is of another kind."""
+    weight = module.weight.detach().double()
+    if isinstance(module, nn.LayerNorm):
+        return Norm(module, weight, True, module.eps)
+    eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    # Gemma's weight is what is added to 1
+    for gamma in (weight, 1 + weight) if isinstance(eps, float) else ():
+        norm = Norm(module, gamma, False, eps)
+        rows = given.reshape(-1, given.shape[-1])
+        expected = gamma * rows.double() / norm.sigma(rows)[:, None]
+        if agree(made, expected.view(made.shape).to(made.dtype)):
+            return norm
+    return None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    if isinstance(module, nn.LayerNorm):
+        return module.elementwise_affine
+    return "RMSNorm" in type(module).__name__ and isinstance(
+        getattr(module, "weight", None), nn.Parameter
+    )
+
+
 @dataclass
 class _Trace:
     """Outputs (or, for norms, inputs and outputs) of the modules that one call ran, in order."""
@@ -134,8 +181,11 @@ def _trace(call: Call) -> _Trace:
         else:
             made.norms[module] = (args[0], output)
 
-    kinds = (nn.Linear, nn.LayerNorm)
-    hooks = [m.register_forward_hook(hook) for m in call.layer.modules() if isinstance(m, kinds)]
+    hooks = [
+        module.register_forward_hook(hook)
+        for module in call.layer.modules()
+        if isinstance(module, nn.Linear) or _is_norm(module)
+    ]
     try:
         made.output = call.repeat()
     finally:
@@ -146,24 +196,32 @@ def _trace(call: Call) -> _Trace:
 
 @dataclass(frozen=True)
 class Projection:
-    """The last linear module of a layer, whose output reaches the residual stream unchanged.
+    """The last linear module of a layer, whose output is added to the residual stream.
 
     Attributes:
         linear: the module, [F] -> [D].
-        norms: the LayerNorms that the sum with the residual passes in turn, in post-norm layers:
-            one, or more where parts between them were taken out; else none.
+        scale: by which every channel of its output is multiplied before it is added [D] fp64, as
+            LayerScale does; None where it is added as it is.
+        norms: the norms behind it: those that the sum with the residual passes in turn, in
+            post-norm layers (one, or more where parts between them were taken out); the one that
+            its output passes before it is added, where a layer has norms in front of and behind
+            its parts; else none.
+        sandwiched: the last of these.
     """
 
     linear: nn.Linear
-    norms: tuple[nn.LayerNorm, ...] = ()
+    scale: torch.Tensor | None = None
+    norms: tuple[Norm, ...] = ()
+    sandwiched: bool = False
 
 
 def find_projection(call: Call) -> Projection | None:
     """Find the module that a change of the layer's output can be folded into.
 
     That is the last linear module the layer runs, if whatever is added to its output is added to
-    the layer's output as well (pre-norm), or to the input of the first of the LayerNorms that give
-    it, one out of the other (post-norm). A scale or a gate behind it is neither.
+    the layer's output as well (pre-norm), as it is or with a constant factor per channel, or to the
+    input of the first of the norms that give it, one out of the other (post-norm); or if what a
+    norm makes of its output is added to the layer's output. A gate behind it is none of these.
 
     Returns:
         The module; None where the layer has none of that kind.
@@ -183,16 +241,28 @@ def find_projection(call: Call) -> Projection | None:
     with changing({last: add}):
         moved = _trace(call)
     linear: Any = last
-    if agree(moved.output - plain.output, added.view_as(plain.output), plain.output):
+    given = (moved.output - plain.output).reshape(added.shape)
+    beside = plain.output.reshape(added.shape)
+    if agree(given, added, beside):
         return Projection(linear)
-    for norm, (given, _) in plain.norms.items():
+    scale = (given.double() * added.double()).sum(0) / added.double().square().sum(0)
+    if agree(given, (scale * added).to(given.dtype), beside):
+        return Projection(linear, scale)
+    for norm, (entered, made) in plain.norms.items():
         chain = _chain(plain, norm)
-        if chain and agree(moved.norms[norm][0] - given, added.view_as(given), given):
-            return Projection(linear, chain)
+        if chain and agree(moved.norms[norm][0] - entered, added.view_as(entered), entered):
+            return Projection(linear, norms=chain)
+        known = _known(norm, entered, made)
+        if (
+            known is not None
+            and torch.equal(entered, plain.linears[last])
+            and agree(moved.output - plain.output, moved.norms[norm][1] - made, plain.output)
+        ):
+            return Projection(linear, norms=(known,), sandwiched=True)
     return None
 
 
-def _chain(trace: _Trace, norm: nn.Module) -> tuple[Any, ...]:
+def _chain(trace: _Trace, norm: nn.Module) -> tuple[Norm, ...]:
     """Return the norms from one to the layer's output, each given what the last one made."""
     found: list[nn.Module] = []
     following: nn.Module | None = norm
@@ -200,7 +270,8 @@ def _chain(trace: _Trace, norm: nn.Module) -> tuple[Any, ...]:
         found.append(following)
         made = trace.norms[following][1]
         if made.shape == trace.output.shape and torch.equal(made, trace.output):
-            return tuple(found)
+            known = [_known(each, *trace.norms[each]) for each in found]
+            return tuple(each for each in known if each) if all(known) else ()
         following = next(
             (
                 each

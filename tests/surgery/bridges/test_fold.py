@@ -10,9 +10,11 @@ from surgery.bridges.toys import (
     FEATURES,
     WIDTH,
     Gated,
+    LayerScaled,
     Linear,
     PostNorm,
     PreNorm,
+    Sandwiched,
     TwiceNormed,
     Weights,
     calibration,
@@ -32,9 +34,10 @@ def _fit(dense: Any, student: Any, gaps: Any, data: Any) -> Any:
         return fit_fold(dense, student, gaps, data, Weights())
 
 
+@pytest.mark.parametrize("kind", [Linear, LayerScaled])
 @pytest.mark.parametrize("drop", [(3,), (2, 3), (2, 4, 5), (6,)])
-def test_linear_layers_are_recovered_to_rounding(drop: tuple[int, ...]) -> None:
-    dense = tower(Linear)
+def test_linear_layers_are_recovered_to_rounding(drop: tuple[int, ...], kind: Any) -> None:
+    dense = tower(kind)
     student, gaps = without(dense, drop)
     unseen = calibration(seed=2).batches[0]
     far = (student(unseen)[0] - dense(unseen)[0]).abs().max()
@@ -166,6 +169,20 @@ def test_post_norm_layers_are_fitted_through_their_norms(kind: Any) -> None:
     assert bridge.error_after == pytest.approx(left / size, rel=1e-9)
 
 
+def test_a_norm_behind_the_projection_is_fitted_through_and_with_it() -> None:
+    dense = tower(Sandwiched)
+    weights = {name: value.clone() for name, value in dense.state_dict().items()}
+    student, gaps = without(dense, (3,))
+    (bridge,) = _fit(dense, student, gaps, calibration(num_batches=8))
+    assert bridge.error_after < 0.25 * bridge.error_before
+    seen = list(observe(dense, student, gaps[0], calibration(num_batches=8), Weights()))
+    left = sum(float(s.weight[s.held] @ (s.goal - s.state)[s.held].square().sum(1)) for s in seen)
+    size = sum(float(s.weight[s.held] @ s.goal[s.held].square().sum(1)) for s in seen)
+    assert bridge.settings["gain"] is True
+    assert bridge.error_after == pytest.approx(left / size, rel=1e-9)
+    assert all(torch.equal(weights[name], value) for name, value in dense.state_dict().items())
+
+
 def test_the_front_cut_has_no_bridge_and_says_so() -> None:
     dense = tower(PreNorm)
     student, gaps = without(dense, (0, 3))
@@ -175,7 +192,7 @@ def test_the_front_cut_has_no_bridge_and_says_so() -> None:
     assert second.kind == "fold"
 
 
-def test_a_scale_behind_the_projection_is_refused() -> None:
+def test_a_gate_behind_the_projection_is_refused() -> None:
     dense = tower(Gated)
     student, gaps = without(dense, (3,))
     with pytest.raises(PlanError, match="does not add its last linear projection"):

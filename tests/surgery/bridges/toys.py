@@ -56,11 +56,46 @@ class TwiceNormed(PostNorm):
         return self.second(super().forward(hidden) + 0.0)
 
 
-class Gated(PreNorm):
+class LayerScaled(Linear):
     """A learned scale behind the projection."""
 
+    def __init__(self, width: int, features: int) -> None:
+        super().__init__(width, features)
+        self.scale = nn.Parameter(torch.linspace(-0.2, 1.5, width))
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + 0.5 * self.down(torch.relu(self.up(self.norm(hidden))))
+        return hidden + self.scale * self.down(self.up(hidden))
+
+
+class ToyRMSNorm(nn.Module):
+    """As Gemma has it: its weight is what is added to 1."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(width)), 1e-6
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        size = (hidden.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        return hidden / size * (1 + self.weight)
+
+
+class Sandwiched(PreNorm):
+    """A norm behind the part too, before its result is added."""
+
+    def __init__(self, width: int, features: int) -> None:
+        super().__init__(width, features)
+        self.behind = ToyRMSNorm(width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.behind(self.down(torch.relu(self.up(self.norm(hidden)))))
+
+
+class Gated(PreNorm):
+    """What is added is multiplied by something that hangs on the input."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate = torch.sigmoid(hidden.mean(-1, keepdim=True))
+        return hidden + gate * self.down(torch.relu(self.up(self.norm(hidden))))
 
 
 class Scaled(PreNorm):
