@@ -134,9 +134,7 @@ def plot(rows: list[Row], path: Path, ours: Sequence[str] = ("interlace",)) -> N
     _save(figure, path)
 
 
-def _panel(
-    axes: Any, model: str, found: Any, ours: Sequence[str], entries: dict[str, Any]
-) -> None:
+def _panel(axes: Any, model: str, found: Any, ours: Sequence[str], entries: dict[str, Any]) -> None:
     hidden = 0
     for (name, label), places in found.items():
         if name != model:

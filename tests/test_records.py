@@ -26,7 +26,7 @@ from interlace.records import (
 
 
 def shape(num_layers: int = 6) -> ModelShape:
-    tower = TowerShape(8, 4, 2, 2, 32, (100,) * num_layers, causal=True)
+    tower = TowerShape(8, 4, 2, 2, (100,) * num_layers, causal=True)
     return ModelShape({"text": tower}, total_parameters=1000, bytes_per_parameter=2)
 
 

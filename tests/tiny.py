@@ -1,16 +1,11 @@
-"""Tiny random-weight models of every family, and inputs that their forward and generate accept.
-
-Every model is seeded, in eval mode, fp32, with weights of its own in every layer (norms and biases
-included), so that a wrong order, a lost layer or a feature at the wrong place changes the output.
-"""
+"""Tiny random-weight models of every family, and inputs that their forward and generate accept."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 import transformers as tf
+from tiny_base import built, encoder_config, randomise, text_config, vision_config
 from tiny_batches import (
     BOS,
     EOS,
@@ -18,6 +13,7 @@ from tiny_batches import (
     IMAGE_SIDE,
     NUM_PATCHES,
     PAD,
+    PAIRS,
     PATCH_SIDE,
     VIDEO,
     VISION_END,
@@ -26,13 +22,14 @@ from tiny_batches import (
     generation_inputs,
     tiny_inputs,
 )
+from tiny_chat import gemma3, idefics3, internvl, mistral3, paligemma, smolvlm
+from tiny_packed import glm4v, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import nn
-
 __all__ = [
+    "ALL",
     "BOS",
     "EOS",
     "GENERATIVE",
@@ -52,247 +49,97 @@ __all__ = [
 ]
 
 
-def randomise(model: nn.Module, seed: int) -> nn.Module:
-    """Fill every parameter: matrices by fan-in, norm weights around 1, biases small, none zero."""
-    generator = torch.Generator().manual_seed(seed)
-    norms = {
-        id(parameter)
-        for module in model.modules()
-        if "norm" in type(module).__name__.lower()
-        for name, parameter in module.named_parameters(recurse=False)
-        if name == "weight"
-    }
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if id(parameter) in norms:
-                parameter.copy_(1 + 0.2 * noise)
-            elif parameter.dim() < 2:
-                parameter.copy_(0.1 * noise)
-            else:
-                fan_in = math.prod(parameter.shape[1:])
-                parameter.copy_(noise * min(0.3, 0.8 / math.sqrt(fan_in)))
-    return model.eval()
-
-
-def _text(num_layers: int, **extra: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "pad_token_id": PAD,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        **extra,
-    }
-
-
-def _vision(num_layers: int, **extra: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "image_size": IMAGE_SIDE,
-        "patch_size": PATCH_SIDE,
-        **extra,
-    }
-
-
-def _qwen_special() -> dict[str, int]:
-    names = ("image", "video", "vision_start", "vision_end")
-    ids = (IMAGE, VIDEO, VISION_START, VISION_END)
-    return {f"{name}_token_id": i for name, i in zip(names, ids, strict=True)}
-
-
-def qwen3_vl(
-    seed: int = 0,
-    *,
-    text: int = 8,
-    vision: int = 6,
-    deepstack: tuple[int, ...] = (1, 3),
-    tie: bool = False,
-) -> tf.PreTrainedModel:
-    """Qwen3-VL: DeepStack features of vision blocks 1 and 3 go in after text layers 0 and 1."""
-    config = tf.Qwen3VLConfig(
-        text_config=_text(
-            text,
-            head_dim=8,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [2, 1, 1],
-                "mrope_interleaved": True,
-            },
-            tie_word_embeddings=tie,
-        ),
-        vision_config={
-            "depth": vision,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 4,
-            "patch_size": PATCH_SIDE,
-            "temporal_patch_size": 1,
-            "spatial_merge_size": 2,
-            "out_hidden_size": 32,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": list(deepstack),
-        },
-        tie_word_embeddings=tie,
-        **_qwen_special(),
-    )
-    return _build(tf.Qwen3VLForConditionalGeneration, config, seed)
-
-
-def _qwen2_text(num_layers: int, window: int | None, full_layers: int) -> dict[str, Any]:
-    return _text(
-        num_layers,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [2, 1, 1],
-        },
-        use_sliding_window=window is not None,
-        sliding_window=window,
-        max_window_layers=full_layers,
-    )
-
-
-def qwen2_vl(
-    seed: int = 0, *, text: int = 8, vision: int = 6, window: int | None = None
-) -> tf.PreTrainedModel:
-    """Qwen2-VL; with `window` text layers 4 and up use sliding attention of that many tokens."""
-    config = tf.Qwen2VLConfig(
-        text_config=_qwen2_text(text, window, 4),
-        vision_config={
-            "depth": vision,
-            "embed_dim": 32,
-            "hidden_size": 32,
-            "num_heads": 4,
-            "mlp_ratio": 2,
-            "patch_size": PATCH_SIDE,
-            "temporal_patch_size": 1,
-            "spatial_merge_size": 2,
-        },
-        **_qwen_special(),
-    )
-    return _build(tf.Qwen2VLForConditionalGeneration, config, seed)
-
-
-def qwen2_5_vl(
-    seed: int = 0,
-    *,
-    text: int = 8,
-    vision: int = 6,
-    full_attention: tuple[int, ...] = (2, 5),
-    window: int | None = None,
-) -> tf.PreTrainedModel:
-    """Qwen2.5-VL: vision blocks 2 and 5 see the whole image, the others windows of 2x2 patches."""
-    config = tf.Qwen2_5_VLConfig(
-        text_config=_qwen2_text(text, window, 4),
-        vision_config={
-            "depth": vision,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 4,
-            "patch_size": PATCH_SIDE,
-            "temporal_patch_size": 1,
-            "spatial_merge_size": 2,
-            "window_size": 16,
-            "out_hidden_size": 32,
-            "fullatt_block_indexes": list(full_attention),
-        },
-        **_qwen_special(),
-    )
-    return _build(tf.Qwen2_5_VLForConditionalGeneration, config, seed)
-
-
 def llava(
     seed: int = 0, *, text: int = 8, vision: int = 6, feature_layer: int | list[int] = -2
 ) -> tf.PreTrainedModel:
     """LLaVA-1.5: CLIP vision tower read at `vision_feature_layer`, Llama text."""
     config = tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**_vision(vision)),
-        text_config=tf.LlamaConfig(**_text(text)),
+        vision_config=tf.CLIPVisionConfig(**vision_config(vision)),
+        text_config=tf.LlamaConfig(**text_config(text)),
         image_token_index=IMAGE,
         vision_feature_layer=feature_layer,
         image_seq_length=NUM_PATCHES,
     )
-    return _build(tf.LlavaForConditionalGeneration, config, seed)
+    return built(tf.LlavaForConditionalGeneration, config, seed)
 
 
 def llava_next(seed: int = 0, *, text: int = 8, vision: int = 6) -> tf.PreTrainedModel:
     """LLaVA-NeXT: one base tile and the grid tiles of each image, with row separators."""
     config = tf.LlavaNextConfig(
-        vision_config=tf.CLIPVisionConfig(**_vision(vision)),
-        text_config=tf.MistralConfig(**_text(text, sliding_window=None)),
+        vision_config=tf.CLIPVisionConfig(**vision_config(vision)),
+        text_config=tf.MistralConfig(**text_config(text, sliding_window=None)),
         image_token_index=IMAGE,
         image_grid_pinpoints=[[IMAGE_SIDE, IMAGE_SIDE]],
         image_seq_length=NUM_PATCHES,
     )
-    return _build(tf.LlavaNextForConditionalGeneration, config, seed)
+    return built(tf.LlavaNextForConditionalGeneration, config, seed)
 
 
 def llava_onevision(seed: int = 0, *, text: int = 8, vision: int = 6) -> tf.PreTrainedModel:
     """LLaVA-OneVision: SigLIP vision tower without head, Qwen2 text, all patches kept."""
     config = tf.LlavaOnevisionConfig(
-        vision_config=tf.SiglipVisionConfig(**_vision(vision, vision_use_head=False)),
-        text_config=tf.Qwen2Config(**_text(text)),
+        vision_config=tf.SiglipVisionConfig(**vision_config(vision, vision_use_head=False)),
+        text_config=tf.Qwen2Config(**text_config(text)),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
         image_grid_pinpoints=[[IMAGE_SIDE, IMAGE_SIDE]],
     )
-    return _build(tf.LlavaOnevisionForConditionalGeneration, config, seed)
-
-
-def _encoder_text(num_layers: int, **extra: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "pad_token_id": PAD,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        **extra,
-    }
+    return built(tf.LlavaOnevisionForConditionalGeneration, config, seed)
 
 
 def clip(seed: int = 0, *, text: int = 6, vision: int = 6) -> tf.PreTrainedModel:
     """CLIP with an end-of-text token that its pooling looks for."""
     config = tf.CLIPConfig(
-        text_config=_encoder_text(text, eos_token_id=3, projection_dim=24),
-        vision_config=_vision(vision, projection_dim=24),
+        text_config=encoder_config(text, eos_token_id=3, projection_dim=24),
+        vision_config=vision_config(vision, projection_dim=24),
         projection_dim=24,
     )
-    return _build(tf.CLIPModel, config, seed)
+    return built(tf.CLIPModel, config, seed)
+
+
+def metaclip_2(seed: int = 0, *, text: int = 6, vision: int = 6) -> tf.PreTrainedModel:
+    """MetaCLIP 2: a CLIP of its own classes."""
+    config = tf.MetaClip2Config(
+        text_config=encoder_config(text, projection_dim=24),
+        vision_config=vision_config(vision, projection_dim=24),
+        projection_dim=24,
+    )
+    return built(tf.MetaClip2Model, config, seed)
+
+
+def chinese_clip(seed: int = 0, *, text: int = 6, vision: int = 6) -> tf.PreTrainedModel:
+    """Chinese-CLIP: a BERT beside CLIP's vision tower."""
+    config = tf.ChineseCLIPConfig(
+        text_config=encoder_config(text),
+        vision_config=vision_config(vision, projection_dim=24),
+        projection_dim=24,
+    )
+    model = built(tf.ChineseCLIPModel, config, seed)
+    # transformers clears what stands for padding whenever it loads this model
+    words = model.text_model.embeddings.word_embeddings
+    words.weight.data[words.padding_idx] = 0
+    return model
 
 
 def siglip(seed: int = 0, *, text: int = 6, vision: int = 6) -> tf.PreTrainedModel:
     """SigLIP with its attention-pooling head."""
-    config = tf.SiglipConfig(text_config=_encoder_text(text), vision_config=_vision(vision))
-    return _build(tf.SiglipModel, config, seed)
+    config = tf.SiglipConfig(text_config=encoder_config(text), vision_config=vision_config(vision))
+    return built(tf.SiglipModel, config, seed)
 
 
 def siglip2(seed: int = 0, *, text: int = 6, vision: int = 6) -> tf.PreTrainedModel:
     """SigLIP 2 (NaFlex: patches, their mask and the grid of each image)."""
-    vision_config = _vision(vision, num_patches=NUM_PATCHES)
-    del vision_config["image_size"]
-    config = tf.Siglip2Config(text_config=_encoder_text(text), vision_config=vision_config)
-    return _build(tf.Siglip2Model, config, seed)
+    patches = vision_config(vision, num_patches=NUM_PATCHES)
+    del patches["image_size"]
+    config = tf.Siglip2Config(text_config=encoder_config(text), vision_config=patches)
+    return built(tf.Siglip2Model, config, seed)
 
 
 def _blip(num_text: int, num_vision: int) -> tf.PretrainedConfig:
-    text = _encoder_text(num_text, sep_token_id=EOS, projection_dim=24, encoder_hidden_size=32)
+    text = encoder_config(num_text, sep_token_id=EOS, projection_dim=24, encoder_hidden_size=32)
     return tf.BlipConfig(
         text_config=text,
-        vision_config=_vision(num_vision),
+        vision_config=vision_config(num_vision),
         projection_dim=24,
         image_text_hidden_size=24,
     )
@@ -300,19 +147,19 @@ def _blip(num_text: int, num_vision: int) -> tf.PretrainedConfig:
 
 def blip_caption(seed: int = 0, *, text: int = 6, vision: int = 6) -> tf.PreTrainedModel:
     """BLIP captioner: a text decoder that attends to the image."""
-    return _build(tf.BlipForConditionalGeneration, _blip(text, vision), seed)
+    return built(tf.BlipForConditionalGeneration, _blip(text, vision), seed)
 
 
 def blip_vqa(seed: int = 0, *, text: int = 6, vision: int = 6) -> tf.PreTrainedModel:
     """BLIP for questions: text encoder and decoder of the same depth."""
-    return _build(tf.BlipForQuestionAnswering, _blip(text, vision), seed)
+    return built(tf.BlipForQuestionAnswering, _blip(text, vision), seed)
 
 
 def _blip2(
     seed: int, text_config: tf.PretrainedConfig, vision: int, qformer: int
 ) -> tf.PreTrainedModel:
     config = tf.Blip2Config(
-        vision_config=tf.Blip2VisionConfig(**_vision(vision)),
+        vision_config=tf.Blip2VisionConfig(**vision_config(vision)),
         qformer_config=tf.Blip2QFormerConfig(
             vocab_size=VOCAB,
             hidden_size=32,
@@ -326,7 +173,7 @@ def _blip2(
         num_query_tokens=5,
         image_token_index=IMAGE,
     )
-    return _build(tf.Blip2ForConditionalGeneration, config, seed)
+    return built(tf.Blip2ForConditionalGeneration, config, seed)
 
 
 def blip2_opt(
@@ -371,25 +218,24 @@ def blip2_t5(
     return _blip2(seed, text_config, vision, qformer)
 
 
-def _build(cls: Any, config: tf.PretrainedConfig, seed: int) -> tf.PreTrainedModel:
-    torch.manual_seed(seed)
-    model = cls(config)
-    randomise(model, seed)
-    if model.can_generate():
-        model.generation_config.pad_token_id = PAD
-        model.generation_config.bos_token_id = BOS
-        model.generation_config.eos_token_id = EOS
-    return model
-
-
 TINY: dict[str, Callable[..., tf.PreTrainedModel]] = {
     "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "glm4v": glm4v,
+    "gemma3": gemma3,
+    "paligemma": paligemma,
+    "internvl": internvl,
+    "idefics3": idefics3,
+    "mistral3": mistral3,
     "llava": llava,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
     "clip": clip,
+    "chinese_clip": chinese_clip,
     "siglip": siglip,
     "siglip2": siglip2,
     "blip_caption": blip_caption,
@@ -397,4 +243,10 @@ TINY: dict[str, Callable[..., tf.PreTrainedModel]] = {
     "blip2_opt": blip2_opt,
     "blip2_t5": blip2_t5,
 }
-GENERATIVE = tuple(name for name in TINY if name not in ("clip", "siglip", "siglip2"))
+# Their classes have names of their own and the code of Idefics3 and of CLIP.
+COPIES: dict[str, Callable[..., tf.PreTrainedModel]] = {
+    "smolvlm": smolvlm,
+    "metaclip_2": metaclip_2,
+}
+ALL = {**TINY, **COPIES}
+GENERATIVE = tuple(name for name in ALL if name not in PAIRS)

@@ -19,15 +19,20 @@ IMAGE, VIDEO, VISION_START, VISION_END = 120, 121, 122, 123
 PROMPT_LENGTHS = (7, 4, 6)
 IMAGE_SIDE, PATCH_SIDE = 32, 8
 NUM_PATCHES = (IMAGE_SIDE // PATCH_SIDE) ** 2
-QWEN = ("qwen3_vl", "qwen2_vl", "qwen2_5_vl")
+# families whose processors pack the patches of all images into rows, with their grids
+PACKED = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen2_vl", "qwen2_5_vl", "glm4v")
+# families that compare images and texts
+PAIRS = ("clip", "metaclip_2", "chinese_clip", "siglip", "siglip2")
+# families whose image tokens each stand for four patches of a square image
+_MERGED = ("gemma3", "internvl", "idefics3", "smolvlm", "mistral3")
 
 
 def _image_grid(index: int) -> tuple[int, int, int]:
-    """Patch grid (time, height, width) of an image of a Qwen batch; sizes are unequal."""
+    """Patch grid (time, height, width) of an image of a packed batch; sizes are unequal."""
     return (1, 4, 4) if index % 2 == 0 else (1, 4, 6)
 
 
-def _qwen_images(
+def _packed_images(
     batch: int, generator: torch.Generator
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     grids = [_image_grid(i) for i in range(batch)]
@@ -45,10 +50,17 @@ def _chat_images(
     name: str, model: Any, batch: int, generator: torch.Generator
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Image inputs of a chat model, and how many tokens each image takes in the prompt."""
-    if name in QWEN:
-        return _qwen_images(batch, generator)
-    if name == "llava":
+    if name in PACKED:
+        return _packed_images(batch, generator)
+    if name in ("llava", "paligemma"):
         return {"pixel_values": _square_images(batch, generator=generator)}, [NUM_PATCHES] * batch
+    if name in _MERGED:
+        # tiles of every row
+        shape = (batch, 1) if name in ("idefics3", "smolvlm") else (batch,)
+        inputs = {"pixel_values": _square_images(*shape, generator=generator)}
+        if name == "mistral3":
+            inputs["image_sizes"] = torch.tensor([[IMAGE_SIDE, IMAGE_SIDE]] * batch)
+        return inputs, [NUM_PATCHES // 4] * batch
     if name.startswith("blip2"):
         inputs = {"pixel_values": _square_images(batch, generator=generator)}
         return inputs, [model.config.num_query_tokens] * batch
@@ -86,14 +98,20 @@ def _chat_inputs(
     rows = []
     for i, length in enumerate(lengths):
         image = [IMAGE] * length
-        if name in QWEN:
+        if name in PACKED:
             image = [VISION_START, *image, VISION_END]
         words = _words(PROMPT_LENGTHS[i % len(PROMPT_LENGTHS)], generator)
-        rows.append([*words[:2], *image, *words[2:]] if name in QWEN else [*image, *words])
+        rows.append([*words[:2], *image, *words[2:]] if name in PACKED else [*image, *words])
     ids, mask = _padded(rows, left=left)
     inputs |= {"input_ids": ids, "attention_mask": mask}
-    if name in QWEN:
+    if name in PACKED:
         inputs["mm_token_type_ids"] = (ids == IMAGE).to(torch.int32)
+    if name == "gemma3":
+        inputs["token_type_ids"] = (ids == IMAGE).long()
+    if name == "paligemma" and not left:
+        # the answer, which sees what is before it alone
+        ends = mask.sum(1, keepdim=True)
+        inputs["token_type_ids"] = (torch.arange(ids.shape[1]) >= ends - 3).long() * mask
     return inputs
 
 
@@ -108,7 +126,7 @@ def _pair_inputs(name: str, batch: int, generator: torch.Generator) -> dict[str,
     rows = [[BOS, *_words(PROMPT_LENGTHS[i % 3], generator), end] for i in range(batch)]
     ids, mask = _padded(rows, left=False)
     inputs = {"input_ids": ids}
-    if name == "clip":
+    if name in ("clip", "metaclip_2", "chinese_clip"):
         inputs["attention_mask"] = mask
     if name != "siglip2":
         return inputs | {"pixel_values": _square_images(batch, generator=generator)}
@@ -128,7 +146,7 @@ def tiny_inputs(name: str, model: Any, batch: int = 2, seed: int = 0) -> dict[st
     Models with a separate decoder also get decoder inputs and labels (padding -100).
     """
     generator = torch.Generator().manual_seed(seed)
-    if name in ("clip", "siglip", "siglip2"):
+    if name in PAIRS:
         return _pair_inputs(name, batch, generator)
     if name.startswith("blip_"):
         rows = [[BOS, *_words(PROMPT_LENGTHS[i % 3], generator), EOS] for i in range(batch)]

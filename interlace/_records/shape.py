@@ -82,7 +82,6 @@ class TowerShape(Checked):
         num_heads: query heads per layer, as the config states them.
         num_kv_heads: key and value heads per layer; equal to `num_heads` without grouping.
         head_dim: width of one head.
-        intermediate_size: width of the feed-forward part.
         layer_parameters: parameters of every layer, in order.
         causal: tokens see only earlier ones, so generation keeps a KV cache.
         cross_attention: layers also attend to another tower.
@@ -94,7 +93,6 @@ class TowerShape(Checked):
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    intermediate_size: int
     layer_parameters: tuple[int, ...]
     causal: bool
     cross_attention: bool = False

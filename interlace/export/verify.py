@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from interlace._torch_utils import FORWARD_REFUSALS, inference
 from interlace.errors import CheckpointError
 from interlace.export import _reload
-from interlace.export.probe import probes
 from interlace.models.handle import to_model
+from interlace.models.synthetic import synthetic_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,7 +114,7 @@ def _in_memory(
         The inputs, the outputs and the towers that ran.
     """
     makers: list[Callable[[], Mapping[str, torch.Tensor]]] = (
-        [lambda: inputs] if inputs is not None else list(probes(vlm))
+        [lambda: inputs] if inputs is not None else list(synthetic_inputs(vlm.model))
     )
     refusals = []
     for make in makers:

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 BRANCHES = "branches"
 # The last linear module of a branch, by its path inside the layer. Families differ in names only.
 _ATTENTION = re.compile(
-    r"(self_attn|attn|attention(\.attention)?|SelfAttention|layer\.\d+\.SelfAttention)"
-    r"\.(o_proj|out_proj|proj|projection|dense|output\.dense|o)"
+    r"(self_attn|linear_attn|attn|attention(\.attention)?|SelfAttention|layer\.\d+\.SelfAttention)"
+    r"\.(o_proj|out_proj|proj|projection|projection_layer|dense|output\.dense|o)"
 )
 _CROSS = re.compile(
     r"(crossattention|encoder_attn|cross_attn|(layer\.\d+\.)?EncDecAttention)"
@@ -52,8 +52,8 @@ _FEED_FORWARD = re.compile(
 )
 _BRANCHES = {"attention": _ATTENTION, "cross_attention": _CROSS, "mlp": _FEED_FORWARD}
 _REQUIRED = ("attention", "mlp")
-# A norm on the branch itself (Gemma) undoes any factor before it.
-_NORM_OF_BRANCH = "post_feedforward_layernorm"
+# A norm on the branch itself (Gemma, GLM) undoes any factor before it.
+_NORMS_OF_BRANCH = ("post_feedforward_layernorm", "post_mlp_layernorm")
 
 # Stretch and temperature of the hard concrete distribution, as published.
 _LOW, _HIGH, _TEMPERATURE = -0.1, 1.1, 2.0 / 3.0
@@ -151,7 +151,7 @@ def check_unnormalised(tower: Tower) -> None:
         ConfigError: names the layer's class.
     """
     for module in tower.layers:
-        if hasattr(module, _NORM_OF_BRANCH):
+        if any(hasattr(module, name) for name in _NORMS_OF_BRANCH):
             raise ConfigError(
                 f"The tower '{tower.name}' cannot be gated: a {type(module).__name__} normalises "
                 "its branches, which undoes a factor on them. Heal with gates='none'."

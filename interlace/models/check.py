@@ -1,7 +1,5 @@
 """The self-check: a model runs the layers of its towers in order, through the lists found in it.
 
-Legend: B batch, T tokens, S image side in pixels.
-
 Only then does taking layers out of a list take them out of the model. Known families are held to it
 by tests; a model of unknown type has to pass it when it is opened.
 """
@@ -17,6 +15,7 @@ from torch import nn
 
 from interlace._torch_utils import FORWARD_REFUSALS, inference
 from interlace.errors import FamilyError
+from interlace.models.synthetic import image_features, synthetic_images, synthetic_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from interlace.models.discovery import Stack
-
-_NUM_TOKENS = 6
 
 
 @contextmanager
@@ -114,32 +111,16 @@ def check_forward(
 
 
 def synthetic_forwards(model: PreTrainedModel) -> Iterator[Callable[[], Any]]:
-    """Yield forwards that a model of unknown type may accept: text, then images, then both."""
-    anything: Any = model
-    config: Any = model.config
-    device = next(model.parameters()).device
-    text: Any = config.get_text_config()
-    vocabulary = int(getattr(text, "vocab_size", 0) or 64)
-    special = {value for key, value in vars(config).items() if key.endswith(("_id", "_index"))}
-    usable = [i for i in range(min(vocabulary, 64)) if i not in special]
-    ids = torch.tensor([usable[-_NUM_TOKENS:]], device=device)
-    mask = torch.ones_like(ids)
-    yield partial(anything, input_ids=ids, attention_mask=mask)
+    """Yield forwards that a model of unknown type may accept."""
+    for make in synthetic_inputs(model):
+        yield lambda make=make: model(**make())  # type: ignore[misc]
+    yield lambda: image_features(model, synthetic_images(model))
+    yield lambda: image_features(model, _in_rows(synthetic_images(model)))
 
-    vision: Any = getattr(config, "vision_config", None) or getattr(config, "image_config", None)
-    side = getattr(vision, "image_size", None)
-    if isinstance(side, (list, tuple)):
-        side = side[0] if side else None
-    if not isinstance(side, int):
-        return
-    channels = int(getattr(vision, "num_channels", 3) or 3)
-    generator = torch.Generator().manual_seed(0)
-    dtype = next(model.parameters()).dtype
-    image = torch.rand(1, channels, side, side, generator=generator).to(device=device, dtype=dtype)
-    for pixels in (image, image.unsqueeze(1)):
-        if hasattr(model, "get_image_features"):
-            yield partial(anything.get_image_features, pixel_values=pixels)
-        yield partial(anything, input_ids=ids, attention_mask=mask, pixel_values=pixels)
+
+def _in_rows(images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give every row of a batch a list of images, of one each."""
+    return {**images, "pixel_values": images["pixel_values"].unsqueeze(1)}
 
 
 def self_check(

@@ -1,4 +1,4 @@
-"""CLIP: two encoders, no quirks. The text tower is causal and pooled at the end-of-text token."""
+"""CLIP and what is built as it is: MetaCLIP 2, and Chinese-CLIP with a BERT."""
 
 from __future__ import annotations
 
@@ -9,4 +9,19 @@ CLIP = Family(
     model_types=("clip",),
     objective="contrastive",
     architectures=("CLIPModel",),
+)
+
+METACLIP_2 = Family(
+    name="metaclip_2",
+    model_types=("metaclip_2",),
+    objective="contrastive",
+    architectures=("MetaClip2Model",),
+)
+
+CHINESE_CLIP = Family(
+    name="chinese_clip",
+    model_types=("chinese_clip",),
+    objective="contrastive",
+    architectures=("ChineseCLIPModel",),
+    bidirectional=("vision", "text"),
 )

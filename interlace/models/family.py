@@ -60,11 +60,11 @@ class Shortened:
         return sum(1 for kept in self.kept if kept < position)
 
 
-class Tiles(Protocol):
-    """Tells into how many rows of the vision tower every image of a batch is cut."""
+class PerImage(Protocol):
+    """Tells how much of what the vision tower is given belongs to every image of a batch."""
 
     def __call__(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor | None:
-        """Return them, [images]; None where an image is a row."""
+        """Return how many rows or patches, [images]; None where it does not apply."""
 
 
 class Remap(Protocol):
@@ -93,6 +93,15 @@ def no_remap(cut: Shortened) -> Changes:
     return {}
 
 
+def token_id(model: PreTrainedModel, kind: str) -> int | None:
+    """The token id that stands for the features of an "image" or a "video"; None without one."""
+    for key in (f"{kind}_token_id", f"{kind}_token_index"):
+        value = getattr(model.config, key, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
 @dataclass(frozen=True)
 class Family:
     """One family of models.
@@ -112,7 +121,11 @@ class Family:
         unread: layers whose output nothing reads, so that they may go for free.
         remapping: what else must change when layers of a tower go.
         tiles: into how many rows of the vision tower every image of a batch is cut, [images]; None
-            where an image is a row.
+            where an image is a row. Where a batch does not say which image a row is of, all
+            images of a sample are one.
+        patches: how many patches every image of a batch has where the vision tower is given all of
+            them in one row, [images], and the batch holds no grids; None where every image is a
+            row.
     """
 
     name: str
@@ -125,7 +138,8 @@ class Family:
     advised: Pins = no_pins
     unread: Pins = no_pins
     remapping: Remap = no_remap
-    tiles: Tiles = no_tiles
+    tiles: PerImage = no_tiles
+    patches: PerImage = no_tiles
 
     def stacks(self, model: PreTrainedModel) -> dict[str, Stack]:
         """Find the towers of a model of this family.
@@ -222,16 +236,8 @@ class Family:
 
     def image_token_id(self, model: PreTrainedModel) -> int | None:
         """The token id that stands for an image's features in `input_ids`; None without one."""
-        return self._token_id(model, "image")
+        return token_id(model, "image")
 
     def video_token_id(self, model: PreTrainedModel) -> int | None:
         """The token id that stands for a video's features in `input_ids`; None without one."""
-        return self._token_id(model, "video")
-
-    @staticmethod
-    def _token_id(model: PreTrainedModel, kind: str) -> int | None:
-        for key in (f"{kind}_token_id", f"{kind}_token_index"):
-            value = getattr(model.config, key, None)
-            if isinstance(value, int):
-                return value
-        return None
+        return token_id(model, "video")

@@ -98,7 +98,13 @@ def generic_family(model: PreTrainedModel, known: str) -> Family:
             f"The model type '{model_type}' ({type(model).__name__}) is not a known family and did "
             f"not pass the self-check. {error} Known families: {known}."
         ) from error
-    family = Family(model_type, (model_type,), objective, (type(model).__name__,))
+    family = Family(
+        model_type,
+        (model_type,),
+        objective,
+        (type(model).__name__,),
+        patches=llava.LLAVA.patches,
+    )
     if not isinstance(getattr(config, _FEATURE_LAYER, None), (int, list, tuple)):
         return family
     return replace(

@@ -340,15 +340,11 @@ def tower_shape(tower: Tower) -> TowerShape:
             f"Tower '{tower.name}': {type(config).__name__} states neither hidden_size nor "
             "d_model, or no number of attention heads, so its cost cannot be computed."
         )
-    inner = first("intermediate_size", "ffn_dim", "d_ff", "decoder_ffn_dim")
-    if inner is None:
-        inner = int(hidden * ratio) if isinstance(ratio, (int, float)) else 4 * hidden
     return TowerShape(
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=first("num_key_value_heads") or heads,
         head_dim=first("head_dim", "d_kv") or hidden // heads,
-        intermediate_size=inner,
         layer_parameters=tuple(
             sum(p.numel() for p in layer.parameters()) for layer in tower.layers
         ),

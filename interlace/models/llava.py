@@ -1,4 +1,4 @@
-"""LLaVA 1.5, NeXT and OneVision: image features are hidden states of the vision tower, by number.
+"""LLaVA, InternVL and Mistral 3: image features are hidden states of the vision tower, by number.
 
 `vision_feature_layer` counts hidden states: 0 is the input of layer 0, f the output of layer f - 1,
 negative numbers count from the end. The state is taken before the tower's final norm. With -2 the
@@ -13,7 +13,7 @@ import torch
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from interlace.errors import PlanError
-from interlace.models.family import Changes, Family, Shortened
+from interlace.models.family import Changes, Family, PerImage, Shortened
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _KEY = "vision_feature_layer"
+# A tower that is given the patches of all images in one row.
+PIXTRAL = "pixtral"
 # Towers whose last hidden state is the raw output of the last layer, so that -1 reads what -2 read
 # before.
-_RAW_LAST = ("clip_vision_model", "siglip_vision_model")
+_RAW_LAST = ("clip_vision_model", "siglip_vision_model", PIXTRAL)
 
 
 def _as_list(value: int | list[int] | tuple[int, ...]) -> list[int]:
@@ -107,7 +109,27 @@ def _tiles(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor | N
     return torch.tensor(counts)
 
 
-def _family(name: str, architecture: str) -> Family:
+def _samples(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """Tiles that InternVL cuts the images of every sample into: [samples with images]."""
+    ids: torch.Tensor | None = batch.get("input_ids")
+    if ids is None:
+        return None
+    config: Any = model.config
+    seen: torch.Tensor = (ids == config.image_token_id).sum(1) // config.image_seq_length
+    return seen[seen > 0]
+
+
+def _patches(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """Patches of every image in the one row that Pixtral sees: [images]."""
+    config: Any = model.config
+    sizes: torch.Tensor | None = batch.get("image_sizes")
+    if sizes is None or config.vision_config.model_type != PIXTRAL:
+        return None
+    grids: torch.Tensor = sizes // config.vision_config.patch_size
+    return grids.prod(-1)
+
+
+def _family(name: str, architecture: str, tiles: PerImage = _tiles) -> Family:
     return Family(
         name=name,
         model_types=(name,),
@@ -116,10 +138,13 @@ def _family(name: str, architecture: str) -> Family:
         advised=_advised,
         unread=_unread,
         remapping=_remap,
-        tiles=_tiles,
+        tiles=tiles,
+        patches=_patches,
     )
 
 
 LLAVA = _family("llava", "LlavaForConditionalGeneration")
 LLAVA_NEXT = _family("llava_next", "LlavaNextForConditionalGeneration")
 LLAVA_ONEVISION = _family("llava_onevision", "LlavaOnevisionForConditionalGeneration")
+MISTRAL3 = _family("mistral3", "Mistral3ForConditionalGeneration")
+INTERNVL = _family("internvl", "InternVLForConditionalGeneration", tiles=_samples)

@@ -1,8 +1,10 @@
-"""Qwen3-VL: DeepStack ties vision layers to text layers by number.
+"""Qwen3-VL, dense and with experts: DeepStack ties vision layers to text layers by number.
 
 The vision tower hands out a feature after each layer in `deepstack_visual_indexes`, through a
 merger of its own; the text tower adds feature j to the image tokens after layer j, BY INDEX. So the
 first text layers and the tapped vision layers are bound.
+With experts, a text layer has them unless `mlp_only_layers` names it or `decoder_sparse_step` skips
+it; after a cut the first states both.
 Source: Meng et al. 2024, "DeepStack", and the Qwen3-VL technical report.
 """
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _KEY = "deepstack_visual_indexes"
+_PLAIN, _STEP = "mlp_only_layers", "decoder_sparse_step"
 
 
 def _indexes(model: PreTrainedModel) -> list[int]:
@@ -82,6 +85,25 @@ def _remap(cut: Shortened) -> Changes:
     return {}
 
 
+def _remap_experts(cut: Shortened) -> Changes:
+    changes = _remap(cut)
+    if cut.tower_name != "text":
+        return changes
+    model_config: Any = cut.model.config
+    config = model_config.text_config
+    plain, step = list(config.mlp_only_layers), config.decoder_sparse_step
+    without = [
+        position
+        for position, layer in enumerate(cut.kept)
+        if layer in plain or (layer + 1) % step != 0
+    ]
+    for key, before, after in ((_PLAIN, plain, without), (_STEP, step, 1)):
+        if before != after:
+            setattr(config, key, after)
+            changes[f"text_config.{key}"] = (before, after)
+    return changes
+
+
 QWEN3_VL = Family(
     name="qwen3_vl",
     model_types=("qwen3_vl",),
@@ -89,4 +111,13 @@ QWEN3_VL = Family(
     architectures=("Qwen3VLForConditionalGeneration",),
     bound=_bound,
     remapping=_remap,
+)
+
+QWEN3_VL_MOE = Family(
+    name="qwen3_vl_moe",
+    model_types=("qwen3_vl_moe",),
+    objective="chat",
+    architectures=("Qwen3VLMoeForConditionalGeneration",),
+    bound=_bound,
+    remapping=_remap_experts,
 )

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 from interlace.errors import FamilyError
 from interlace.models.blip import BLIP_CAPTION, BLIP_VQA
 from interlace.models.blip2 import BLIP2
-from interlace.models.clip import CLIP
+from interlace.models.clip import CHINESE_CLIP, CLIP, METACLIP_2
+from interlace.models.gemma import GEMMA3, PALIGEMMA
 from interlace.models.generic import generic_family
-from interlace.models.llava import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION
+from interlace.models.glm4v import GLM4V
+from interlace.models.idefics import IDEFICS3, SMOLVLM
+from interlace.models.llava import INTERNVL, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, MISTRAL3
 from interlace.models.qwen2_vl import QWEN2_5_VL, QWEN2_VL
-from interlace.models.qwen3_vl import QWEN3_VL
+from interlace.models.qwen3_5 import QWEN3_5
+from interlace.models.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
 from interlace.models.siglip import SIGLIP, SIGLIP2
 
 if TYPE_CHECKING:
@@ -20,13 +24,24 @@ if TYPE_CHECKING:
     from interlace.models.family import Family
 
 FAMILIES: tuple[Family, ...] = (
+    QWEN3_5,
     QWEN3_VL,
+    QWEN3_VL_MOE,
     QWEN2_5_VL,
     QWEN2_VL,
+    GLM4V,
+    GEMMA3,
+    PALIGEMMA,
+    INTERNVL,
+    MISTRAL3,
+    IDEFICS3,
+    SMOLVLM,
     LLAVA,
     LLAVA_NEXT,
     LLAVA_ONEVISION,
     CLIP,
+    METACLIP_2,
+    CHINESE_CLIP,
     SIGLIP,
     SIGLIP2,
     BLIP_CAPTION,

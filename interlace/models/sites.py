@@ -3,7 +3,8 @@
 Legend: D columns of a head, F neurons, H query heads, K key and value heads.
 
 A site is an output projection whose input columns come in units, heads of D columns or single
-neurons, with the projections whose rows feed them. Nothing here knows a family.
+neurons, with the projections whose rows feed them. A projection may feed a unit with more than one
+row: those of gate and value, or of a head's query and gate. Nothing here knows a family.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _ATTENTION = (
 )
 _FEED_FORWARD = (
     (("gate_proj", "up_proj"), "down_proj"),
+    (("gate_up_proj",), "down_proj"),
     (("linear_fc1",), "linear_fc2"),
     (("fc1",), "fc2"),
     (("wi_0", "wi_1"), "wo"),
@@ -87,9 +89,25 @@ class Site:
         """The KV head of every query head."""
         return tuple(kv for kv, count in enumerate(self.groups) for _ in range(count))
 
+    @property
+    def rows_per_unit(self) -> tuple[int, ...]:
+        """Rows of every input projection that feed one column of the output, 1 or 2.
+
+        Where query, key and value are one projection, its first part counts.
+        """
+        columns = self.output.in_features
+        if (self.kind == "heads" and len(self.inputs) == 1) or not columns:
+            return (1,) * len(self.inputs)
+        if self.kind == "heads":
+            return (self.inputs[0].out_features // columns, 1, 1)
+        return tuple(each.out_features // columns for each in self.inputs)
+
     def parameters(self) -> tuple[int, int]:
         """Parameters of one unit, and of one key and value head."""
-        per_row = [layer.in_features + (layer.bias is not None) for layer in self.inputs]
+        per_row = [
+            times * (layer.in_features + (layer.bias is not None))
+            for times, layer in zip(self.rows_per_unit, self.inputs, strict=True)
+        ]
         column = self.output.out_features
         if self.kind == "ffn":
             return sum(per_row) + column, 0
@@ -107,9 +125,14 @@ class Site:
 
 
 def find_sites(layer: nn.Module) -> dict[str, Site]:
-    """Find the attentions and feed-forward parts of a layer by name; plain linear modules only."""
+    """Find the attentions and feed-forward parts of a layer by name; plain linear modules only.
+
+    An expert that all tokens share is no part of a layer, but of one.
+    """
     found: dict[str, Site] = {}
     for path, module in layer.named_modules():
+        if hasattr(layer.get_submodule(path.rpartition(".")[0]), "experts"):
+            continue
         for kind, layouts in (("heads", _ATTENTION), ("ffn", _FEED_FORWARD)):
             for inputs, output in layouts:
                 linears = [_linear(module, name) for name in (*inputs, output)]
@@ -135,7 +158,7 @@ def _site(
     *feeding, output = linears
     apart = bool(path)
     if kind == "ffn":
-        groups = (feeding[0].out_features,) if feeding[0].out_features else ()
+        groups = (output.in_features,) if output.in_features else ()
         return Site(name, kind, owner, tuple(feeding), output, 1, groups, apart)
     head_dim = next(int(getattr(owner, key)) for key in _HEAD_DIM if hasattr(owner, key))
     num_heads = output.in_features // head_dim
@@ -168,11 +191,12 @@ def site_shapes(layers: Iterable[nn.Module]) -> dict[str, SiteShape]:
     names = dict.fromkeys(name for each in sites for name in each)
     shapes = {}
     for name in names:
-        first = next(each[name] for each in sites if name in each)
-        unit, kv = first.parameters()
         groups = tuple(each[name].groups if name in each else () for each in sites)
+        everywhere = [each[name] for each in sites if name in each]
+        found = [site for site in everywhere if site.groups]
+        first = (found or everywhere)[0]
+        unit, kv = first.parameters()
         # the first layer of T5 has more, and keeps it
-        found = [each[name] for each in sites if name in each and each[name].groups]
         shared = min((site.shared_parameters() for site in found), default=0)
         shapes[name] = SiteShape(first.kind, groups, unit, kv, first.cross, shared)
     return shapes
@@ -190,8 +214,9 @@ def resize(site: Site, groups: Sequence[int]) -> None:
         ShapeError: unequal groups where query, key and value are one projection.
     """
     total, num_kv, width = sum(groups), len(groups), site.head_dim
+    times = site.rows_per_unit
     if site.kind == "ffn":
-        rows = [total] * len(site.inputs)
+        rows = [total * each for each in times]
         _set_known(site.module, _NEURON_COUNTS, total)
     else:
         if len(site.inputs) == 1 and set(groups) - {1}:
@@ -199,7 +224,7 @@ def resize(site: Site, groups: Sequence[int]) -> None:
                 f"{type(site.module).__name__} computes query, key and value in one projection, "
                 f"so every KV head must have one query head, not {tuple(groups)}."
             )
-        rows = [total * width, num_kv * width, num_kv * width]
+        rows = [total * width * times[0], num_kv * width, num_kv * width]
         rows = [sum(rows)] if len(site.inputs) == 1 else rows
         _set_known(site.module, _QUERY_COUNTS, total)
         _set_known(site.module, _INNER_WIDTHS, total * width)
@@ -255,12 +280,16 @@ def rows_of(site: Site, units: Sequence[int]) -> tuple[list[torch.Tensor], torch
     Returns:
         Row numbers per projection in `site.inputs`, and column numbers; [n] int64.
     """
-    own = _spread(units, site.head_dim)
+    own, times = _spread(units, site.head_dim), site.rows_per_unit
     if site.kind == "ffn":
-        return [own] * len(site.inputs), own
+        # gate and value of all units, one behind the other
+        return [
+            torch.cat([own + block * site.num_units for block in range(each)]) for each in times
+        ], own
     shared = _spread(list(dict.fromkeys(site.kv_of[unit] for unit in units)), site.head_dim)
     if len(site.inputs) > 1:
-        return [own, shared, shared], own
+        # query and gate of one head, one behind the other
+        return [_spread(units, site.head_dim * times[0]), shared, shared], own
     heads = site.num_units * site.head_dim
     return [torch.cat([own, heads + shared, 2 * heads + shared])], own
 

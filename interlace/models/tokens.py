@@ -71,18 +71,22 @@ def _text_units(vlm: VLM, tower_name: str, batch: Mapping[str, Any], hidden: tor
     return units, modality
 
 
-def _packed_units(tower_name: str, batch: Mapping[str, Any], hidden: torch.Tensor) -> Units:
+def _packed(vlm: VLM, tower_name: str, batch: Mapping[str, Any]) -> list[torch.Tensor]:
+    """How many patches every image, or every video, has in the one row of a vision tower."""
+    grids = [batch.get(key) for key in ("image_grid_thw", "video_grid_thw")]
+    lengths = [grid.prod(-1) for grid in grids if grid is not None]
+    stated = vlm.family.patches(vlm.model, batch) if tower_name == "vision" else None
+    return lengths if stated is None else [*lengths, stated]
+
+
+def _packed_units(tower_name: str, found: list[torch.Tensor], hidden: torch.Tensor) -> Units:
     """Patches of all images in one row, as Qwen's vision towers take them: [R, D] or [1, R, D]."""
     rows = hidden.numel() // hidden.shape[-1]
-    grids = [
-        batch[key] for key in ("image_grid_thw", "video_grid_thw") if batch.get(key) is not None
-    ]
-    for grid in grids:
-        lengths = grid.prod(-1)
+    for lengths in found:
         if int(lengths.sum()) == rows:
             units = torch.repeat_interleave(lengths.to(hidden.device))
             return units, torch.full_like(units, VISION, dtype=torch.int8)
-    stated = " or ".join(str(int(grid.prod(-1).sum())) for grid in grids)
+    stated = " or ".join(str(int(lengths.sum())) for lengths in found)
     raise _mismatch(tower_name, hidden, f"{stated} patches")
 
 
@@ -105,8 +109,9 @@ def token_units(vlm: VLM, tower_name: str, batch: Mapping[str, Any], hidden: tor
     """
     if tower_name in ("text", "text_encoder"):
         return _text_units(vlm, tower_name, batch, hidden)
-    if any(batch.get(key) is not None for key in ("image_grid_thw", "video_grid_thw")):
-        return _packed_units(tower_name, batch, hidden)
+    packed = _packed(vlm, tower_name, batch)
+    if packed:
+        return _packed_units(tower_name, packed, hidden)
     if hidden.dim() != 3:
         raise _mismatch(tower_name, hidden, "images [I, N, D]")
     units, modality = _by_row(hidden, TEXT if tower_name == "qformer" else VISION)

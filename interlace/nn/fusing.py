@@ -279,14 +279,13 @@ def _fuse_attention(target: nn.Module, names: dict[int, str], *, rope: bool) -> 
 
 def _interface_backend(layer: Any) -> tuple[str, str]:
     """What computes attention of a layer that is not swapped and calls our attention by itself."""
-    num_heads = next(
-        getattr(layer, name)
-        for name in ("num_heads", "num_attention_heads")
-        if hasattr(layer, name)
-    )
     head_dim = getattr(layer, "head_dim", None) or layer.attention_head_size
+    known = [getattr(layer, n) for n in ("num_heads", "num_attention_heads") if hasattr(layer, n)]
+    num_heads = known[0] if known else layer.o_proj.in_features // head_dim
+    keys = getattr(layer, "k_proj", None)
+    num_kv_heads = num_heads if keys is None else keys.out_features // head_dim
     like = next(layer.parameters())
-    groups = tuple(range(num_heads + 1))
+    groups = head_groups(layer, num_heads, num_kv_heads)
     decodes = getattr(layer, "layer_idx", None) is not None
     return backends.attention_backend(num_heads, groups, head_dim, like, decodes=decodes)
 

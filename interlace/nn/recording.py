@@ -31,7 +31,7 @@ def text_decoders(target: nn.Module) -> list[nn.Module]:
             blocks = list(stacks[0])
             own = [getattr(each, "self_attn", None) for each in blocks]
             own = [each for each in own if not is_absent(each)]
-            fused = all(isinstance(each, FusedBlock) for each in blocks)
+            fused = all(isinstance(each, FusedBlock) and not _routes(each) for each in blocks)
             if (
                 own
                 and fused
@@ -60,12 +60,17 @@ def record_blocks(target: nn.Module, recorder: Recorder) -> list[BlockGraph]:
         # DeepStack hands what these give to a module of its own too
         read_twice = getattr(owner, "deepstack_visual_indexes", ())
         for place, (_, block) in enumerate(named):
-            if isinstance(block, FusedBlock):
+            if isinstance(block, FusedBlock) and not _routes(block):
                 alone = place == len(following) or place in read_twice
                 graph = BlockGraph(shelf, stack, "" if alone else following[place])
                 block.interlace_state.graph = graph
                 found.append(graph)
     return found
+
+
+def _routes(block: nn.Module) -> bool:
+    """Tell whether tokens are sent to experts in a block: not tried yet with recordings."""
+    return any(hasattr(module, "experts") for module in block.modules())
 
 
 def _stacks(target: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
@@ -109,8 +114,11 @@ def record(
             found.append(_entry(decoder, names, "overlap", made, obstacle))
     for owner, stack in _stacks(target):
         if not any(owner is decoder for decoder in decoders):
-            ours = any(attends_by_ours(each) for each in stack if isinstance(each, FusedBlock))
+            blocks = [each for each in stack if isinstance(each, FusedBlock)]
+            ours = any(attends_by_ours(each) for each in blocks)
             reason = why or ("" if ours else "its attention is not fused")
+            if all(map(_routes, blocks)):
+                reason = "its layers have experts"
             found.append(_entry(owner, names, "graphs", "CUDA graphs of blocks", reason))
     return found
 

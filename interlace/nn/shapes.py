@@ -29,6 +29,7 @@ class BlockShape:
 _LLAMA = BlockShape("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _CLIP = BlockShape("layer_norm1", "self_attn", "layer_norm2", "mlp")
 _QWEN_VISION = BlockShape("norm1", "attn", "norm2", "mlp")
+_PIXTRAL = BlockShape("attention_norm", "attention", "ffn_norm", "feed_forward")
 BLOCKS = {
     "LlamaDecoderLayer": _LLAMA,
     "MistralDecoderLayer": _LLAMA,
@@ -37,14 +38,25 @@ BLOCKS = {
     "Qwen2_5_VLDecoderLayer": _LLAMA,
     "Qwen3DecoderLayer": _LLAMA,
     "Qwen3VLTextDecoderLayer": _LLAMA,
+    "Qwen3VLMoeTextDecoderLayer": _LLAMA,
+    "GemmaDecoderLayer": _LLAMA,
     "CLIPEncoderLayer": _CLIP,
+    "MetaClip2EncoderLayer": _CLIP,
+    "ChineseCLIPVisionLayer": _CLIP,
     "SiglipEncoderLayer": _CLIP,
     "Siglip2EncoderLayer": _CLIP,
+    "Idefics3EncoderLayer": _CLIP,
+    "SmolVLMEncoderLayer": _CLIP,
     "BlipEncoderLayer": _CLIP,
     "Blip2EncoderLayer": _CLIP,
     "Qwen2VLVisionBlock": _QWEN_VISION,
     "Qwen2_5_VLVisionBlock": _QWEN_VISION,
     "Qwen3VLVisionBlock": _QWEN_VISION,
+    "Qwen3VLMoeVisionBlock": _QWEN_VISION,
+    "Qwen3_5VisionBlock": _QWEN_VISION,
+    "Qwen3_5MoeVisionBlock": _QWEN_VISION,
+    "Glm4vVisionBlock": _QWEN_VISION,
+    "PixtralAttentionLayer": _PIXTRAL,
 }
 
 _TEXT = (FusedAttention, AttentionState(None, rope=True))
@@ -61,12 +73,22 @@ ATTENTIONS: dict[str, tuple[type, AttentionState]] = {
     "Qwen2_5_VLAttention": _TEXT,
     "Qwen3Attention": _TEXT,
     "Qwen3VLTextAttention": _TEXT,
+    "Qwen3VLMoeTextAttention": _TEXT,
+    "GemmaAttention": _TEXT,
     "CLIPAttention": _ENCODER,
+    "MetaClip2Attention": _ENCODER,
+    "ChineseCLIPVisionAttention": _ENCODER,
     "SiglipAttention": _ENCODER,
     "Siglip2Attention": _ENCODER,
+    "Idefics3VisionAttention": _ENCODER,
+    "SmolVLMVisionAttention": _ENCODER,
     "VisionAttention": _PACKED,
     "Qwen2_5_VLVisionAttention": _PACKED,
     "Qwen3VLVisionAttention": _PACKED,
+    "Qwen3VLMoeVisionAttention": _PACKED,
+    "Qwen3_5VisionAttention": _PACKED,
+    "Qwen3_5MoeVisionAttention": _PACKED,
+    "Glm4vVisionAttention": _PACKED,
     **dict.fromkeys(
         # the second has heads that do not make up its width; see interlace.models.attention
         ("BlipAttention", "NarrowBlipAttention"),
@@ -74,9 +96,33 @@ ATTENTIONS: dict[str, tuple[type, AttentionState]] = {
     ),
 }
 
-PATCH_EMBEDDINGS = frozenset({"PatchEmbed", "Qwen2_5_VisionPatchEmbed", "Qwen3VLVisionPatchEmbed"})
+PATCH_EMBEDDINGS = frozenset(
+    {
+        "PatchEmbed",
+        "Qwen2_5_VisionPatchEmbed",
+        "Qwen3VLVisionPatchEmbed",
+        "Qwen3VLMoeVisionPatchEmbed",
+        "Qwen3_5VisionPatchEmbed",
+        "Qwen3_5MoeVisionPatchEmbed",
+        "Glm4vVisionPatchEmbed",
+    }
+)
 GATED_MLPS = frozenset(
-    {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen2_5_VLMLP", "Qwen3MLP", "Qwen3VLTextMLP"}
+    {
+        "LlamaMLP",
+        "MistralMLP",
+        "PixtralMLP",
+        "GemmaMLP",
+        "Gemma3MLP",
+        "Qwen2MLP",
+        "Qwen2_5_VLMLP",
+        "Qwen3MLP",
+        "Qwen3VLTextMLP",
+        "Qwen3VLMoeTextMLP",
+        "Qwen3_5MLP",
+        "Qwen3_5MoeMLP",
+        "Glm4VisionMlp",
+    }
 )
 RMS_NORMS = frozenset(
     {
@@ -87,17 +133,42 @@ RMS_NORMS = frozenset(
         "Qwen2_5_VLRMSNorm",
         "Qwen3RMSNorm",
         "Qwen3VLTextRMSNorm",
+        "Qwen3VLMoeTextRMSNorm",
+        "InternVLVisionRMSNorm",
+        "Idefics3RMSNorm",
+        "Mistral3RMSNorm",
+        "PixtralRMSNorm",
+        "Glm4vRMSNorm",
     }
 )
 # blocks of other forms, and why they stay as they are
 OTHER_BLOCKS = {
     "BlipTextLayer": "norms after its sublayers, not before",
+    "ChineseCLIPTextLayer": "norms after its sublayers, not before",
+    "Gemma3DecoderLayer": "norms after its sublayers too, not only before",
+    "Glm4vTextDecoderLayer": "norms after its sublayers too, not only before",
+    "InternVLVisionLayer": "a factor on what each sublayer adds",
+    "Qwen3_5DecoderLayer": "recurrent layers among those that attend",
+    "Qwen3_5MoeDecoderLayer": "recurrent layers among those that attend",
     "Blip2QFormerLayer": "norms after its sublayers, not before",
     "OPTDecoderLayer": "dropout between sublayer and add",
     "T5Block": "an RMSNorm before and dropout after each sublayer, inside the sublayer",
 }
 # attention layers without a fused form that call our attention by themselves
-BY_INTERFACE = frozenset({"Blip2Attention", "Blip2QFormerMultiHeadAttention", "OPTAttention"})
+BY_INTERFACE = frozenset(
+    {
+        "Blip2Attention",
+        "Blip2QFormerMultiHeadAttention",
+        "OPTAttention",
+        "ChineseCLIPTextSelfAttention",
+        "Gemma3Attention",
+        "Glm4vTextAttention",
+        "InternVLVisionAttention",
+        "PixtralAttention",
+        "Qwen3_5Attention",
+        "Qwen3_5MoeAttention",
+    }
+)
 OTHER_ATTENTIONS = {
     "NarrowBlip2Attention": "computes attention itself, with heads that do not make up its width",
     "BlipTextSelfAttention": "computes attention itself, without a choice of implementation",

@@ -104,13 +104,13 @@ def _check_part(plan: Plan, cut: Cut, name: str, layer: int) -> None:
             "use, so it cannot be taken out. Take it out of later layers, and protect this one "
             "when planning."
         )
-    attentions = {
-        each: find_sites(cut.tower.layers[cut.tower.position(each)])[name] for each in cut.original
-    }
+    found = {each: find_sites(cut.tower.layers[cut.tower.position(each)]) for each in cut.original}
+    # recurrent layers among others have none
+    attentions = {each: own[name] for each, own in found.items() if name in own}
     # a KV cache reads how long it is from the entry of the first layer, or one of its kind
     kinds = {each: getattr(own.module, "sliding_window", None) for each, own in attentions.items()}
     left = [each for each, own in attentions.items() if own.groups and each not in lost]
-    if not any(kinds[each] == kinds[cut.original[0]] for each in left):
+    if not any(kinds[each] == kinds[next(iter(kinds))] for each in left):
         raise PlanError(
             f"The plan leaves no layer of the {cut.tower.name} tower its attention, or none with "
             "the window of the first layer; at least one such layer must keep it."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tiny import TINY
+from tiny import ALL
 
 from interlace.models import VLM, family_of
 from interlace.records import Plan, TowerPlan
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def _student(name: str, **settings: Any) -> VLM:
     """A family's tiny model without a quarter of the layers of every tower."""
-    model = TINY[name](**settings)
+    model = ALL[name](**settings)
     vlm = VLM(model, family_of(model), name="acme/tiny-vlm")
     towers = {}
     for tower in vlm.towers.values():

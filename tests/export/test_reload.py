@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tiny import TINY, tiny_inputs
+from tiny import ALL, tiny_inputs
 
 from interlace.export import export
 from interlace.export.verify import verify_checkpoints
@@ -23,7 +23,7 @@ def test_every_family_computes_the_same_in_plain_transformers(
     make_student: Callable[..., VLM], tmp_path: Path
 ) -> None:
     # one fresh process for all of them, since starting it costs more than all else
-    students = {name: make_student(name) for name in TINY}
+    students = {name: make_student(name) for name in ALL}
     jobs: list[Any] = []
     for name, student in students.items():
         folder = export(student, tmp_path / name, verify=False)

@@ -31,8 +31,23 @@ def _outputs(model: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
     return [each for each in given.values() if isinstance(each, torch.Tensor)]
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_folded_gates_are_the_same_function_in_every_family(name: str) -> None:
+REFUSED = {
+    "qwen3_vl_moe": "exactly one must end its mlp branch, and none is known to",
+    "qwen3_5_moe": "exactly one must end its mlp branch, and",
+    "gemma3": "a Gemma3DecoderLayer normalises its branches",
+    "glm4v": "a Glm4vTextDecoderLayer normalises its branches",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_branches_that_are_experts_or_normalised_are_refused(name: str) -> None:
+    vlm = _vlm(name)
+    with pytest.raises(ConfigError, match=REFUSED[name]):
+        find_branches(vlm, vlm.towers)
+
+
+@pytest.mark.parametrize("name", [each for each in TINY if each not in REFUSED])
+def test_folded_gates_are_the_same_function_in_every_other_family(name: str) -> None:
     vlm = _vlm(name)
     branches = find_branches(vlm, vlm.towers)
     for tower in vlm.towers.values():

@@ -58,7 +58,24 @@ def _unscored(vlm: VLM) -> Scores:
     return Scores(towers, shape=vlm.shape())
 
 
-@pytest.mark.parametrize("name", TINY)
+REFUSED = {
+    "qwen3_vl_moe": "neurons of the tower 'text' cannot be gated",
+    "qwen3_5": "heads of the tower 'text' cannot be gated",
+    "qwen3_5_moe": "heads of the tower 'text' cannot be gated",
+    "internvl": "heads of the tower 'vision' cannot be gated",
+    "gemma3": "a Gemma3DecoderLayer normalises its branches",
+    "glm4v": "a Glm4vTextDecoderLayer normalises its branches",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_units_that_are_not_found_or_do_not_count_alone_are_refused(name: str) -> None:
+    vlm = _vlm(name)
+    with pytest.raises(ConfigError, match=REFUSED[name]):
+        find_gated(vlm, vlm.towers, UNITS)
+
+
+@pytest.mark.parametrize("name", [each for each in TINY if each not in REFUSED])
 def test_folded_gates_are_the_same_function_and_give_every_unit_its_value(name: str) -> None:
     vlm = _vlm(name)
     places = find_gated(vlm, vlm.towers, UNITS)

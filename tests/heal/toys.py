@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import PAD, TINY, tiny_inputs
+from tiny_batches import PAIRS
 
 from interlace.config import HealSettings
 from interlace.data.samples import Sample, Turn
@@ -64,9 +65,9 @@ def toy_collate(name: str, model: Any) -> Callable[[Sequence[Sample]], dict[str,
 
     def one(number: int) -> dict[str, torch.Tensor]:
         row = tiny_inputs(name, model, 1, seed=number)
-        if name not in ("blip_vqa", "blip2_t5", "clip", "siglip", "siglip2"):
+        if name not in ("blip_vqa", "blip2_t5", *PAIRS):
             short = row["input_ids"].shape[1] - number % 3
-            for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            for key in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
                 if key in row:
                     row[key] = row[key][:, :short]
             row["labels"] = row["input_ids"].clone()

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import transformers as tf
 from tiny import IMAGE, TINY, randomise
 from torch import nn
 
 from interlace.errors import FamilyError
-from interlace.models import open_model
+from interlace.models import open_model, token_units
 from interlace.models.check import self_check
+from interlace.models.synthetic import synthetic_images
 
 TEXT = {
     "vocab_size": 128,
@@ -32,28 +34,48 @@ VISION = {
 }
 
 
-def idefics3() -> Any:
-    config = tf.Idefics3Config(
-        vision_config=VISION,
-        text_config=TEXT | {"model_type": "llama"},
+def altclip() -> Any:
+    config = tf.AltCLIPConfig(
+        text_config=TEXT | {"project_dim": 24},
+        vision_config=VISION | {"projection_dim": 24},
+        projection_dim=24,
+    )
+    return randomise(tf.AltCLIPModel(config), 0)
+
+
+def aya_vision() -> Any:
+    config = tf.AyaVisionConfig(
+        vision_config=tf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=tf.LlamaConfig(**TEXT),
+        vision_feature_layer=-2,
+        downsample_factor=2,
+        image_token_index=IMAGE,
+    )
+    return randomise(tf.AyaVisionForConditionalGeneration(config), 0)
+
+
+def lighton_ocr() -> Any:
+    config = tf.LightOnOcrConfig(
+        vision_config=VISION | {"model_type": "pixtral", "head_dim": 8},
+        text_config=TEXT | {"model_type": "qwen3", "head_dim": 8},
         image_token_id=IMAGE,
-        scale_factor=2,
+        spatial_merge_size=2,
     )
-    return randomise(tf.Idefics3ForConditionalGeneration(config), 0)
+    return randomise(tf.LightOnOcrForConditionalGeneration(config), 0)
 
 
-def internvl() -> Any:
-    vision = VISION | {"image_size": [32, 32], "patch_size": [8, 8]}
-    config = tf.InternVLConfig(
-        vision_config=vision, text_config=TEXT | {"model_type": "qwen2"}, image_token_id=IMAGE
-    )
-    return randomise(tf.InternVLForConditionalGeneration(config), 0)
+def test_an_unknown_type_is_run_on_images_in_the_layout_of_its_tower() -> None:
+    vlm = open_model(lighton_ocr())
+    assert list(vlm.towers) == ["text", "vision"]
+    images = synthetic_images(vlm.model)
+    units, _ = token_units(vlm, "vision", images, torch.zeros(1, 32, 32))
+    assert units.bincount().tolist() == [16, 16]
 
 
 def test_an_unknown_type_passes_the_self_check() -> None:
-    vlm = open_model(idefics3())
-    assert vlm.family.name == "idefics3"
-    assert vlm.family.objective == "chat"
+    vlm = open_model(altclip())
+    assert vlm.family.name == "altclip"
+    assert vlm.family.objective == "contrastive"
     assert {name: tower.num_layers for name, tower in vlm.towers.items()} == {
         "text": 3,
         "vision": 4,
@@ -61,9 +83,10 @@ def test_an_unknown_type_passes_the_self_check() -> None:
 
 
 def test_an_unknown_type_with_a_feature_layer_is_handled_as_llava() -> None:
-    vlm = open_model(internvl())
-    assert vlm.family.name == "internvl"
-    assert "vision_feature_layer" in vlm.towers["vision"].pinned[3]
+    vlm = open_model(aya_vision())
+    assert vlm.family.name == "aya_vision"
+    assert vlm.family.objective == "chat"
+    assert "vision_feature_layer" in vlm.towers["vision"].pinned[2]
 
 
 def test_equal_depths_do_not_mix_configs() -> None:
@@ -83,17 +106,17 @@ def test_equal_depths_do_not_mix_configs() -> None:
 
 
 def test_configs_that_number_layers_are_refused() -> None:
-    model = idefics3()
+    model = altclip()
     model.config.text_config.global_attn_indexes = [1]
     with pytest.raises(
-        FamilyError, match=r"text_config\.global_attn_indexes.*Known families: qwen3_vl"
+        FamilyError, match=r"text_config\.global_attn_indexes.*Known families: qwen3_5"
     ):
         open_model(model)
 
 
 def test_two_stacks_of_one_name_are_refused() -> None:
-    model = idefics3()
-    encoder = model.model.vision_model.encoder
+    model = altclip()
+    encoder = model.vision_model.encoder
     encoder.more = nn.ModuleList([type(encoder.layers[0])(encoder.config) for _ in range(2)])
     with pytest.raises(FamilyError, match="two stacks that would both be the tower 'vision'"):
         open_model(model)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tiny import TINY, generation_inputs, tiny_inputs
+from tiny import ALL, TINY, generation_inputs, tiny_inputs
+from tiny_batches import PAIRS
 
 from interlace import ops
 from interlace.models import VLM, family_of
@@ -25,9 +26,6 @@ from interlace.surgery import prune
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# models that compare every image with every text: of two pairs there would be four products, too
-# few to measure an error by
-_PAIRS = ("clip", "siglip", "siglip2")
 _SETTINGS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 1}
 # query heads of every key-value head, in turn from layer to layer
 _GROUPS = ((3, 1), (1, 2), (2, 2, 1))
@@ -35,18 +33,27 @@ _GROUPS = ((3, 1), (1, 2), (2, 2, 1))
 _ROUTES = {"auto": contextlib.nullcontext, "ops": lambda: ops.backend("torch")}
 
 
-def _exact_rms_norm(module: Any) -> Any:
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return module.weight * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+# RMSNorms whose weight is what is added to 1
+_AROUND_ONE = ("GemmaRMSNorm", "Gemma3RMSNorm", "Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm")
 
-    eps = module.variance_epsilon
+
+def _exact_rms_norm(module: Any) -> Any:
+    def forward(x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        gain = 1 + module.weight if around_one else module.weight
+        out = gain * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        return out if gate is None else out * torch.nn.functional.silu(gate)
+
+    around_one = type(module).__name__ in _AROUND_ONE
+    eps = module.eps if around_one else module.variance_epsilon
     return forward
 
 
 def in_fp64(model: torch.nn.Module) -> Any:
     exact = copy.deepcopy(model).double()
+    # products of groups know no fp64
+    exact.set_experts_implementation("eager")
     for module in exact.modules():
-        if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
+        if type(module).__name__.endswith(("RMSNorm", "RMSNormGated", "T5LayerNorm")):
             module.forward = _exact_rms_norm(module)
     return exact
 
@@ -91,7 +98,8 @@ def forward(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def inputs(name: str, model: Any) -> dict[str, torch.Tensor]:
-    return tiny_inputs(name, model, batch=8 if name in _PAIRS else 2)
+    # of two pairs there would be four products, too few to measure an error by
+    return tiny_inputs(name, model, batch=8 if name in PAIRS else 2)
 
 
 def gradients(
@@ -223,7 +231,7 @@ def generate(model: Any, name: str, **settings: Any) -> torch.Tensor:
 
 def pruned(name: str) -> Any:
     """A student without one or two layers of every tower."""
-    model = TINY[name]()
+    model = ALL[name]()
     vlm = VLM(model, family_of(model), name=name)
     drop = {}
     for tower_name, tower in vlm.towers.items():
@@ -245,7 +253,7 @@ def ragged(name: str, *, maps: bool = True) -> Any:
         maps: False gives the same function as a stock model: every query head has a copy of its
             key-value head.
     """
-    model = TINY[name]()
+    model = ALL[name]()
     generator = torch.Generator().manual_seed(3)
     count = 0
     for module in model.modules():
@@ -297,7 +305,7 @@ def variant(name: str, kind: str) -> tuple[Any, Any]:
     """A model to fuse, and a stock one that computes the same."""
     if kind == "ragged":
         return ragged(name), ragged(name, maps=False)
-    model = pruned(name) if kind == "pruned" else TINY[name]()
+    model = pruned(name) if kind == "pruned" else ALL[name]()
     return model, model
 
 
@@ -315,7 +323,7 @@ def route(request: pytest.FixtureRequest) -> Any:
 def kit() -> SimpleNamespace:
     return SimpleNamespace(
         routes=_ROUTES,
-        build=lambda name, **options: TINY[name](**options),
+        build=lambda name, **options: ALL[name](**options),
         inputs=inputs,
         in_fp64=in_fp64,
         cast=cast,

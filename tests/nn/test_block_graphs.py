@@ -47,7 +47,8 @@ def test_replays_give_what_the_blocks_give(name: str, kit: Any) -> None:
     found = [_outputs(kit, model, _inputs(name, model, seed)) for seed in range(4)]
     assert all(_equal(one, other) for one, other in zip(found, wanted, strict=True))
     assert all(block._shelf.reason == "" for block in blocks)
-    if blocks:
+    # of InternVL only blocks of the text decoder are fused
+    if blocks and name != "internvl":
         replays = [block.num_replays for block in blocks]
         # text decoders make a cache that grows, which is not recorded; some families call their
         # vision tower twice

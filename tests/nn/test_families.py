@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import GENERATIVE, TINY
+from tiny import ALL, GENERATIVE
 
 import interlace as il
 
@@ -27,13 +27,22 @@ RAGGED = (
 )
 VARIANTS = [
     (name, kind)
-    for name in sorted(TINY)
+    for name in sorted(ALL)
     for kind in ("dense", "pruned", "ragged")
     if kind != "ragged" or name in RAGGED
 ]
 
 
-@pytest.mark.parametrize(("name", "kind"), VARIANTS)
+# These make more of what is rounded from layer to layer: whether single gradients keep the budget
+# hangs on the seed. So they are compared in fp64, up to what transformers computes in fp32 all the
+# same (rotary tables, recurrent states).
+AMPLIFYING = ("gemma3", "glm4v", "qwen3_5", "qwen3_5_moe")
+# In bfloat16 a token's two best experts are often as good as the next ones.
+ROUTED = ("qwen3_vl_moe", "qwen3_5_moe", "qwen3_5")
+STEADY = [each for each in VARIANTS if each[0] not in AMPLIFYING]
+
+
+@pytest.mark.parametrize(("name", "kind"), STEADY)
 def test_outputs_and_gradients_keep_the_budget(name: str, kind: str, kit: Any) -> None:
     model, stock = kit.variant(name, kind)
     unfused = kit.unfused(stock, kit.inputs(name, stock))
@@ -43,7 +52,21 @@ def test_outputs_and_gradients_keep_the_budget(name: str, kind: str, kit: Any) -
             assert unfused.excesses(model) == []
 
 
-@pytest.mark.parametrize("name", sorted(TINY))
+@pytest.mark.parametrize(("name", "kind"), [each for each in VARIANTS if each not in STEADY])
+def test_outputs_and_gradients_agree_in_fp64(name: str, kind: str, kit: Any) -> None:
+    model, stock = (kit.in_fp64(each) for each in kit.variant(name, kind))
+    inputs = kit.cast(kit.inputs(name, stock), torch.float64)
+    wanted, (gradients, scales) = kit.forward(stock, inputs), kit.gradients(stock, inputs)
+    il.fuse(model)
+    for route in kit.routes.values():
+        with route():
+            found = kit.forward(model, inputs) | kit.gradients(model, inputs, scales)[0]
+        assert found.keys() == wanted.keys() | gradients.keys()
+        for key, value in {**wanted, **gradients}.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - set(ROUTED)))
 def test_bfloat16_keeps_the_budget(name: str, kit: Any) -> None:
     model = kit.build(name).bfloat16()
     unfused = kit.unfused(model, kit.cast(kit.inputs(name, model), torch.bfloat16))
@@ -68,7 +91,7 @@ def test_generation_is_equal_token_by_token(name: str, kind: str, kit: Any) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "kind"), VARIANTS)
+@pytest.mark.parametrize(("name", "kind"), STEADY)
 def test_outputs_and_gradients_keep_the_budget_on_a_gpu(name: str, kind: str, kit: Any) -> None:
     model, stock = (each.cuda() for each in kit.variant(name, kind))
     inputs = {key: value.cuda() for key, value in kit.inputs(name, stock.cpu()).items()}

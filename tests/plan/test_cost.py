@@ -7,9 +7,9 @@ from interlace.plan import model_cost, plan_cost
 from interlace.plan.cost import decode_flops, kv_cache_bytes, prefill_flops
 from interlace.records import ModelShape, Plan, TowerPlan, TowerShape
 
-TEXT = TowerShape(8, 4, 2, 2, 32, (100, 100, 100), causal=True)
-VISION = TowerShape(8, 2, 2, 4, 32, (50, 50), causal=False)
-READER = TowerShape(8, 2, 2, 4, 32, (60,), causal=True, cross_attention=True)
+TEXT = TowerShape(8, 4, 2, 2, (100, 100, 100), causal=True)
+VISION = TowerShape(8, 2, 2, 4, (50, 50), causal=False)
+READER = TowerShape(8, 2, 2, 4, (60,), causal=True, cross_attention=True)
 
 
 def test_one_tower_by_hand():

@@ -36,7 +36,7 @@ def scores(**more: Any) -> Scores:
         "mlp": SiteShape("ffn", ((NEURONS,),) * LAYERS, 48, shared_parameters=16),
         **more,
     }
-    shape = TowerShape(16, 8, 4, 4, NEURONS, (3000,) * LAYERS, causal=True, sites=sites)
+    shape = TowerShape(16, 8, 4, 4, (3000,) * LAYERS, causal=True, sites=sites)
     measured = TowerScores(
         LAYERS,
         similarity={

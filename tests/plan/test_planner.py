@@ -222,7 +222,7 @@ def test_nothing_expressible_is_an_error(random_scores):
 
 
 def test_print(scores):
-    shape = TowerShape(64, 4, 2, 16, 256, (1000,) * 12, causal=True)
+    shape = TowerShape(64, 4, 2, 16, (1000,) * 12, causal=True)
     scores = Scores(
         towers=scores.towers,
         shape=ModelShape({"text": shape}, total_parameters=20_000, bytes_per_parameter=2),

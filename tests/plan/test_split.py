@@ -29,7 +29,7 @@ def scores() -> Scores:
         "attn": SiteShape("heads", ((2,) * GROUPS,) * LAYERS, 64, 32),
         "mlp": SiteShape("ffn", ((NEURONS,),) * LAYERS, PER_NEURON),
     }
-    shape = TowerShape(16, 8, 4, 4, NEURONS, (LAYER,) * LAYERS, causal=True, sites=sites)
+    shape = TowerShape(16, 8, 4, 4, (LAYER,) * LAYERS, causal=True, sites=sites)
     layers = range(LAYERS)
     heads = tuple(tuple(float(i + unit) for unit in range(2 * GROUPS)) for i in layers)
     neurons = tuple(tuple(float(i * unit) for unit in range(NEURONS)) for i in layers)

@@ -39,7 +39,7 @@ def scores(seed: int = 1) -> Scores:
         "attn": SiteShape("heads", ((2, 2, 2, 2),) * LAYERS, 64, 32),
         "mlp": SiteShape("ffn", ((NEURONS,),) * LAYERS, 48),
     }
-    shape = TowerShape(16, 8, 4, 4, NEURONS, (3000,) * LAYERS, causal=True, sites=sites)
+    shape = TowerShape(16, 8, 4, 4, (3000,) * LAYERS, causal=True, sites=sites)
     measured = TowerScores(
         LAYERS,
         similarity={

@@ -52,7 +52,7 @@ def test_strip_shows_what_is_cut_within_layers():
         "attn": SiteShape("heads", ((2, 2), (2, 2), (2, 2), ()), 1),
         "mlp": SiteShape("ffn", ((16,),) * 4, 1),
     }
-    shape = TowerShape(4, 4, 2, 1, 16, (20,) * 4, causal=True, sites=sites)
+    shape = TowerShape(4, 4, 2, 1, (20,) * 4, causal=True, sites=sites)
     cut = {"attn": {0: (1,), 2: (0, 1, 2)}, "mlp": {2: tuple(range(8))}}
     tower = TowerPlan(4, drop=(1,), cut=cut, parts={"mlp": (0,)})
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 from scores.written_out import batch_of, labelled, one_by_one, opened
 from tiny import TINY
+from tiny_batches import PAIRS
 
 from interlace.errors import DataError
 from interlace.scores import score
 from interlace.scores.losses import SampleLoss
-
-CONTRASTIVE = ("clip", "siglip", "siglip2")
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -19,7 +18,7 @@ def test_it_is_the_models_own(name: str) -> None:
     vlm, batch = opened(name), labelled(name)
     with torch.no_grad():
         losses = SampleLoss(vlm)(batch)
-        if name in CONTRASTIVE:
+        if name in PAIRS:
             own = vlm.model(**batch, return_loss=True).loss[None]
             losses = losses.mean()[None]
         else:

@@ -146,8 +146,8 @@ def test_both_attentions_of_a_layer_that_has_two_are_skipped_and_its_norms_stay(
             assert scores.metrics[metric][2] == pytest.approx(rise, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_every_family_has_parts(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(set(TINY) - {"qwen3_vl_moe", "qwen3_5_moe"}))
+def test_every_family_but_those_with_experts_has_parts(name: str) -> None:
     vlm = opened(name)
     scores = score(vlm, [labelled(name, 2)], metrics=("mlp_relevance",), progress=False)
     for tower, depth in ((each, t.num_layers) for each, t in vlm.towers.items()):

@@ -52,6 +52,15 @@ def bit_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) > 0 and all(map(torch.equal, one, other))
 
 
+def reloaded(name: str, one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    """Equal to the bit, unless products of experts round by the address of their weights."""
+    if name != "qwen3_5_moe":
+        return bit_equal(one, other)
+    return len(one) == len(other) > 0 and all(
+        torch.allclose(*pair, rtol=1e-5, atol=1e-5) for pair in zip(one, other, strict=True)
+    )
+
+
 def _pass_through(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
     hidden = args[0] if args else kwargs["hidden_states"]
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -138,6 +147,7 @@ def kit() -> SimpleNamespace:
         quartered=_quartered,
         outputs=outputs,
         bit_equal=bit_equal,
+        reloaded=reloaded,
         skipping=skipping,
         plan_of=plan_of,
         quarter=quarter,
