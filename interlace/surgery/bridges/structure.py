@@ -159,9 +159,19 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
+def _is_routed(module: nn.Module) -> bool:
+    """Tell whether a module holds the matrices of experts, as one parameter."""
+    own = module.parameters(recurse=False)
+    return any(each.dim() > 2 for each in own) and not hasattr(module, "kernel_size")
+
+
 @dataclass
 class _Trace:
-    """Outputs (or, for norms, inputs and outputs) of the modules that one call ran, in order."""
+    """Outputs (or, for norms, inputs and outputs) of the modules that one call ran, in order.
+
+    Of linear modules in front of experts there are none: what they give is no longer to be told
+    from what the experts make of it.
+    """
 
     linears: dict[nn.Module, torch.Tensor]
     norms: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]
@@ -172,7 +182,9 @@ def _trace(call: Call) -> _Trace:
     made = _Trace({}, {}, torch.empty(0))
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(module, nn.Linear):
+        if _is_routed(module):
+            made.linears.clear()
+        elif isinstance(module, nn.Linear):
             # without columns: of a part that was taken out
             if not module.in_features or not module.out_features:
                 return
@@ -184,7 +196,7 @@ def _trace(call: Call) -> _Trace:
     hooks = [
         module.register_forward_hook(hook)
         for module in call.layer.modules()
-        if isinstance(module, nn.Linear) or _is_norm(module)
+        if isinstance(module, nn.Linear) or _is_norm(module) or _is_routed(module)
     ]
     try:
         made.output = call.repeat()
