@@ -14,6 +14,9 @@ from interlace.data.samples import Sample, Turn, scenes_tasks
 from interlace.errors import ConfigError
 from interlace.records import Plan, TowerPlan
 
+# NumPy about the grids that GLM's processor hands it
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 
 @pytest.mark.parametrize("name", sorted(BUILT))
 def test_scores_losses_bridges_and_healing(name: str) -> None:
@@ -28,7 +31,9 @@ def test_scores_losses_bridges_and_healing(name: str) -> None:
 
     # BLIP's encoder of questions and its decoder of answers have one depth
     equal = [group for group in vlm.family.shared_depth if {*group} <= {*vlm.towers}]
-    cut = TowerPlan(depth, drop=(3,), tune=(4,))
+    # nothing can be folded into experts, and text layer 5 has none
+    gone = 6 if name == "qwen3_vl_moe" else 3
+    cut = TowerPlan(depth, drop=(gone,), tune=(gone + 1,))
     plan = Plan(dict.fromkeys(equal[0] if equal else ("text",), cut))
     loss = il.layer_loss(vlm, data, "sleb", batch_size=2)
     assert loss("text", (3,)) > 0.0

@@ -5,6 +5,7 @@ Nothing here tokenises: a rendered conversation still holds one image token per 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -186,32 +187,59 @@ def spoken_tokens(
 
 def expanded_positions(
     ids: Sequence[int], expanded: Sequence[int], image_id: int | None
-) -> list[int | None] | None:
-    """Find every token again after each image token became a run of them.
+) -> list[int | None]:
+    """Find the tokens of a text again after each image token became tokens of the image.
+
+    What stands in front of the first image is found from the start, what stands behind the last
+    one from the end, and texts between images in their order. Tokens that the processor joined
+    with those around an image, such as line breaks, are not found.
 
     Args:
         ids: Tokens with one image token per image.
-        expanded: The same tokens, every run of image tokens at least as long.
+        expanded: The same tokens; every image is any tokens, one of them or more the image token.
         image_id: The image token.
 
     Returns:
-        The position of each token (None for image tokens), or None if the two do not match.
+        The position of each token; None for image tokens and for tokens that are not found.
     """
-    positions: list[int | None] = []
+    positions: list[int | None] = [None] * len(ids)
+    for index in range(_common(ids, expanded)):
+        if ids[index] == image_id:
+            break
+        positions[index] = index
+    for back in range(1, _common(ids[::-1], expanded[::-1]) + 1):
+        if ids[-back] == image_id:
+            break
+        positions[-back] = len(expanded) - back
+    images = [index for index, token in enumerate(ids) if token == image_id]
     place = 0
-    for index, token in enumerate(ids):
-        if token == image_id:
-            positions.append(None)
-            if index and ids[index - 1] == image_id:
-                continue
-            start = place
-            while place < len(expanded) and expanded[place] == image_id:
-                place += 1
-            if place == start:
-                return None
-        else:
-            if place >= len(expanded) or expanded[place] != token:
-                return None
-            positions.append(place)
+    for left, right in itertools.pairwise(images):
+        while place < len(expanded) and expanded[place] != image_id:
             place += 1
-    return positions if place == len(expanded) else None
+        found = _between(ids[left + 1 : right], expanded, place)
+        if found is not None:
+            trimmed, first, length = found
+            for step in range(length):
+                positions[left + 1 + trimmed + step] = first + step
+            place = first + length
+    return positions
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(left), len(right)))
+
+
+def _between(
+    text: Sequence[int], expanded: Sequence[int], place: int
+) -> tuple[int, int, int] | None:
+    """Find a text between images: tokens left out in front, first position, and length."""
+    for front, behind in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        wanted = list(text[front : len(text) - behind])
+        if not wanted:
+            return None
+        for first in range(place, len(expanded) - len(wanted) + 1):
+            if list(expanded[first : first + len(wanted)]) == wanted:
+                return front, first, len(wanted)
+    return None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from interlace._torch_utils import accepts
 from interlace.data.chat import ChatText, expanded_positions, spoken_tokens
 from interlace.data.sample_texts import answer, blip2_prompt, is_caption, question
 from interlace.errors import ConfigError, DataError, unknown_name
@@ -58,6 +59,8 @@ class Collator:
             is another than the one the tokenizer puts in front.
         encoder_decoder: Whether the language model of BLIP-2 reads the prompt in an encoder of its
             own (T5), so that the answer alone stands in the labels.
+        token_types: Whether the model takes `token_type_ids`; where it does, even zeros say
+            something.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Collator:
         seed: int = 0,
         start_token_id: int | None = None,
         encoder_decoder: bool = False,
+        token_types: bool = False,
     ) -> None:
         if objective not in OBJECTIVES:
             raise ConfigError(unknown_name("objective", objective, OBJECTIVES))
@@ -85,6 +89,7 @@ class Collator:
         self._seed = seed
         self._start_token_id = start_token_id
         self._encoder_decoder = encoder_decoder
+        self._token_types = token_types
         self._chat = ChatText(processor)
         self._blip2 = "Blip2" in type(processor).__name__
 
@@ -117,6 +122,7 @@ class Collator:
             seed=seed,
             start_token_id=start if objective in ("caption", "vqa") else None,
             encoder_decoder=bool(getattr(text, "is_encoder_decoder", False)),
+            token_types=accepts(vlm.model, "token_type_ids"),
         )
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -154,13 +160,15 @@ class Collator:
             texts = [item.text for item in rendered]
         else:
             texts = [self._chat.prompt(sample) for sample in samples]
-        # One list per sample: LLaVA-OneVision treats several images of one sample differently.
-        images = [[image.open() for image in item.images] for item in samples if item.images]
+        # One list per sample: LLaVA-OneVision treats several images of one sample differently, and
+        # some processors count the images of each text.
+        images = [[image.open() for image in item.images] for item in samples]
         options: dict[str, Any] = {"padding_side": "right" if self._answers else "left"}
         bos = self._tokenizer.bos_token
         if bos and texts[0].startswith(bos):
             options["add_special_tokens"] = False
-        batch = self._process(samples, text=texts, images=images or None, padding=True, **options)
+        seen = images if any(images) else None
+        batch = self._process(samples, text=texts, images=seen, padding=True, **options)
         kept = self._short_enough(samples, _filled(batch), self._max_length)
         if len(kept) < len(samples):
             return self._chat_batch(kept)
@@ -183,17 +191,17 @@ class Collator:
             valid = batch["attention_mask"][row].bool()
             expanded = batch["input_ids"][row][valid].tolist()
             where = expanded_positions(ids, expanded, image_id)
-            if where is None:
-                raise DataError(
-                    f"Sample {sample.id!r}: the tokens of its text are not found again behind the "
-                    "expanded images, so its answer cannot be located. The processor "
-                    f"{type(self._processor).__name__} is not supported for training."
-                )
+            said = [(ids[i], where[i]) for i, is_spoken in enumerate(spoken) if is_spoken]
             columns = valid.nonzero().flatten()
-            for token, position in enumerate(where):
-                if position is not None and spoken[token]:
-                    labels[row, columns[position]] = ids[token]
-            if not any(spoken):
+            for token, position in said:
+                if position is None:
+                    raise DataError(
+                        f"Sample {sample.id!r}: the tokens of its text are not found again behind "
+                        "the expanded images, so its answer cannot be located. The processor "
+                        f"{type(self._processor).__name__} is not supported for training."
+                    )
+                labels[row, columns[position]] = token
+            if not said:
                 raise DataError(f"Sample {sample.id!r}: its answers hold no tokens. Remove it.")
         return labels
 
@@ -302,7 +310,7 @@ class Collator:
                 f"{names}: {error}"
             ) from error
         kinds = batch.get("token_type_ids")
-        if kinds is not None and not kinds.any():
+        if kinds is not None and not self._token_types and not kinds.any():
             # All zero for single texts, and most models do not take them.
             del batch["token_type_ids"]
         if "input_ids" in batch:

@@ -55,6 +55,10 @@ class _WithoutVideo:
         parts: list[str] = super().get_attributes()  # type: ignore[misc]
         return [name for name in parts if name != _VIDEO]
 
+    def apply_chat_template(self, *arguments: Any, **settings: Any) -> Any:
+        """Write a conversation as any processor does: what a class adds asks its video part."""
+        return ProcessorMixin.apply_chat_template(self, *arguments, **settings)
+
     def to_dict(self) -> dict[str, Any]:
         """The settings to save, with those of the video part as they were given."""
         settings: dict[str, Any] = super().to_dict()  # type: ignore[misc]
@@ -102,6 +106,8 @@ def without_video(
     Returns:
         An instance of a subclass of the same name, so that saved files name the original class.
     """
+    # some classes ask for the part that is missing
+    settings |= {_VIDEO: None}
     processor = _subclass(processor_class)(image_processor, tokenizer, **settings)
     processor.video_settings = video_settings or _default_video_settings(
         processor_class, image_processor

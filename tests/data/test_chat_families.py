@@ -1,0 +1,79 @@
+"""Batches of chat models whose images become more than a run of one token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from data.made import spoken
+from PIL import Image
+from tiny_processors import BUILT, with_processor
+
+from interlace.data.collate import Collator
+from interlace.data.samples import Sample, Turn
+
+CHAT = [name for name in sorted(BUILT) if with_processor(name).family.objective == "chat"]
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@dataclass(frozen=True)
+class _Picture:
+    width: int
+    height: int
+
+    def open(self) -> Image.Image:
+        gradient = Image.linear_gradient("L").resize((self.width, self.height))
+        return Image.merge("RGB", (gradient, gradient.rotate(180), gradient.rotate(90)))
+
+
+def _sample(name: str, sizes: tuple[tuple[int, int], ...], *turns: str) -> Sample:
+    images = tuple(_Picture(*size) for size in sizes)
+    said = [Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(turns)]
+    return Sample(name, "chat", images, tuple(said))
+
+
+SAMPLES = [
+    _sample("none", (), "what is this?", "a red circle"),
+    _sample("one", ((64, 64),), "<image>\nwhat is this?", "a blue square"),
+    _sample("wide", ((96, 32),), "<image>what is this?", "yes"),
+    _sample("two", ((32, 32), (96, 48)), "<image><image>\nhow many?", "no"),
+    _sample(
+        "turns",
+        ((32, 32), (64, 32)),
+        *("a red <image> and?", "red square", "is <image> red?", "red square", "sure?", "no"),
+    ),
+]
+ANSWERS = [["a red circle"], ["a blue square"], ["yes"], ["no"], ["red square", "red square", "no"]]
+
+
+@pytest.mark.parametrize("name", CHAT)
+def test_answers_are_found_behind_images_of_any_number_and_size(name: str) -> None:
+    vlm = with_processor(name)
+    for samples, answers in [
+        (SAMPLES, ANSWERS),
+        *([[s], [a]] for s, a in zip(SAMPLES, ANSWERS, strict=True)),
+    ]:
+        batch = Collator.for_model(vlm)(samples)
+        rows = spoken(vlm.processor, batch)
+        stops = set(vlm.processor.tokenizer.all_special_tokens)
+        for row, answer in zip(rows, answers, strict=True):
+            parts = row.split("|")
+            for stop in stops:
+                parts = [part.replace(stop, "") for part in parts]
+            assert [part.strip() for part in parts] == answer
+
+
+@pytest.mark.parametrize("name", CHAT)
+def test_a_batch_predicts_what_its_samples_predict_alone(name: str) -> None:
+    vlm = with_processor(name)
+    collate = Collator.for_model(vlm)
+    with torch.no_grad():
+        batch = collate(SAMPLES)
+        logits = vlm.model(**batch).logits
+        for row, sample in enumerate(SAMPLES):
+            alone = collate([sample])
+            mask = batch["attention_mask"][row].bool()
+            assert batch["input_ids"][row][mask].equal(alone["input_ids"][0])
+            found = vlm.model(**alone).logits[0]
+            torch.testing.assert_close(logits[row][mask], found, rtol=1e-3, atol=1e-4)
