@@ -103,8 +103,9 @@ def widths_for(shape: TowerShape, wanted: int, layers: Sequence[int]) -> list[Wi
     neurons = [site for site in shape.sites.values() if site.kind == "ffn"]
     if not heads or not neurons:
         raise PlanError("No heads or no neurons are known in the layers, so no width can be cut.")
-    groups = len(heads[0].groups[0])
-    bundles = neurons[0].num_units(0) // FFN_MULTIPLE
+    # layers of another kind, which recur or have experts, have none
+    groups = max(map(len, heads[0].groups))
+    bundles = max(map(sum, neurons[0].groups)) // FFN_MULTIPLE
     per_group = sum(site.parameters(layer) for site in heads for layer in layers) // groups
     per_bundle = sum(site.parameters(layer) for site in neurons for layer in layers) // bundles
     found = []
@@ -141,6 +142,7 @@ def splits(shape: TowerShape, wanted: int, most: int) -> list[Split]:
         for site in shape.sites.values()
         if site.kind == "ffn"
         for layer in range(depth)
+        if site.groups[layer]
     )
     near = [split for split in found if abs(gone[split] - wanted) <= bundle / 2 + depth]
     if not near:

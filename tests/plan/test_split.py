@@ -70,6 +70,18 @@ def gone(plan: Plan) -> float:
     return (change.before.parameters - change.after.parameters) / (LAYERS * LAYER)
 
 
+def test_layers_without_heads_or_neurons_lose_none() -> None:
+    heads = tuple((2,) * GROUPS if layer % 2 else () for layer in range(LAYERS))
+    neurons = tuple((NEURONS,) if layer % 3 else () for layer in range(LAYERS))
+    sites = {
+        "attn": SiteShape("heads", heads, 64, 32),
+        "mlp": SiteShape("ffn", neurons, PER_NEURON),
+    }
+    shape = TowerShape(16, 8, 4, 4, (LAYER,) * LAYERS, causal=True, sites=sites)
+    per_group = sum(map(bool, heads)) * PER_GROUP
+    assert {each.widths.gone for each in splits(shape, per_group, 0)} >= {per_group}
+
+
 def test_every_split_comes_to_the_share() -> None:
     shape = scores().shape
     assert shape is not None
