@@ -355,7 +355,3 @@ def main() -> None:
             from interlace._torch_utils import leave_processes
 
             leave_processes()
-
-
-if __name__ == "__main__":
-    main()

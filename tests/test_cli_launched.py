@@ -55,7 +55,7 @@ def test_two_processes_write_one_output(interlace, tmp_path: Path) -> None:
     one, two, plan, healed = (tmp_path / name for name in ("1.json", "2.json", "plan", "healed"))
     measure = ("score", "bundled:clip", "--count", 8, "--tower", "text", "--heatmap")
     assert interlace(*measure, tmp_path / "1.png", "-o", one)[0] == 0
-    scored = _torchrun("-m", "interlace.cli", *measure, tmp_path / "2.png", "-o", two)
+    scored = _torchrun("-m", "interlace", *measure, tmp_path / "2.png", "-o", two)
     assert scored.returncode == 0, scored.stderr
     assert scored.stdout == f"Wrote {two}\nWrote {tmp_path / '2.png'}\n"
     for group, tables in Scores.load(one)["text"].similarity.items():
@@ -64,7 +64,7 @@ def test_two_processes_write_one_output(interlace, tmp_path: Path) -> None:
 
     assert interlace("plan", two, "-o", plan)[0] == 0
     options = ("--count", 16, "--batch-size", 2, "--max-steps", 2, "--validation-fraction", 0.25)
-    done = _torchrun("-m", "interlace.cli", "heal", "bundled:clip", plan, "-o", healed, *options)
+    done = _torchrun("-m", "interlace", "heal", "bundled:clip", plan, "-o", healed, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"Wrote {healed} after 2 steps")
     assert done.stdout.count("\n") == 1

@@ -37,7 +37,7 @@ class ChatText:
     """Renders conversations the way a processor's model expects them.
 
     Three formats, in this order: the chat template of the processor, that of its tokenizer, and
-    where there is neither, `USER: question ASSISTANT: answer` with the end-of-text token.
+    where a LLaVA has neither, `USER: question ASSISTANT: answer` with the end-of-text token.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -102,6 +102,13 @@ class ChatText:
 
     def _render(self, sample: Sample, turns: Sequence[Turn], *, ask: bool) -> str:
         if self._plain:
+            # what LLaVA 1.5 was trained on; its first checkpoints do not state it
+            if "Llava" not in type(self._processor).__name__:
+                raise DataError(
+                    f"{type(self._processor).__name__} has no chat template, nor has its "
+                    "tokenizer, so how this model expects questions and answers is not known. Set "
+                    "processor.chat_template, or give batches of model inputs of your own."
+                )
             return self._in_words(sample, turns, ask=ask)
         messages = [{"role": turn.role, "content": self._content(sample, turn)} for turn in turns]
         renderer = self._processor if self._own else self._tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -10,8 +11,10 @@ from data.made import spoken
 from PIL import Image
 from tiny_processors import BUILT, with_processor
 
+from interlace.data.chat import ChatText
 from interlace.data.collate import Collator
 from interlace.data.samples import Sample, Turn
+from interlace.errors import DataError
 
 CHAT = [name for name in sorted(BUILT) if with_processor(name).family.objective == "chat"]
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -77,3 +80,10 @@ def test_a_batch_predicts_what_its_samples_predict_alone(name: str) -> None:
             assert batch["input_ids"][row][mask].equal(alone["input_ids"][0])
             found = vlm.model(**alone).logits[0]
             torch.testing.assert_close(logits[row][mask], found, rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_chat_template_only_llava_has_a_format_of_its_own() -> None:
+    processor = copy.deepcopy(with_processor("gemma3").processor)
+    processor.chat_template = processor.tokenizer.chat_template = None
+    with pytest.raises(DataError, match="Gemma3Processor has no chat template"):
+        ChatText(processor).prompt(SAMPLES[1])

@@ -44,6 +44,7 @@ from interlace.surgery.bridges.structure import (
     Norm,
     Projection,
     find_projection,
+    is_routed,
     read_elsewhere,
     record_calls,
 )
@@ -178,6 +179,8 @@ def _place(tower: _Tower, gap: Gap) -> Projection | str:
             "does not add its last linear projection to the residual stream, nor straight before a "
             "LayerNorm"
         )
+        if any(map(is_routed, layer.modules())):
+            why = "adds what experts make of its input, which is no product of one matrix"
         if not gap.dropped or gap.narrowed:
             return f"layer {gap.after} {why}"
         raise PlanError(

@@ -159,7 +159,7 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
-def _is_routed(module: nn.Module) -> bool:
+def is_routed(module: nn.Module) -> bool:
     """Tell whether a module holds the matrices of experts, as one parameter."""
     own = module.parameters(recurse=False)
     return any(each.dim() > 2 for each in own) and not hasattr(module, "kernel_size")
@@ -182,7 +182,7 @@ def _trace(call: Call) -> _Trace:
     made = _Trace({}, {}, torch.empty(0))
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if _is_routed(module):
+        if is_routed(module):
             made.linears.clear()
         elif isinstance(module, nn.Linear):
             # without columns: of a part that was taken out
@@ -196,7 +196,7 @@ def _trace(call: Call) -> _Trace:
     hooks = [
         module.register_forward_hook(hook)
         for module in call.layer.modules()
-        if isinstance(module, nn.Linear) or _is_norm(module) or _is_routed(module)
+        if isinstance(module, nn.Linear) or _is_norm(module) or is_routed(module)
     ]
     try:
         made.output = call.repeat()

@@ -1,0 +1,5 @@
+"""The command line as `python -m interlace`."""
+
+from interlace.cli import main
+
+main()
