@@ -223,3 +223,34 @@ def test_tied_weights_stay_tied_and_early_exit_moves(kit: Any) -> None:
     assert student.num_parameters() == student.record.parameters_after
     assert student.model.generation_config.assistant_early_exit == 4
     assert model.generation_config.assistant_early_exit == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "drop", "kind"),
+    [
+        ("qwen3_5", (2, 5), "full_attention"),
+        ("gemma3", (3, 7), "full_attention"),
+        ("gemma3", (0, 1, 2, 4, 5, 6), "sliding_attention"),
+    ],
+)
+def test_one_layer_of_every_kind_that_is_needed_stays(
+    name: str, drop: tuple[int, ...], kind: str, kit: Any
+) -> None:
+    vlm = kit.opened(name).vlm
+    with pytest.raises(PlanError, match=f"no text layer with {kind}"):
+        prune(vlm, kit.plan_of(vlm, {"text": drop}), allow_pinned=True)
+    student = prune(vlm, kit.plan_of(vlm, {"text": drop[:-1]}), allow_pinned=True)
+    assert student.towers["text"].pinned[drop[-1]].endswith(f"with {kind}")
+
+
+def test_layers_without_experts_stay_those(kit: Any) -> None:
+    # with experts in layers 1, 3, 5 and 7
+    model = tiny.qwen3_vl_moe(dense=(0,), step=2)
+    vlm = _vlm(model, "qwen3_vl_moe")
+    inputs, drop = tiny.tiny_inputs("qwen3_vl_moe", model), {"text": (3, 6)}
+    student = prune(vlm, kit.plan_of(vlm, drop))
+    config = student.model.config.text_config
+    assert (config.mlp_only_layers, config.decoder_sparse_step) == ([0, 2, 3], 1)
+    assert student.record.config_changes["text_config.decoder_sparse_step"] == [2, 1]
+    expected = _expected(kit, vlm, inputs, drop)
+    assert kit.bit_equal(kit.outputs(student.model, inputs), expected)
