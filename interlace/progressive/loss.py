@@ -21,7 +21,7 @@ from interlace.models.states import layer_input
 from interlace.plan.rules import USE_LOSS
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
-from interlace.surgery.bridges.calibration import Calibration
+from interlace.surgery.bridges.calibration import HELD_OUT_EVERY, Calibration
 from interlace.surgery.bridges.names import (
     EVEN,
     FOLD,
@@ -175,9 +175,18 @@ class CompensatedLoss:
             batch_size: samples per forward pass.
             bridges: as of `prune`.
             token_weights: likewise.
+
+        Raises:
+            DataError: too few samples.
         """
         self._vlm, self._bridges, self._batch_size = vlm, bridges, batch_size
         half = len(data) // 2
+        if data and has_bridges(bridges) and len(data) - half < HELD_OUT_EVERY:
+            raise DataError(
+                f"{len(data)} samples are too few to judge repaired students: half of them are to "
+                f"repair on, and at least {HELD_OUT_EVERY} are needed for that. Give at least "
+                f"{2 * HELD_OUT_EVERY - 1}, or 'sleb' as the rule, which judges without repair."
+            )
         self._judged = _batched(vlm, data[:half] or data, batch_size)
         # one for all students
         (probe,) = _batched(vlm, data[half:][:1], 1)

@@ -148,9 +148,17 @@ def test_the_compensated_loss_of_parts_is_that_of_their_plan() -> None:
     assert 0.0 < loss("text", (), {"mlp": (9, 6)}) < bare("text", (), {"mlp": (9, 6)})
 
 
+def test_too_few_samples_to_repair_and_judge_are_refused_at_once() -> None:
+    vlm = il.open_model("bundled:clip", dtype="float32", device="cpu")
+    data = il.samples("scenes", count=6, tasks=("retrieval",), processor=vlm.processor)
+    with pytest.raises(DataError, match=r"6 samples are too few.*at least 7"):
+        il.layer_loss(vlm, data, batch_size=2)
+    assert il.layer_loss(vlm, data, bridges="none", batch_size=2)("text", (4,)) > 0
+
+
 def test_losses_that_no_rule_asks_for_are_refused() -> None:
     vlm = il.open_model("bundled:clip", dtype="float32", device="cpu")
-    data = il.samples("scenes", count=4, tasks=("retrieval",), processor=vlm.processor)
+    data = il.samples("scenes", count=7, tasks=("retrieval",), processor=vlm.processor)
     with pytest.raises(ConfigError, match="asks for no loss"):
         il.layer_loss(vlm, data, "interlace")
     with pytest.raises(ConfigError, match="Did you mean 'fold'"):
@@ -159,12 +167,12 @@ def test_losses_that_no_rule_asks_for_are_refused() -> None:
         il.layer_loss(vlm, data[:0])
     # a tower that gets no bridge is judged as it is cut
     loss = il.layer_loss(vlm, data, bridges={"text": "fold"})
-    assert loss("vision", (3,)) > 0.0
+    assert loss("vision", (2, 3, 4, 5)) > 1e-5
 
 
 def test_towers_that_must_be_equally_deep_are_not_judged_one_at_a_time() -> None:
     vlm = with_processor("blip_vqa")
-    data = il.samples("scenes", count=2, tasks=("vqa",))
+    data = il.samples("scenes", count=7, tasks=("vqa",))
     loss = il.layer_loss(vlm, data, batch_size=2)
     with pytest.raises(PlanError, match="must keep 'text' as deep as 'text_encoder'"):
         loss("text", (1,))
