@@ -110,12 +110,13 @@ def check_forward(
     return ran
 
 
-def synthetic_forwards(model: PreTrainedModel) -> Iterator[Callable[[], Any]]:
-    """Yield forwards that a model of unknown type may accept."""
+def synthetic_forwards(model: PreTrainedModel) -> Iterator[Callable[[], Callable[[], Any]]]:
+    """Yield makers of forwards that a model of unknown type may accept."""
+    anything: Any = model
     for make in synthetic_inputs(model):
-        yield lambda make=make: model(**make())  # type: ignore[misc]
-    yield lambda: image_features(model, synthetic_images(model))
-    yield lambda: image_features(model, _in_rows(synthetic_images(model)))
+        yield lambda make=make: partial(anything, **make())  # type: ignore[misc]
+    yield lambda: partial(image_features, model, synthetic_images(model))
+    yield lambda: partial(image_features, model, _in_rows(synthetic_images(model)))
 
 
 def _in_rows(images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -145,11 +146,11 @@ def self_check(
         refusals: list[str] = []
     else:
         checked, refusals = set(), []
-        for forward in synthetic_forwards(model):
+        for make in synthetic_forwards(model):
             if checked == set(stacks):
                 break
             try:
-                checked |= check_forward(model, stacks, forward)
+                checked |= check_forward(model, stacks, make())
             except FORWARD_REFUSALS as error:
                 refusals.append(
                     f"{type(error).__name__}: "

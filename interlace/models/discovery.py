@@ -234,6 +234,11 @@ def find_towers(model: PreTrainedModel) -> dict[str, Stack]:
     return dict(sorted(towers.items(), key=lambda item: order.get(item[0], len(order))))
 
 
+def routes(module: nn.Module) -> bool:
+    """Tell whether a module sends each token to some of its experts."""
+    return isinstance(getattr(module, "experts", None), nn.Module)
+
+
 def has_cross_attention(layer: nn.Module) -> bool:
     """Tell whether a layer also attends to another tower."""
     names = (name.rsplit(".", 1)[-1].lower() for name, _ in layer.named_modules())

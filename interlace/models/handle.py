@@ -234,7 +234,7 @@ class VLM:
         return digest.hexdigest()
 
 
-def to_model(batch: Mapping[str, Any], vlm: VLM) -> dict[str, Any]:
+def to_model(batch: Mapping[str, Any], vlm: VLM | PreTrainedModel) -> dict[str, Any]:
     """Move the tensors of a batch to a model's device, floating ones (pixels) also to its dtype.
 
     Tensors made under `torch.inference_mode` are copied outside of it, so that writes are counted.

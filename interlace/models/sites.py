@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from interlace.errors import ShapeError
+from interlace.models.discovery import routes
 from interlace.models.parts import take_out
 from interlace.records import SiteShape
 
@@ -131,7 +132,7 @@ def find_sites(layer: nn.Module) -> dict[str, Site]:
     """
     found: dict[str, Site] = {}
     for path, module in layer.named_modules():
-        if hasattr(layer.get_submodule(path.rpartition(".")[0]), "experts"):
+        if routes(layer.get_submodule(path.rpartition(".")[0])):
             continue
         for kind, layouts in (("heads", _ATTENTION), ("ffn", _FEED_FORWARD)):
             for inputs, output in layouts:

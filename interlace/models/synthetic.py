@@ -13,6 +13,7 @@ import torch
 from interlace._torch_utils import accepts
 from interlace.models.discovery import find_towers
 from interlace.models.family import token_id
+from interlace.models.handle import to_model
 from interlace.models.llava import PIXTRAL
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def image_features(model: PreTrainedModel, inputs: Inputs) -> Any:
 
 def synthetic_images(model: PreTrainedModel) -> Inputs:
     """Return images alone, as the last of `synthetic_inputs`."""
-    return _to(model, _pixels(model))
+    return to_model(_pixels(model), model)
 
 
 def synthetic_inputs(model: PreTrainedModel) -> Iterator[Callable[[], Inputs]]:
@@ -44,17 +45,9 @@ def synthetic_inputs(model: PreTrainedModel) -> Iterator[Callable[[], Inputs]]:
     They give image and text, then text, then image, on the model's device and in its dtype. A maker
     may raise where its inputs do not suit the model.
     """
-    yield lambda: _to(model, _with_decoder(model, _image_and_text(model)))
-    yield lambda: _to(model, _with_decoder(model, _text(model)))
+    yield lambda: to_model(_with_decoder(model, _image_and_text(model)), model)
+    yield lambda: to_model(_with_decoder(model, _text(model)), model)
     yield lambda: synthetic_images(model)
-
-
-def _to(model: PreTrainedModel, inputs: Inputs) -> Inputs:
-    first = next(model.parameters())
-    return {
-        name: value.to(first.device, first.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
 
 
 def _generator() -> torch.Generator:
@@ -163,6 +156,6 @@ def _image_tokens(model: PreTrainedModel, images: Inputs) -> int:
     if "image_grid_thw" in images and isinstance(merge, int):
         return int(images["image_grid_thw"][0].prod()) // merge**2
     with torch.no_grad():
-        found = image_features(model, _to(model, images))
+        found = image_features(model, to_model(images, model))
     features = getattr(found, "pooler_output", found)
     return len(features[0])

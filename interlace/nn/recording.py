@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import PreTrainedModel
 
+from interlace.models.discovery import routes
 from interlace.models.parts import is_absent
 from interlace.nn.block_graphs import BlockGraph, Shelf, attends_by_ours
 from interlace.nn.blocks import FusedBlock
@@ -70,7 +71,7 @@ def record_blocks(target: nn.Module, recorder: Recorder) -> list[BlockGraph]:
 
 def _routes(block: nn.Module) -> bool:
     """Tell whether tokens are sent to experts in a block: not tried yet with recordings."""
-    return any(hasattr(module, "experts") for module in block.modules())
+    return any(map(routes, block.modules()))
 
 
 def _stacks(target: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:

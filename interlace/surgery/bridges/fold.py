@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from interlace.errors import PlanError
+from interlace.models.discovery import routes
 from interlace.records import Bridge
 from interlace.surgery.bridges.names import FOLD, NONE, REFIT
 from interlace.surgery.bridges.observe import Reached, Seen, observe
@@ -44,7 +45,6 @@ from interlace.surgery.bridges.structure import (
     Norm,
     Projection,
     find_projection,
-    is_routed,
     read_elsewhere,
     record_calls,
 )
@@ -179,7 +179,7 @@ def _place(tower: _Tower, gap: Gap) -> Projection | str:
             "does not add its last linear projection to the residual stream, nor straight before a "
             "LayerNorm"
         )
-        if any(map(is_routed, layer.modules())):
+        if any(map(routes, layer.modules())):
             why = "adds what experts make of its input, which is no product of one matrix"
         if not gap.dropped or gap.narrowed:
             return f"layer {gap.after} {why}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from interlace.models.discovery import routes
 from interlace.models.states import layer_input, layer_output, shift_input
 from interlace.surgery.bridges.observe import check_finite
 
@@ -159,12 +160,6 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
-def is_routed(module: nn.Module) -> bool:
-    """Tell whether a module holds the matrices of experts, as one parameter."""
-    own = module.parameters(recurse=False)
-    return any(each.dim() > 2 for each in own) and not hasattr(module, "kernel_size")
-
-
 @dataclass
 class _Trace:
     """Outputs (or, for norms, inputs and outputs) of the modules that one call ran, in order.
@@ -180,9 +175,10 @@ class _Trace:
 
 def _trace(call: Call) -> _Trace:
     made = _Trace({}, {}, torch.empty(0))
+    experts = {module.experts for module in call.layer.modules() if routes(module)}
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if is_routed(module):
+        if module in experts:
             made.linears.clear()
         elif isinstance(module, nn.Linear):
             # without columns: of a part that was taken out
@@ -196,7 +192,7 @@ def _trace(call: Call) -> _Trace:
     hooks = [
         module.register_forward_hook(hook)
         for module in call.layer.modules()
-        if isinstance(module, nn.Linear) or _is_norm(module) or is_routed(module)
+        if isinstance(module, nn.Linear) or _is_norm(module) or module in experts
     ]
     try:
         made.output = call.repeat()
@@ -264,13 +260,11 @@ def find_projection(call: Call) -> Projection | None:
         chain = _chain(plain, norm)
         if chain and agree(moved.norms[norm][0] - entered, added.view_as(entered), entered):
             return Projection(linear, norms=chain)
-        known = _known(norm, entered, made)
-        if (
-            known is not None
-            and torch.equal(entered, plain.linears[last])
-            and agree(moved.output - plain.output, moved.norms[norm][1] - made, plain.output)
-        ):
-            return Projection(linear, norms=(known,), sandwiched=True)
+        if torch.equal(entered, plain.linears[last]):
+            known = _known(norm, entered, made)
+            added_by = moved.norms[norm][1] - made
+            if known and agree(moved.output - plain.output, added_by, plain.output):
+                return Projection(linear, norms=(known,), sandwiched=True)
     return None
 
 
