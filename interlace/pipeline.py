@@ -7,6 +7,7 @@ from its last checkpoint.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from interlace.surgery import prune
 from interlace.surgery.bridges.names import has_bridges
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = ["RunResult", "run"]
 
@@ -223,17 +224,21 @@ def run(
         return plan_by(settings.plan, scores, loss)
 
     plan = stages.record("plan", Plan, plan_key, choose)
-    student = prune(
-        vlm,
-        plan,
-        allow_pinned=settings.prune.allow_pinned,
-        bridges=settings.prune.bridges,
-        data=calibration if has_bridges(settings.prune.bridges) else None,
-        batch_size=settings.score.batch_size,
-        rank=settings.prune.rank,
-        token_weights=settings.prune.token_weights,
-    )
     prune_key = sha256_of([plan_key, settings.prune.to_dict(), settings.score.batch_size])
+
+    # made when a stage asks for it: a run that skips them all cuts and heals nothing
+    @functools.cache
+    def student() -> VLM:
+        return prune(
+            vlm,
+            plan,
+            allow_pinned=settings.prune.allow_pinned,
+            bridges=settings.prune.bridges,
+            data=calibration if has_bridges(settings.prune.bridges) else None,
+            batch_size=settings.score.batch_size,
+            rank=settings.prune.rank,
+            token_weights=settings.prune.token_weights,
+        )
 
     held_out = _measured(settings.data, settings.eval, vlm)
     healing = _healing(settings.data, vlm) if settings.heal.trains else None
@@ -241,7 +246,7 @@ def run(
     measure, eval_inputs = _measure(settings, vlm, held_out)
     raw_key = sha256_of([prune_key, *eval_inputs])
     measured = evaluate_fused if settings.eval.fuse else evaluate
-    raw = stages.record("eval_raw", EvalReport, raw_key, lambda: measured(student, **measure))
+    raw = stages.record("eval_raw", EvalReport, raw_key, lambda: measured(student(), **measure))
 
     healed: HealReport | None = None
     heal_key = ""
@@ -249,37 +254,35 @@ def run(
         heal_key = sha256_of([prune_key, healing.fingerprint, settings.heal.to_dict()])
         checkpoints = folder / "healing" / heal_key[:12]
 
+        # an unfinished run goes on; a finished one only gives its weights back
+        @functools.cache
         def run_healing() -> HealReport:
             return heal(
-                student,
+                student(),
                 teacher=vlm,
                 data=healing,
                 settings=settings.heal,
                 output=checkpoints,
-                # an unfinished run goes on; a finished one only gives its weights back
                 resume=checkpoints.exists(),
             )
 
-        done = stages.is_done("heal", heal_key) and (folder / "heal.json").exists()
-        if done:
-            log.info("heal: unchanged, weights taken from %s", checkpoints)
-            stages.skipped.append("heal")
-        report = run_healing()
-        healed = HealReport.load(folder / "heal.json") if done else report
-        if not done:
-            healed.save(folder / "heal.json")
-            stages.mark("heal", heal_key, healed.fingerprint)
+        healed = stages.record("heal", HealReport, heal_key, run_healing)
+
+    def finished() -> VLM:
+        if healing is not None:
+            run_healing()
+        return student()
 
     eval_key = sha256_of([prune_key, heal_key, *eval_inputs])
-    result = stages.record("eval", EvalReport, eval_key, lambda: measured(student, **measure))
+    result = stages.record("eval", EvalReport, eval_key, lambda: measured(finished(), **measure))
 
     records = [scores, plan, *([healed] if healed else []), result]
-    _export(student, target, records, eval_key, stages, replace, verify=settings.export.verify)
+    _export(finished, target, records, eval_key, stages, replace, verify=settings.export.verify)
     return RunResult(target, scores, plan, healed, raw, result, tuple(stages.skipped))
 
 
 def _export(
-    student: VLM,
+    student: Callable[[], VLM],
     target: Path,
     records: list[Record],
     made_of: str,
@@ -299,7 +302,7 @@ def _export(
     remove_parts(target)
     # noted before the folder is there, so that a run killed in between knows it for its own
     stages.mark(name, "")
-    export(student, target, records=records, overwrite=replace, verify=verify)
+    export(student(), target, records=records, overwrite=replace, verify=verify)
     stages.mark(name, key)
 
 
@@ -359,9 +362,9 @@ def _run_progressive(
         if stage.record.number in smaller:
             folder, own = smaller[stage.record.number]
             given, about = list(stage.records), stage.plan.fingerprint
-            _export(stage.student(), folder, given, about, stages, own, verify=verify)
+            _export(stage.student, folder, given, about, stages, own, verify=verify)
     records = [*made.records, result]
-    _export(made.student, target, records, key, stages, replace, verify=verify)
+    _export(lambda: made.student, target, records, key, stages, replace, verify=verify)
     skipped = tuple(stages.skipped)
     return RunResult(
         target, made.stages[0].scores, last.plan, last.healed, None, result, skipped, made.record

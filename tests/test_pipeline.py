@@ -43,7 +43,9 @@ def _recipe(folder: Path, text: str = RECIPE) -> Path:
     return path
 
 
-def test_flow_skips_what_is_done_and_repeats_what_changed(tmp_path: Path) -> None:
+def test_flow_skips_what_is_done_and_repeats_what_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     first = il.run(_recipe(tmp_path), out)
     assert first.skipped == ()
@@ -54,10 +56,19 @@ def test_flow_skips_what_is_done_and_repeats_what_changed(tmp_path: Path) -> Non
     assert plain.config.text_config.num_hidden_layers == 12
     weights = (first.folder / "model.safetensors").read_bytes()
 
-    second = il.run(_recipe(tmp_path), out)
+    with monkeypatch.context() as patch:
+        for name in ("prune", "heal"):
+            patch.setattr(f"interlace.pipeline.{name}", lambda *_, **__: pytest.fail("done again"))
+        second = il.run(_recipe(tmp_path), out)
     assert set(second.skipped) == {"scores", "plan", "eval_raw", "heal", "eval", "export"}
     assert second.result == first.result
     assert (second.folder / "model.safetensors").read_bytes() == weights
+
+    # a stage behind healing gets the healed weights from its checkpoint
+    (out / "eval.json").unlink()
+    again = il.run(_recipe(tmp_path), out)
+    assert set(again.skipped) == {"scores", "plan", "eval_raw", "heal", "export"}
+    assert again.result.metrics == first.result.metrics
 
     changed = RECIPE.replace("drop_fraction = 0.25", "drop_fraction = 0.2")
     third = il.run(_recipe(tmp_path, changed), out)
