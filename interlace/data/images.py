@@ -80,6 +80,10 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         grey = np.asarray(upright).astype(np.int64).clip(0, 0xFFFF)
         deep = upright.mode != "I" or grey.max() > 0xFF
         upright = Image.fromarray((grey >> 8 if deep else grey).astype(np.uint8))
+    if upright.has_transparency_data:
+        # as transformers does; what transparent pixels hold is mostly black
+        ground = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(ground, upright.convert("RGBA"))
     return upright.convert("RGB")
 
 

@@ -32,6 +32,23 @@ def test_deep_grey_is_scaled_and_floating_point_refused(kind: Any) -> None:
         decode(_tiff((ramp / 65535).astype(np.float32)), "flat")
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(mode: str) -> None:
+    drawing = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
+    drawing.putpixel((1, 0), (200, 0, 0, 255))
+    drawing.putpixel((2, 0), (0, 0, 0, 128))
+    made = io.BytesIO()
+    if mode == "P":
+        drawing = drawing.quantize(8)
+    drawing.convert(mode).save(made, format="PNG")
+    seen = decode(made.getvalue(), "drawing")
+    assert seen.mode == "RGB"
+    ground, red, veil, _ = np.asarray(seen)[0].astype(int)
+    assert ground.tolist() == [255] * 3
+    assert red == pytest.approx([60] * 3 if mode == "LA" else [200, 0, 0], abs=2)
+    assert veil == pytest.approx(127, abs=2)
+
+
 class _Square:
     def open(self) -> Image.Image:
         return Image.new("RGB", (32, 32))
