@@ -172,3 +172,6 @@ def _parse_json(data: bytes, name: str, first_line: int = 1) -> Any:
         raise DataError(f"{name}, line {line}: not UTF-8 text. Save it as UTF-8.") from error
     except RecursionError as error:
         raise DataError(f"{name}, line {first_line}: nested too deeply.") from error
+    except ValueError as error:
+        # whole numbers of thousands of digits
+        raise DataError(f"{name}, line {first_line}: {error}. Correct the record.") from error

@@ -208,7 +208,7 @@ def inside(root: Path | None, name: str, where: str) -> Path:
     try:
         base = None if root is None else root.resolve()
         path = (Path(name) if base is None else base / name).resolve()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{where}: image path {name!r} cannot be resolved: {error}") from error
     if base is not None and not path.is_relative_to(base):
         raise DataError(

@@ -113,8 +113,9 @@ def as_task(sample: Sample, tasks: Sequence[str] | None) -> Sample | None:
 
 def _stored_images(present: Mapping[str, Any]) -> tuple[str | None, list[Any]]:
     for key in IMAGE_KEYS:
-        if key in present:
-            value = present[key]
+        value = present.get(key)
+        # tables with a column of images leave it empty where a record is text alone
+        if value is not None and value != "" and value != []:
             return key, list(value) if isinstance(value, list | tuple) else [value]
     return None, []
 
@@ -160,7 +161,7 @@ def _content(
 
 
 def _first(present: Mapping[str, Any], keys: Iterable[str]) -> Any:
-    return next((present[key] for key in keys if key in present), None)
+    return next((present[key] for key in keys if present.get(key) is not None), None)
 
 
 def _plain(text: str) -> str:
@@ -201,7 +202,7 @@ def _messages(messages: Any, role_key: str, text_key: str, where: str) -> _Talk:
         # Both spellings are met in the wild, whatever the list is called.
         role = _first(message, (role_key, "role", "from"))
         content = _first(message, (text_key, "content", "value"))
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise DataError(f"{spot}: role {role!r} is unknown; use one of {', '.join(_ROLES)}.")
         if isinstance(content, list | tuple):
             content = _parts(content, inline, spot)
@@ -222,10 +223,7 @@ def _parts(parts: Sequence[Any], inline: list[Any], spot: str) -> str:
             text.append(part["text"])
         elif kind in ("image", "image_url"):
             text.append(IMAGE_PLACEHOLDER)
-            value = _first(
-                {key: value for key, value in part.items() if value is not None},
-                ("image", "path", "url", "image_url"),
-            )
+            value = _first(part, ("image", "path", "url", "image_url"))
             if isinstance(value, Mapping) and "url" in value:
                 value = value["url"]
             if value is not None:

@@ -95,6 +95,24 @@ INLINE = [
             ("one", "two"),
         ),
         ({"conversations": [{"from": "human", "value": "hi"}, GPT]}, "chat", ["hi", "red"], ()),
+        (
+            {"image": "", "conversations": [{"from": "human", "value": "hi"}, GPT]},
+            "chat",
+            ["hi", "red"],
+            (),
+        ),
+        (
+            {"images": [], "image": "a.png", "conversations": [HUMAN, GPT]},
+            "chat",
+            ["<image>\nwhat?", "red"],
+            (),
+        ),
+        (
+            {"conversations": [{"from": None, "role": "user", "value": "hi"}, GPT]},
+            "chat",
+            ["hi", "red"],
+            (),
+        ),
     ],
 )
 def test_every_schema(
@@ -118,6 +136,8 @@ def test_every_schema(
         ({"image": "a.png", "conversations": [GPT, HUMAN]}, "roles out of order"),
         ({"image": "a.png", "conversations": [HUMAN, HUMAN, GPT]}, "roles out of order"),
         ({"image": "a.png", "conversations": [{"from": "cat", "value": "x"}]}, "role 'cat'"),
+        ({"image": "a.png", "conversations": [{"from": ["gpt"], "value": "x"}]}, "role .'gpt'"),
+        ({"image": "\ud800.png", "conversations": [HUMAN, GPT]}, "cannot be resolved"),
         ({"image": "a.png", "conversations": []}, "empty"),
         ({"image": "a.png", "conversations": [HUMAN, {"from": "gpt"}]}, "no text"),
         ({"conversations": [HUMAN, GPT]}, "1 <image> placeholders.*0 images"),
@@ -154,6 +174,7 @@ def test_broken_record_names_file_and_record(
         ("a.json", '{"images": [{"id": 1}], "annotations": []}', None),
         ("a.json", '{"images": [], "annotations": [{"image_id": 1}]}', "misses 'caption'"),
         ("a.json", "[" * 100_000, "nested|not valid JSON"),
+        ("a.jsonl", '{"id": 1}\n{"id": ' + "1" * 5000 + "}", "line 2: Exceeds the limit"),
         ("a.txt", "x", "expected .json"),
     ],
 )
