@@ -187,7 +187,8 @@ def samples(
         tasks: Wanted tasks (see :data:`TASKS`). Captions serve retrieval and the reverse, a chat of
             one question and one answer serves vqa; records that serve none are passed over.
         root: Folder that image paths start from and may not leave; the folder of the file if not
-            given.
+            given. Those of a data set given as an object start from the working folder then, and
+            may lead anywhere.
         processor: Processor of the model the samples are for; kept on the result.
         max_bad_fraction: Largest fraction of the wanted samples that may be skipped because of
             images that are missing, empty, truncated or not readable.
@@ -195,11 +196,17 @@ def samples(
             rows; needs `count`.
 
     Raises:
-        ConfigError: An argument out of range, or a root for the built-in scenes.
+        ConfigError: An argument out of range, or one that the source has no use for.
         DataError: The source is missing, empty, not understood, or holds too many bad images.
     """
-    _check_arguments(count, fraction, tasks, max_bad_fraction)
+    _check_arguments(count, fraction, seed, tasks, max_bad_fraction)
     check_root(source, root)
+    path = Path(source).expanduser() if isinstance(source, str | Path) else None
+    if streaming and (source == "scenes" or path is None or path.exists()):
+        raise ConfigError(
+            f"streaming is for data sets of the hub, but the source is {source!r}. Leave it out; "
+            "a stream of the datasets library is a source as it is."
+        )
     if isinstance(source, str) and source == "scenes":
         items = _scenes(count, seed, split, tasks)
         return Samples(items, source=source, seed=seed, processor=processor)
@@ -219,25 +226,33 @@ def samples(
 
 
 def check_root(source: Any, root: str | Path | None) -> None:
-    """Refuse a root for the built-in scenes, which are drawn. Raises ConfigError."""
-    if root is not None and isinstance(source, str) and source == "scenes":
+    """Refuse a root for sources that read no image files of their own. Raises ConfigError."""
+    if root is None:
+        return
+    what = "the built-in scenes are drawn" if source == "scenes" else ""
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        what = "samples that are made already hold their images"
+    if what:
         raise ConfigError(
-            f"root is {str(root)!r}, but the built-in scenes are drawn and read no image files. "
-            "Name the data whose images lie there (--data), or leave root out."
+            f"root is {str(root)!r}, but {what}. Name the data whose images lie there (--data), or "
+            "leave root out."
         )
 
 
 def _check_arguments(
-    count: int | None,
+    count: Any,
     fraction: float | None,
+    seed: Any,
     tasks: Sequence[str] | None,
     max_bad_fraction: float,
 ) -> None:
     if count is not None and fraction is not None:
         raise ConfigError(f"count={count} and fraction={fraction} are both given; give one.")
-    whole: Any = count
-    if count is not None and (not isinstance(whole, numbers.Integral) or count < 1):
+    if count is not None and (not isinstance(count, numbers.Integral) or count < 1):
         raise ConfigError(f"count is {count!r}; give a number of samples of at least 1.")
+    if not isinstance(seed, numbers.Integral):
+        # None would draw other samples each time
+        raise ConfigError(f"seed is {seed!r}; give a whole number.")
     if fraction is not None and not 0 < fraction <= 1:
         raise ConfigError(f"fraction is {fraction}; give a number above 0 and at most 1.")
     if not 0 <= max_bad_fraction <= 1:

@@ -186,6 +186,22 @@ def test_no_readable_sample_is_told_with_every_image_once(
 def test_scenes_have_no_root() -> None:
     with pytest.raises(ConfigError, match="root is 'there', but the built-in scenes are drawn"):
         samples("scenes", count=2, root="there")
+    with pytest.raises(ConfigError, match="root is 'there', but samples that are made already"):
+        samples(plain(2), root="there")
+
+
+def test_only_data_sets_of_the_hub_are_streamed(llava_file: Callable[..., Path]) -> None:
+    for source in ("scenes", llava_file(2), plain(2)):
+        with pytest.raises(ConfigError, match="streaming is for data sets of the hub"):
+            samples(source, count=1, streaming=True)
+    with pytest.raises(DataError, match="neither an existing file"):
+        samples("no such/name at all", count=1, streaming=True)
+
+
+@pytest.mark.parametrize("seed", [None, "1", 0.5])
+def test_a_seed_is_a_whole_number(seed: Any) -> None:
+    with pytest.raises(ConfigError, match="seed is"):
+        samples(plain(2), count=1, seed=seed)
 
 
 @pytest.mark.parametrize("root", ["nowhere", "data.json"])
