@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from interlace.data.samples import IMAGE_PLACEHOLDER, Sample
 from interlace.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from interlace.data.samples import Turn
 
 
 def is_caption(sample: Sample) -> bool:
@@ -25,6 +32,20 @@ def answer(sample: Sample) -> str:
     if text is None:
         raise DataError(f"Sample {sample.id!r} has no assistant turn; add an answer.")
     return text
+
+
+def check_placeholders(
+    turns: Sequence[Turn], num_images: int, where: str, *, optional: bool = False
+) -> None:
+    """Refuse turns that do not name every image once; `optional` lets them name none at all."""
+    held = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+    stray = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns) - held
+    if stray or (held != num_images and (held or not optional)):
+        extra = f" and {stray} outside user turns" if stray else ""
+        raise DataError(
+            f"{where}: {held} {IMAGE_PLACEHOLDER} placeholders in user turns{extra}, but "
+            f"{num_images} images. Write one {IMAGE_PLACEHOLDER} per image, in user turns only."
+        )
 
 
 def blip2_prompt(sample: Sample) -> str:

@@ -9,7 +9,8 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from interlace._progress import bar
-from interlace.data.samples import IMAGE_PLACEHOLDER, TASKS, Sample, Samples
+from interlace.data.sample_texts import check_placeholders
+from interlace.data.samples import TASKS, Sample, Samples
 from interlace.data.schemas import as_task
 from interlace.errors import DataError
 
@@ -25,16 +26,6 @@ _CHUNK = 256
 _CHECK_THREADS = 4
 
 
-def _check_placeholders(sample: Sample) -> None:
-    """Refuse a sample whose texts name more or fewer images than it has; none at all may be."""
-    named = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in sample.turns)
-    if named and named != len(sample.images):
-        raise DataError(
-            f"Sample {sample.id!r} has {len(sample.images)} images and {named} {IMAGE_PLACEHOLDER} "
-            "in its turns. Write one per image."
-        )
-
-
 class SampleList:
     """Samples that the caller made."""
 
@@ -46,7 +37,8 @@ class SampleList:
                 "objects, or the name of a file, folder or data set."
             )
         for item in items:
-            _check_placeholders(item)
+            # models that take no place for an image need none named
+            check_placeholders(item.turns, len(item.images), f"Sample {item.id!r}", optional=True)
         self.name = items.source if isinstance(items, Samples) else "memory"
         self._items = items
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from interlace.data.choices import with_choices
+from interlace.data.sample_texts import check_placeholders
 from interlace.data.samples import IMAGE_PLACEHOLDER, TASKS, Sample, Turn
 from interlace.errors import DataError
 
@@ -242,11 +243,4 @@ def _check_turns(turns: Sequence[Turn], num_images: int, where: str) -> None:
             f"{where}: roles out of order ({', '.join(roles)}). Expected an optional system turn, "
             "then user and assistant in turn. Merge or remove the extra messages."
         )
-    held = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
-    stray = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns) - held
-    if held != num_images or stray:
-        extra = f" and {stray} outside user turns" if stray else ""
-        raise DataError(
-            f"{where}: {held} {IMAGE_PLACEHOLDER} placeholders in user turns{extra}, but "
-            f"{num_images} images. Write one {IMAGE_PLACEHOLDER} per image, in user turns only."
-        )
+    check_placeholders(turns, num_images, where)
