@@ -28,7 +28,7 @@ ALLOWED = {
     "data": BASE,
     "bundled": ("errors",),
     "models": (*BASE, "ops", "bundled"),
-    "nn": ("errors", "ops", "models"),
+    "nn": ("errors", "_torch_utils", "ops", "models"),
     **dict.fromkeys(STAGES, (*BASE, "ops", "models", "data")),
     "plan": ("errors", "records", "_records", "config", "_settings", "_files", "_progress"),
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 from transformers import PreTrainedModel
 
+from interlace._torch_utils import outside_inference_mode
 from interlace.errors import ConfigError
 from interlace.models import VLM
 from interlace.models.parts import is_absent
@@ -49,6 +50,8 @@ _ABSENT = "taken out, so nothing runs; steps of a decoder that lacks attention a
 _CHOSEN = "_attn_implementation_internal"
 
 
+# memory that is made in the caller's inference mode could not be trained outside of it
+@outside_inference_mode()
 def fuse(
     model: VLM | PreTrainedModel,
     *,
@@ -154,6 +157,7 @@ def fuse(
     return FuseReport(type(target).__name__, str(first.device), str(first.dtype), tuple(entries))
 
 
+@outside_inference_mode()
 def unfuse(model: VLM | PreTrainedModel) -> None:
     """Undo `fuse`: the same module objects, with their own classes and memory, as before.
 

@@ -188,6 +188,17 @@ def test_training_and_loading_reach_the_merged_weights(kit: Any) -> None:
     torch.testing.assert_close(kit.forward(model, inputs), kit.forward(twin, inputs))
 
 
+@pytest.mark.parametrize("step", [il.fuse, il.unfuse])
+def test_what_is_done_in_inference_mode_can_be_trained(step: Any, kit: Any) -> None:
+    model = kit.build("llava")
+    if step is il.unfuse:
+        il.fuse(model)
+    with torch.inference_mode():
+        step(model)
+    model(**kit.inputs("llava", model)).logits.square().mean().backward()
+    assert model.model.language_model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
 def test_moving_copying_and_replacing_keep_it_right(kit: Any) -> None:
     model = kit.build("llava")
     inputs = kit.inputs("llava", model)
