@@ -17,8 +17,6 @@ def patches_why_not(embedding: Any) -> str | None:
         return f"its projection is a {type(proj).__name__}, not a plain nn.Conv3d"
     if proj.kernel_size != proj.stride or any(proj.padding) or set(proj.dilation) != {1}:
         return "its convolution does not take every pixel once"
-    if proj.weight.is_meta or hasattr(proj, "_hf_hook"):
-        return "the weights are offloaded"
     return None
 
 

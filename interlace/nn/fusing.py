@@ -90,9 +90,10 @@ def fuse(
         What was replaced by what, and what was left alone and why; print it.
 
     Raises:
-        ConfigError: the model is fused already, is none of transformers, nothing of it can be
-            fused, graphs is no such thing, or they are insisted on without a GPU, or without
-            attention or norms fused. Whatever is raised, the model is left as it was.
+        ConfigError: the model is fused already, is none of transformers, is spread over devices or
+            offloaded, nothing of it can be fused, graphs is no such thing, or they are insisted on
+            without a GPU, or without attention or norms fused. Whatever is raised, the model is
+            left as it was.
     """
     target = _target(model)
     first = next(target.parameters())
@@ -117,6 +118,12 @@ def fuse(
         raise ConfigError(
             f"A part of {type(target).__name__}, or a model that it is a part of, is fused "
             "already. Call unfuse on that first."
+        )
+    if any("_hf_hook" in vars(module) for module in target.modules()):
+        raise ConfigError(
+            f"accelerate calls the modules of {type(target).__name__} in its own way (a device_map "
+            "of several places, or offloading), so fused ones would not run. Load the model on one "
+            "device."
         )
     # before the first swap, so that whatever is swapped by then can be swapped back
     target.__dict__[_KEPT] = []

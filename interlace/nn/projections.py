@@ -51,8 +51,6 @@ class Merged:
             if type(each) is not nn.Linear or type(first) is not nn.Linear:
                 return f"a projection is a {type(each).__name__}, not a plain nn.Linear"
             weight = each.weight
-            if weight.is_meta or hasattr(each, "_hf_hook"):
-                return "the weights are offloaded"
             if (weight.dtype, weight.device) != (first.weight.dtype, first.weight.device):
                 return "the weights differ in dtype or device"
             if (each.bias is None) != (first.bias is None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import accelerate
 import pytest
 import torch
 
@@ -107,6 +108,16 @@ def test_fusing_twice_and_unfusing_twice_are_refused(kit: Any) -> None:
         il.fuse(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="Nothing of CLIPModel"):
         il.fuse(model, attention=False, norms=False, mlp=False)
+
+
+def test_a_model_whose_modules_accelerate_calls_is_refused(kit: Any) -> None:
+    model = kit.build("clip")
+    places = {"vision_model": "cpu", "text_model": "cpu", "": "cpu"}
+    accelerate.dispatch_model(model, places, force_hooks=True)
+    with pytest.raises(ConfigError, match=r"accelerate calls.*Load the model on one device"):
+        il.fuse(model)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert il.fuse(model).fused
 
 
 def test_what_is_fused_in_part_is_refused(kit: Any) -> None:
