@@ -51,6 +51,9 @@ class Merged:
             if type(each) is not nn.Linear or type(first) is not nn.Linear:
                 return f"a projection is a {type(each).__name__}, not a plain nn.Linear"
             weight = each.weight
+            if type(weight) is not nn.Parameter:
+                # quantised in place, as torchao does
+                return f"a weight is a {type(weight).__name__}, not a plain tensor"
             if (weight.dtype, weight.device) != (first.weight.dtype, first.weight.device):
                 return "the weights differ in dtype or device"
             if (each.bias is None) != (first.bias is None):

@@ -107,7 +107,12 @@ def project_gated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | No
 
 def project_by(module: nn.Module, x: Tensor) -> Tensor:
     """Call a projection, or compute what it does."""
-    if type(module) is nn.Linear and _is_skinny(x) and not hooked(module):
+    if (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and _is_skinny(x)
+        and not hooked(module)
+    ):
         return ops.skinny_linear(x, module.weight, module.bias)
     out: Tensor = module(x)
     return out

@@ -38,6 +38,7 @@ REFUSALS = (
     StrictDataclassError,
     ShapeError,
 )
+_TENSORS = (torch.Tensor, nn.Parameter)
 _PLAIN = (bool, int, float, str, type(None))
 # Attributes that say nothing about what a module computes, or that are set from outside at run
 # time.
@@ -111,7 +112,9 @@ def _outline(model: nn.Module) -> dict[str, str]:
         for name, module in model.named_modules(remove_duplicate=False)
     }
     for name, tensor in _tensors(model):
-        outline[name] = f"a tensor of shape {list(tensor.shape)}"
+        # a quantised one keeps its shape
+        kind = "tensor" if type(tensor) in _TENSORS else type(tensor).__name__
+        outline[name] = f"a {kind} of shape {list(tensor.shape)}"
     return outline
 
 

@@ -96,11 +96,21 @@ def test_a_plan_in_a_students_own_numbers_is_translated(llava: Any, kit: Any) ->
         prune(student, Plan({"text": TowerPlan(8, drop=(4,))}))
 
 
+class _Quantised(nn.Parameter):
+    pass
+
+
 def test_a_model_that_was_changed_at_run_time_is_refused() -> None:
     model = tiny.clip()
     vlm = VLM(model, family_of(model))
     model.visual_projection = nn.Sequential(model.visual_projection)
     with pytest.raises(PlanError, match=r"not as transformers builds it.*visual_projection"):
+        prune(vlm, Plan({}))
+    model = tiny.clip()
+    vlm = VLM(model, family_of(model))
+    # as torchao puts tensors of its own into an nn.Linear
+    model.text_projection.weight = _Quantised(model.text_projection.weight.detach())
+    with pytest.raises(PlanError, match=r"text_projection.weight is a _Quantised of shape"):
         prune(vlm, Plan({}))
     model = tiny.clip()
     vlm = VLM(model, family_of(model))
