@@ -13,6 +13,7 @@ from transformers.activations import SiLUActivation
 
 from interlace import ops
 from interlace.models.parts import is_absent
+from interlace.nn.cache_memory import by_new_name
 from interlace.nn.norms import add_and_norm, add_before
 from interlace.nn.routes import activation_op_serves, needs_grad
 from interlace.nn.stepping import project_by, project_gated
@@ -64,7 +65,8 @@ class FusedBlock(Fused):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the block on [..., hidden]; further arguments are the stock block's."""
         state = self.interlace_state
-        others = {**state.defaults, **dict(zip(state.names, args, strict=False)), **kwargs}
+        given = {**dict(zip(state.names, args, strict=False)), **by_new_name(kwargs)}
+        others = {**state.defaults, **given}
         if state.graph is not None:
             return state.graph(self, self._run, hidden_states, others)
         return self._run(hidden_states, **others)

@@ -18,10 +18,16 @@ from transformers.cache_utils import StaticLayer
 
 # What decoders, their layers and their outputs call the cache: "cache" since transformers 5.24.
 _NAMES = inspect.signature(LlamaModel.forward).parameters
-CACHE = next(name for name in ("cache", "past_key_values") if name in _NAMES)
+_OLD = "past_key_values"
+CACHE = next(name for name in ("cache", _OLD) if name in _NAMES)
 
 # place in a cache -> keys, values and length
 Memory = dict[int, tuple[Tensor, Tensor, Tensor]]
+
+
+def by_new_name(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Call the cache by its new name, as the layers of transformers do that are called directly."""
+    return {CACHE if name == _OLD else name: value for name, value in kwargs.items()}
 
 
 class CacheMemory:

@@ -15,7 +15,7 @@ from transformers import Cache
 
 from interlace import ops
 from interlace.nn.attention import NAME, interlace_attention
-from interlace.nn.cache_memory import CACHE
+from interlace.nn.cache_memory import CACHE, by_new_name
 from interlace.nn.heads import norm_and_rotate
 from interlace.nn.routes import packed_op_serves
 from interlace.nn.stepping import cached, project_by
@@ -95,6 +95,7 @@ class FusedAttention(_Attention):
         **others: Any,
     ) -> Any:
         """Attend: [B, T, hidden] -> the same and, if asked for, the weights."""
+        others = by_new_name(others)
         state, cache = self.interlace_state, others.get(CACHE)
         # that of continuous batching, which is updated in ways of its own
         paged = cache is not None and not isinstance(cache, Cache)

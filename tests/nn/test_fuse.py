@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import accelerate
 import pytest
 import torch
+from transformers import DynamicCache
 
 import interlace as il
 from interlace.errors import ConfigError, PlanError
 from interlace.models import VLM, family_of
 from interlace.nn import fusing
+from interlace.nn.cache_memory import CACHE
 from interlace.nn.swap import Fused
 from interlace.records import Plan, TowerPlan
 
@@ -280,6 +282,20 @@ def test_hidden_states_and_attention_weights_are_recorded(family: str, kit: Any)
     assert any("attentions" in name for name in found)
     real = {n: v.shape for n, v in plain.items()}
     assert {n: v.shape for n, v in found.items()} == real
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_layer_that_is_called_directly_fills_the_cache(name: str, kit: Any) -> None:
+    decoder = kit.build("llava").model.language_model
+    il.fuse(decoder)
+    layer, hidden = decoder.layers[0], torch.randn(1, 5, 32)
+    turns = decoder.rotary_emb(hidden, torch.arange(5)[None])
+    name = CACHE if name == "cache" else name
+    for module in (layer, layer.self_attn):
+        cache = DynamicCache(config=decoder.config)
+        with torch.no_grad():
+            module(hidden, position_embeddings=turns, attention_mask=None, **{name: cache})
+        assert cache.get_seq_length() == 5
 
 
 def test_gradient_checkpointing_and_autocast(kit: Any) -> None:
