@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,6 @@ from interlace.models.registry import FAMILIES, family_of, known_families, known
 from interlace.models.widths import config_without_widths, with_widths
 
 if TYPE_CHECKING:
-    import os
-
     from interlace.records import PruneRecord
 
 _log = logging.getLogger(__name__)
@@ -226,7 +225,7 @@ def open_model(
         CheckpointError: the folder, a file in it or the manifest is missing, damaged or does not
             fit.
         FamilyError: the model is of no known family and did not pass the self-check.
-        ConfigError: `dtype` or `device` is no such thing.
+        ConfigError: the model, `dtype` or `device` is no such thing.
         BackendError: the device is not there.
     """
     wanted_dtype, wanted_device = _dtype(dtype), _device(device)
@@ -235,6 +234,12 @@ def open_model(
         model, name = model_or_path, str(getattr(model_or_path.config, "_name_or_path", "") or "")
         if wanted_dtype is not None:
             model.to(wanted_dtype)
+    elif not isinstance(model_or_path, (str, os.PathLike)):
+        raise ConfigError(
+            f"open_model got a {type(model_or_path).__name__}; expected a checkpoint folder, the "
+            "name of a model, or a loaded transformers model. Merge adapters into theirs, such as "
+            "by merge_and_unload()."
+        )
     else:
         given = str(model_or_path)
         if not given.strip():

@@ -183,5 +183,8 @@ def test_a_config_that_cannot_be_is_told(
 def test_names(folder: Path) -> None:
     with pytest.raises(ConfigError, match="name of the model is empty"):
         open_model(" ")
+    for wrong in (None, open_model(TINY["clip"](text=2, vision=2)), torch.nn.Linear(1, 1)):
+        with pytest.raises(ConfigError, match=f"got a {type(wrong).__name__}; expected a"):
+            open_model(wrong)  # type: ignore[arg-type]
     # no path of this machine gets into records and cards
     assert open_model("bundled:clip").name == "bundled:clip"
