@@ -163,10 +163,18 @@ def load_processor(path: str | os.PathLike[str], trust_remote_code: bool = False
                 return _load_without_video(name, found, stated)
         return AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     except _FAILURES as error:
+        advice = (
+            "Expected the files that `processor.save_pretrained` writes beside the model, or pass "
+            "a loaded one as processor=."
+        )
+        if isinstance(error, ImportError):
+            advice = (
+                "Install what is missing (torchvision in the release that goes with this torch), "
+                "or load the model by transformers and give it to open_model without a processor."
+            )
         raise CheckpointError(
-            f"{name}: the processor cannot be loaded ({type(error).__name__}: {error}). Expected "
-            "the files that `processor.save_pretrained` writes beside the model, or pass a loaded "
-            "one as processor=."
+            f"{name}: the processor cannot be loaded ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}). {advice}"
         ) from error
 
 

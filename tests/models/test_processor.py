@@ -95,7 +95,7 @@ def test_a_processor_without_video_part_and_a_folder_without_any(tmp_path: Path)
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     TINY["clip"](text=2, vision=2).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="processor cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"processor cannot be loaded.*Expected the files"):
         load_processor(tmp_path)
     assert open_model(tmp_path).processor is None
     sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
@@ -104,3 +104,15 @@ def test_a_processor_without_video_part_and_a_folder_without_any(tmp_path: Path)
     assert type(vlm.processor) is tf.CLIPProcessor
     batch = vlm.processor(images=[picture()], text=["a red disc"], return_tensors="pt")
     assert batch["pixel_values"].shape == (1, 3, 32, 32)
+
+
+def test_a_processor_whose_package_is_missing_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ImportError("\nPixtralProcessor requires the Torchvision library.\nSee there.\n")
+
+    monkeypatch.setattr(tf.AutoProcessor, "from_pretrained", fail)
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    with pytest.raises(CheckpointError, match=r"library\. See there\.\)\. Install what"):
+        load_processor(tmp_path)
