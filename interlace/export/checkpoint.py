@@ -168,9 +168,10 @@ def _save(vlm: VLM, folder: Path) -> None:
         if is_disk_full(error):
             # worded by the folder's own context, which knows the final name
             raise
+        words = " ".join(str(error).split())
         raise CheckpointError(
             f"transformers cannot save {type(vlm.model).__name__} ({type(error).__name__}: "
-            f"{_first_line(error)}). Check the model's weights and its generation settings."
+            f"{words}). Check the model's weights and its generation settings."
         ) from error
     _note_widths(vlm, folder / "config.json")
 
@@ -204,8 +205,3 @@ def _is_readable(config_class: type[PreTrainedConfig], config: dict[str, Any]) -
     except Exception:  # noqa: BLE001 (the validators of config classes raise what they like)
         return False
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    lines: Any = str(error).strip().splitlines()
-    return str(lines[0]) if lines else "no message"

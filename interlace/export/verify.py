@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from interlace._torch_utils import FORWARD_REFUSALS, inference
 from interlace.errors import CheckpointError
 from interlace.export import _reload
+from interlace.models.attention import NAME
 from interlace.models.handle import to_model
 from interlace.models.synthetic import synthetic_inputs
 
@@ -168,10 +170,24 @@ def _request(vlm: VLM, folder: Path, workspace: Path) -> dict[str, Any]:
 
 
 def _attention(config: Any) -> dict[str, str]:
-    """The attention implementation of a config and of each of its sub-configs, by key."""
+    """The attention implementation of a config and of each of its sub-configs, by key.
+
+    Raises:
+        CheckpointError: one that only this process knows, as that of a fused model.
+    """
     parts = {"": config} | {key: getattr(config, key, None) for key in config.sub_configs}
     found = {key: getattr(part, "_attn_implementation", None) for key, part in parts.items()}
-    return {key: name for key, name in found.items() if isinstance(name, str)}
+    named = {key: name for key, name in found.items() if isinstance(name, str)}
+    for name in named.values():
+        own = getattr(ALL_ATTENTION_FUNCTIONS.get(name), "__module__", "transformers")
+        # those of the hub have a slash, and `open_model` knows NAME
+        if own.partition(".")[0] != "transformers" and "/" not in name and name != NAME:
+            raise CheckpointError(
+                f"The model attends by '{name}', which transformers alone does not know, so a "
+                "fresh process cannot compute the same. Export it unfused (unfuse), after "
+                "set_attn_implementation('sdpa'), or with verify=False."
+            )
+    return named
 
 
 def _fresh_process(requests: Sequence[Mapping[str, Any]], workspace: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from tiny import TINY
 
+import interlace as il
 from interlace.errors import CheckpointError, ConfigError
 from interlace.export import _reload, export, model_card, verify
 from interlace.models import open_model
@@ -83,7 +84,7 @@ def test_an_existing_folder_is_kept_unless_overwriting(student: VLM, tmp_path: P
         (OSError(errno.ENOSPC, "No space left on device"), "The disk is full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "The disk is full"),
         (PermissionError(errno.EACCES, "Permission denied"), "Cannot write the checkpoint"),
-        (ValueError("bad generation settings\nmore"), "cannot save CLIPModel .ValueError: bad gen"),
+        (ValueError("bad:\n- more"), "cannot save CLIPModel .ValueError: bad: - more"),
     ],
 )
 def test_a_failed_write_is_told_in_words_and_leaves_nothing(
@@ -136,6 +137,18 @@ def test_a_checkpoint_that_does_not_load_is_not_kept(
     with pytest.raises(CheckpointError, match="could not be run for verification"):
         export(student, tmp_path / "out", inputs={"input_ids": torch.zeros(1, 2).long()})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fused_model_is_exported_without_a_comparison_alone(tmp_path: Path) -> None:
+    vlm = open_model(TINY["clip"](text=2, vision=2))
+    il.fuse(vlm)
+    with pytest.raises(CheckpointError, match=r"attends by 'interlace'.*unfused"):
+        export(vlm, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    weights = export(vlm, tmp_path / "fused", verify=False) / "model.safetensors"
+    il.unfuse(vlm)
+    again = export(vlm, tmp_path / "out") / "model.safetensors"
+    assert again.read_bytes() == weights.read_bytes()
 
 
 def test_records_of_another_cut_are_refused(student: VLM, tmp_path: Path) -> None:
