@@ -43,7 +43,7 @@ Root = Annotated[
 ]
 Split = Annotated[str, typer.Option(help="Part of a data set that has several, or of the scenes.")]
 MaxBad = Annotated[
-    float, typer.Option(help="Share of samples with bad images to skip before it is an error.")
+    float, typer.Option(help="Share of samples that cannot be used to skip before it is an error.")
 ]
 Count = Annotated[int, typer.Option(min=1, help="Number of samples.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]

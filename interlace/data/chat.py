@@ -48,6 +48,12 @@ class ChatText:
         self._own = bool(getattr(processor, "chat_template", None))
         self._plain = not self._own and not getattr(self._tokenizer, "chat_template", None)
 
+    @property
+    def has_format(self) -> bool:
+        """Whether it is known how the model expects questions and answers."""
+        # what LLaVA 1.5 was trained on; its first checkpoints do not state it
+        return not self._plain or "Llava" in type(self._processor).__name__
+
     def prompt(self, sample: Sample) -> str:
         """Give everything up to the last user turn, and what makes the assistant speak."""
         last = max((i for i, turn in enumerate(sample.turns) if turn.role == "user"), default=-1)
@@ -101,14 +107,13 @@ class ChatText:
         return Rendered(text, tuple(spans))
 
     def _render(self, sample: Sample, turns: Sequence[Turn], *, ask: bool) -> str:
+        if not self.has_format:
+            raise DataError(
+                f"{type(self._processor).__name__} has no chat template, nor has its tokenizer, so "
+                "how this model expects questions and answers is not known. Set "
+                "processor.chat_template, or give batches of model inputs of your own."
+            )
         if self._plain:
-            # what LLaVA 1.5 was trained on; its first checkpoints do not state it
-            if "Llava" not in type(self._processor).__name__:
-                raise DataError(
-                    f"{type(self._processor).__name__} has no chat template, nor has its "
-                    "tokenizer, so how this model expects questions and answers is not known. Set "
-                    "processor.chat_template, or give batches of model inputs of your own."
-                )
             return self._in_words(sample, turns, ask=ask)
         messages = [{"role": turn.role, "content": self._content(sample, turn)} for turn in turns]
         renderer = self._processor if self._own else self._tokenizer

@@ -78,8 +78,8 @@ class Samples(Sequence[Sample]):
     Attributes:
         source: The file, folder or data set that the samples were taken from.
         seed: Seed of the choice.
-        num_skipped: Records left out because an image of theirs could not be read.
-        processor: The processor of the model the samples are meant for, if given.
+        num_skipped: Records left out because they could not be used.
+        processor: The processor of the model that they were checked for, if given.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ def samples(
 
     Which records are taken is drawn by `seed` with equal probability for all, and is the same in
     every process. Every image taken is decoded once; a record with a bad one is left out, counted,
-    and replaced by a further one where the source has more.
+    and replaced by a further one where the source has more, as is one that the processor refuses.
 
     Args:
         source: `"scenes"` (the built-in data), a .json or .jsonl file, a folder of images with
@@ -189,15 +189,16 @@ def samples(
         root: Folder that image paths start from and may not leave; the folder of the file if not
             given. Those of a data set given as an object start from the working folder then, and
             may lead anywhere.
-        processor: Processor of the model the samples are for; kept on the result.
+        processor: Processor of the model the samples are for. What its chat template refuses, such
+            as a system turn, counts as a bad record, instead of ending the work on the samples.
         max_bad_fraction: Largest fraction of the wanted samples that may be skipped because of
-            images that are missing, empty, truncated or not readable.
+            images that are missing, empty, truncated or not readable, or of the chat template.
         streaming: Read a data set of the hub as a stream, keeping a seeded reservoir of encoded
             rows; needs `count`.
 
     Raises:
         ConfigError: An argument out of range, or one that the source has no use for.
-        DataError: The source is missing, empty, not understood, or holds too many bad images.
+        DataError: The source is missing, empty, not understood, or holds too many bad records.
     """
     _check_arguments(count, fraction, seed, tasks, max_bad_fraction)
     check_root(source, root)
@@ -219,7 +220,7 @@ def samples(
     reader = _open(source, split, base, count, seed, streaming)
     if not len(reader):
         raise DataError(f"{reader.name}: holds no samples; give a source with at least one.")
-    items, num_skipped = take(reader, count, fraction, seed, tasks, max_bad_fraction)
+    items, num_skipped = take(reader, count, fraction, seed, tasks, max_bad_fraction, processor)
     return Samples(
         items, source=reader.name, seed=seed, num_skipped=num_skipped, processor=processor
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from interlace._progress import bar
 from interlace.data.sample_texts import check_placeholders
@@ -17,6 +18,7 @@ from interlace.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from interlace.data.chat import ChatText
     from interlace.data.samples import RecordReader
 
 logger = logging.getLogger(__name__)
@@ -57,8 +59,10 @@ def take(
     seed: int,
     tasks: Sequence[str] | None,
     max_bad_fraction: float,
+    processor: Any = None,
 ) -> tuple[list[Sample], int]:
     """Walk the records in seeded order until enough good ones are found."""
+    refused = functools.partial(_problem, chat=_chat_of(processor))
     total = len(reader)
     order: Sequence[int] = range(total)
     wanted = total
@@ -81,9 +85,9 @@ def take(
                 break
             fitting = [sample for sample in (as_task(item, tasks) for item in drawn) if sample]
             if count is None:
-                # A fraction is one of all records; only bad images are replaced.
+                # A fraction is one of all records; only bad ones are replaced.
                 wanted -= len(drawn) - len(fitting)
-            for sample, problem in zip(fitting, pool.map(_problem, fitting), strict=True):
+            for sample, problem in zip(fitting, pool.map(refused, fitting), strict=True):
                 if problem:
                     bad.append(problem)
                 else:
@@ -94,7 +98,7 @@ def take(
     if not good:
         if bad:
             raise DataError(
-                f"{reader.name}: no sample is left, since all {len(bad)} that fit have bad images. "
+                f"{reader.name}: no sample is left, since all {len(bad)} that fit are unusable. "
                 f"{_listed(bad)}. Repair these, or give another source."
             )
         raise DataError(
@@ -103,13 +107,26 @@ def take(
         )
     if bad:
         logger.warning(
-            "%s: skipped %d samples with bad images, first: %s", reader.name, len(bad), bad[0]
+            "%s: skipped %d samples that cannot be used, first: %s", reader.name, len(bad), bad[0]
         )
     return good, len(bad)
 
 
-def _problem(sample: Sample) -> str | None:
+def _chat_of(processor: Any) -> ChatText | None:
+    """What renders questions for the model; None where that is not known, or takes no template."""
+    if processor is None:
+        return None
+    # needs jinja2, which data sets read for no model do without
+    from interlace.data.chat import ChatText
+
+    chat = ChatText(processor)
+    return chat if chat.has_format else None
+
+
+def _problem(sample: Sample, chat: ChatText | None) -> str | None:
     try:
+        if chat is not None:
+            chat.prompt(sample)
         for image in sample.images:
             image.open()
     except DataError as error:
@@ -120,7 +137,7 @@ def _problem(sample: Sample) -> str | None:
 def _too_many_bad(name: str, bad: Sequence[str], allowed: int, fraction: float) -> DataError:
     advice = ", or raise max_bad_fraction" if fraction < 1 else ""
     return DataError(
-        f"{name}: {len(bad)} samples with bad images so far, {allowed} allowed "
+        f"{name}: {len(bad)} samples that cannot be used so far, {allowed} allowed "
         f"(max_bad_fraction={fraction}). {_listed(bad)}. Repair or remove them{advice}."
     )
 

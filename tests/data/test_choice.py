@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from data import made
 from PIL import Image
 
 from interlace._cli import read_samples
@@ -164,6 +166,24 @@ def test_too_many_bad_images_names_the_first(llava_file: Callable[..., Path]) ->
         _spoil(path.parent / f"images/{index}.png", "zero bytes")
     with pytest.raises(DataError, match=r"empty \(0 bytes\).*and 35 more.*max_bad_fraction"):
         samples(path, max_bad_fraction=0.5)
+
+
+def test_what_the_chat_template_refuses_is_bad_as_well() -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    processor = made.qwen(strict + made.CHATML)
+    data = [made.sample("red", name=str(number)) for number in range(9)]
+    data.append(made.sample("red", "yes", name="with system"))
+    data.append(made.sample("red", name="marked"))
+    spoiled = Turn("user", "<image>\nis <|image_pad|> a word?")
+    data[-1] = replace(data[-1], turns=(spoiled, *data[-1].turns[1:]))
+    found = samples(data, processor=processor, max_bad_fraction=0.2)
+    assert [sample.id for sample in found] == [str(number) for number in range(9)]
+    assert (found.num_skipped, found.processor) == (2, processor)
+    with pytest.raises(DataError, match=r"(?s)with system.*no system.*'marked'.*max_bad_fraction"):
+        samples(data, processor=processor)
+    # models that take a question as it is have no template
+    for other in (made.clip(), made.blip(), None):
+        assert len(samples(data, processor=other)) == 11
 
 
 def test_no_readable_sample_is_told_with_every_image_once(
