@@ -190,8 +190,9 @@ def spoken_tokens(
         )
     found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
     spoken = [
-        # one that begins in front of the answer, such as a blank that the prompt ends in, is of it
-        first < last and any(start < last and first < end for start, end in spans)
+        # one that begins in front of the answer, such as a blank that the prompt ends in, is of it;
+        # blanks may have no width, at their end, and tokens that the tokenizer adds stand at 0
+        any(start < last and first < end for start, end in spans)
         for first, last in found["offset_mapping"]
     ]
     return list(found["input_ids"]), spoken

@@ -22,6 +22,8 @@ from data.made import (
     spoken,
 )
 from tiny import IMAGE, TINY
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from interlace.data.chat import spoken_tokens
 from interlace.data.collate import Collator
@@ -273,3 +275,27 @@ def test_models_take_the_batch(name: str) -> None:
             assert torch.isfinite(output.loss)
             asked = Collator.for_model(vlm, answers=False)(samples)
             assert len(model.generate(**asked, max_new_tokens=2)) == 2
+
+
+def test_blanks_without_offsets_are_taught_as_well() -> None:
+    # as byte-level tokenizers do that trim offsets
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    table = {letter: number for number, letter in enumerate(letters)} | {"<s>": 300, "</s>": 301}
+    words = Tokenizer(models.BPE(table, []))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ends = [("<s>", 300), ("</s>", 301)]
+    words.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends),
+        ]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+    text, answer = "ask: hi say:", " a   b c"
+    ids, said = spoken_tokens(fast, text + answer, ((len(text), len(text + answer)),), True)
+    taught = [token for token, spoken in zip(ids, said, strict=True) if spoken]
+    assert fast.convert_ids_to_tokens(taught) == [*answer.replace(" ", "\u0120")]
+    # without a prompt the answer starts where the tokens stand that the tokenizer adds
+    answer = answer.strip()
+    _, said = spoken_tokens(fast, answer, ((0, len(answer)),), True)
+    assert said == [False, *[True] * len(answer), False]
