@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from interlace.errors import PlanError
 from interlace.plan.protection import protected_layers
 from interlace.plan.shares import ceil_share, check_share, count_of, shape_of
+from interlace.plan.weights import why_missing
 from interlace.records import TowerPlan
 
 if TYPE_CHECKING:
@@ -79,6 +80,11 @@ def _without(
     name, site = _place(scores, tower, kind)
     values = scores[tower].metrics.get(metric)
     if values is None:
+        if reason := why_missing(scores[tower], metric):
+            raise PlanError(
+                f"{argument} cannot be planned for the tower '{tower}': {reason}. Leave this tower "
+                f"out of {argument}, or take heads, neurons or layers."
+            )
         raise PlanError(
             f"{argument} needs the relevance of the parts of the tower '{tower}', which was not "
             f"scored. Score with metrics=(..., '{metric}')."

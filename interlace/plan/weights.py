@@ -87,10 +87,17 @@ def _check(weights: Mapping[str, float]) -> None:
         raise ConfigError(f"weights must give a metric a weight above 0, got {dict(weights)}.")
 
 
+def why_missing(scores: TowerScores, metric: str) -> str | None:
+    """What the scores noted about a metric that they were asked for and could not measure."""
+    return next((note for note in scores.notes if note.startswith(f"no {metric}:")), None)
+
+
 def _metric(scores: TowerScores, name: str, group: str, tower: str) -> dict[int, float]:
     if name == SIMILARITY:
         return dict(enumerate(scores.packs(1, group)))
     if name not in scores.metrics:
+        if reason := why_missing(scores, name):
+            raise PlanError(f"Tower '{tower}': {reason}. Leave it out of weights.")
         raise PlanError(
             f"Tower '{tower}': {unknown_name('metric', name, [SIMILARITY, *scores.metrics])} "
             "Score again with this metric, or leave it out of weights."

@@ -120,6 +120,16 @@ def test_parts_must_be_scored_and_known() -> None:
     bare = dataclasses.replace(given["text"], metrics={})
     with pytest.raises(PlanError, match=r"Score with metrics=\(\.\.\., 'mlp_relevance'\)"):
         make_plan(dataclasses.replace(given, towers={"text": bare}), ffn_parts=0.5)
+    # what could not be scored is not asked for once more
+    noted = dataclasses.replace(bare, notes=("no mlp_relevance: layer 1 has experts",))
+    with pytest.raises(PlanError, match="'text': no mlp_relevance: layer 1 has experts"):
+        make_plan(dataclasses.replace(given, towers={"text": noted}), ffn_parts=0.5)
+    with pytest.raises(PlanError, match=r"layer 1 has experts\. Leave it out of weights"):
+        make_plan(
+            dataclasses.replace(given, towers={"text": noted}),
+            drop_fraction=0.2,
+            weights={"similarity": 1, "mlp_relevance": 1},
+        )
     with pytest.raises(PlanError, match="do not know the sizes"):
         make_plan(dataclasses.replace(given, shape=None), ffn_parts=0.5)
     cross = SiteShape("heads", ((1, 1),) * LAYERS, 64, 32, cross=True)
