@@ -202,6 +202,10 @@ class HealModel(nn.Module):
             penalty = penalty * (num_rows(batch, "text") / max(whole["samples"], 1.0))
             loss = loss + self.settings.gate_penalty * penalty
             terms["gates"] = penalty.detach()
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            # Nothing that trains took part, as where the vision tower trains and a batch has no
+            # images: a step of zeros, made in here, where DistributedDataParallel sees it.
+            loss = loss + 0.0 * sum(each.sum() for each in self.parameters() if each.requires_grad)
         self._reader.release()
         if self._teacher is not None:
             self._teacher.release()
@@ -275,22 +279,22 @@ class HealModel(nn.Module):
             if mask is not None:
                 share = 1.0 / max(counts[f"tower:{anchor.tower}"], 1.0)
             else:
-                unit = "samples" if anchor.tower.startswith("text") else "rows"
-                part = num_rows(batch, anchor.tower) / max(counts[unit], 1.0)
+                part = num_rows(batch, anchor.tower) / max(counts[_unit(anchor.tower)], 1.0)
                 share = part / max(states[..., 0].numel(), 1)
             by_tower.setdefault(anchor.tower, []).append(error * share)
         if not by_tower:
-            return None
+            # of no share, but a term all the same: the first process logs those that it has
+            return torch.zeros((), device=batch["input_ids"].device)
         towers = [torch.stack(errors).mean() for errors in by_tower.values()]
         # of the whole step, so that batches without images do not count the other towers more
-        present = sum(_filled(tower, counts) for tower in {each.tower for each in self.anchors})
+        units = [_unit(tower) for tower in {each.tower for each in self.anchors}]
+        present = sum(counts[unit] > 0 for unit in units)
         return torch.stack(towers).sum() / max(present, len(towers))
 
 
-def _filled(tower: str, counts: Mapping[str, float]) -> bool:
-    """Tell whether a step has anything for a tower."""
-    own = f"tower:{tower}"
-    return counts[own if own in counts else "samples" if tower.startswith("text") else "rows"] > 0
+def _unit(tower: str) -> str:
+    """Return what a tower without padding is counted in."""
+    return "samples" if tower.startswith("text") else "rows"
 
 
 def _check_same_vocabulary(student: Reader, teacher: Reader) -> None:

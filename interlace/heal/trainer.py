@@ -193,11 +193,6 @@ class HealTrainer(Trainer):  # type: ignore[misc]
         shares = torch.stack([terms.get(name, absent).detach().float() for name in TERMS])
         self._sums = shares if self._sums is None else self._sums + shares
         self._present = [name for name in TERMS if name in terms]
-        if model.training and not loss.requires_grad:
-            # Nothing that trains took part, as where the vision tower trains and a batch has no
-            # images: a step of zeros.
-            trained = (each for each in model.parameters() if each.requires_grad)
-            loss = loss + 0.0 * sum(each.sum() for each in trained)
         # Gradients are averaged over processes, shares have to be summed.
         scaled = loss * self.accelerator.num_processes
         return (scaled, terms) if return_outputs else scaled

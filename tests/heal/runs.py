@@ -144,6 +144,48 @@ def spread(result: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
+def uneven(result: Path) -> None:
+    """Heal as one of several processes (or alone) where one sample alone has an image.
+
+    Once both towers train, once the vision tower alone, once the text tower with random gates.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    runs: dict[tuple[str, ...], dict[str, Any]] = {
+        ("text", "vision"): {},
+        ("vision",): {},
+        ("text",): {"gates": "hard_concrete"},
+    }
+    for towers, settings in runs.items():
+        teacher, student = toy("llava", towers)
+        batches = toy_collate("llava", teacher.model)
+        image = teacher.family.image_token_id(teacher.model)
+
+        def collate(samples: Any, batches: Any = batches, image: Any = image) -> dict[str, Any]:
+            batch = batches(samples)
+            pictured = torch.tensor([sample.id == "0" for sample in samples])
+            gone = (batch["input_ids"] == image) & ~pictured[:, None]
+            batch["input_ids"] = batch["input_ids"].masked_fill(gone, 5)
+            pixels = batch.pop("pixel_values")[pictured]
+            return {**batch, "pixel_values": pixels} if len(pixels) else batch
+
+        report = heal(
+            student,
+            teacher=teacher,
+            data=toy_samples(4),
+            collate=collate,
+            batch_size=4 // processes,
+            epochs=2.0,
+            learning_rate=1e-3,
+            **settings,
+        )
+        if os.environ.get("RANK", "0") == "0":
+            named = result.with_name(f"{result.name}-{'-'.join(towers)}")
+            _write_weights(student, named)
+            named.with_suffix(".json").write_text(report.to_json())
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def sharded(folder: Path) -> None:
     """Compute gradients on one of two processes, sharded by accelerate's FSDP2, and write them.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from heal.runs import sharded, spread, whole
+from heal.runs import sharded, spread, uneven, whole
 from heal.toys import run_child, start_child
 from safetensors.torch import load_file
 
@@ -69,6 +69,16 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     # one process decides how far healing goes
     first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("two", "two-1"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_process_without_images_or_with_gates_trains_as_one_process_does(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_child(uneven, one) == 0
+    _together(uneven, two)
+    for towers in ("text-vision", "vision", "text"):
+        _compare(tmp_path / f"one-{towers}", tmp_path / f"two-{towers}")
+    gates = HealReport.load(tmp_path / "two-text.json").gates["text"]
+    assert any(gate != 1.0 for layer in gates.values() for gate in layer.values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process cannot use the GPU")
