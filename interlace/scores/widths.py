@@ -261,6 +261,9 @@ def _run(vlm: VLM, batch: Batch, watches: Sequence[_Watch], loss: SampleLoss | N
     # of the sum, a token gets the slope of its own sample's loss, whatever shares the batch
     total = loss(inputs).sum()
     gates = [entry for watch in watches for entry in watch.gates]
+    if not gates:
+        # a batch without images has nothing for a vision tower
+        return
     found = torch.autograd.grad(total, [entry[2] for entry in gates], allow_unused=True)
     for (gauge, units, _), slope in zip(gates, found, strict=True):
         if slope is not None:

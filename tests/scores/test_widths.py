@@ -45,6 +45,20 @@ def watched(vlm: VLM, inputs: Any, layer: int, site: str) -> tuple[torch.Tensor,
     return seen[1], seen[0]
 
 
+def test_a_batch_without_images_adds_nothing_to_a_vision_tower() -> None:
+    vlm, _ = opened("llava")
+    inputs = labelled("llava", 2)
+    plain = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    image = vlm.family.image_token_id(vlm.model)
+    plain["input_ids"] = plain["input_ids"].masked_fill(plain["input_ids"] == image, 5)
+    once, mixed = (
+        score(vlm, data, metrics=("head_taylor",), towers=("vision",), progress=False)["vision"]
+        for data in ([inputs], [plain, inputs])
+    )
+    assert mixed.importance == once.importance
+    assert mixed.group_samples == once.group_samples == {"head_taylor": 2}
+
+
 @pytest.mark.parametrize("metric", ["head_norm", "ffn_norm"])
 def test_norms_are_means_over_real_tokens_of_what_each_unit_adds(metric: str) -> None:
     vlm, inputs = opened("llava")
