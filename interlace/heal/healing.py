@@ -148,7 +148,7 @@ def heal(
         if folder is None:
             made = stack.enter_context(tempfile.TemporaryDirectory(prefix="interlace-heal-"))
         else:
-            stack.callback(_remove_if_empty, folder)
+            stack.callback(_remove_if_unused, folder)
         work = folder or Path(made)
         stack.enter_context(_own_randomness())
         if not is_first_process():
@@ -194,8 +194,10 @@ def _own_randomness() -> Iterator[None]:
         checkpoints.set_rng_state(before)
 
 
-def _remove_if_empty(folder: Path) -> None:
+def _remove_if_unused(folder: Path) -> None:
     # A run that failed before its first checkpoint leaves nothing behind.
+    if is_first_process() and not any(folder.glob("checkpoint-*")):
+        (folder / checkpoints.START).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
 

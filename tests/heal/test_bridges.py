@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny
@@ -10,11 +10,15 @@ import torch
 from heal.toys import toy_collate, toy_samples
 from tiny import tiny_inputs
 
+from interlace.errors import DataError
 from interlace.export import export
 from interlace.heal import heal
 from interlace.models import VLM, family_of, open_model
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def _healed(
@@ -44,6 +48,12 @@ def _healed(
         p.numel() for p in student.model.parameters() if p.requires_grad
     )
     return student, changed, report
+
+
+def test_a_run_that_fails_at_once_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not finite at step 1"):
+        _healed("fold", (3,), output=tmp_path / "out", hidden_weight=1e39)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("tune", [(3,), (2,)])
