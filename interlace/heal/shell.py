@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 if TYPE_CHECKING:
@@ -105,6 +106,16 @@ def like_parameter(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor
         return value
     whole = value.to(parameter.device)
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that FSDP2 gathered for a pass and kept, so that the next reads new ones.
+
+    It lets go by itself after a backward pass, and after a forward pass only where it is told to.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def hand_over(

@@ -23,7 +23,7 @@ from interlace.heal import checkpoints, moments
 from interlace.heal.batches import COUNTED
 from interlace.heal.interpolation import interpolate
 from interlace.heal.model import TERMS, HealModel
-from interlace.heal.shell import full_value, gathered, like_parameter
+from interlace.heal.shell import full_value, gathered, like_parameter, reshard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -265,6 +265,7 @@ class HealTrainer(Trainer):  # type: ignore[misc]
             terms = self.model_wrapped(counts=counts, **inputs)
             for name in weights.keys() & terms.keys():
                 sums[name] = sums.get(name, 0.0) + terms[name].item()
+        reshard(self.model_wrapped)
         losses = {**sums, "loss": sum(weights[name] * value for name, value in sums.items())}
         # one process decides: by a rounding error others could stop at another point
         agreed: list[dict[str, float]] = broadcast_object_list([losses])

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from interlace.heal import checkpoints, heal, moments
 from interlace.heal.interpolation import interpolate
 from interlace.heal.model import HealModel
-from interlace.heal.shell import gathered, like_parameter
+from interlace.heal.shell import gathered, like_parameter, reshard
 from interlace.heal.trainer import HealTrainer
 
 if TYPE_CHECKING:
@@ -194,12 +194,16 @@ def sharded(folder: Path) -> None:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     teacher, student = toy("qwen3_vl")
-    model = heal_model(student, teacher, chunk_tokens=3)
+    model = heal_model(student, teacher, chunk_tokens=3, gates="l1")
     collate = toy_collate("qwen3_vl", teacher.model)
     samples = toy_samples(4)
     counts = model.count([collate(samples)])
+    # gathered weights are kept after a forward pass, which is when they can be stale
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,
+        reshard_after_forward=False,
     )
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin),
@@ -249,6 +253,7 @@ def _half_way(
 
     def validate() -> dict[str, float]:
         losses.append(model(**batch)["loss"].item())
+        reshard(model)
         return {"loss": abs(len(losses) - 3)}
 
     assert interpolate(trained, start.__getitem__, validate)[0]["share"] == 0.5
@@ -258,7 +263,7 @@ def _half_way(
 def whole(folder: Path) -> None:
     """The same as `sharded` on one process, without sharding."""
     teacher, student = toy("qwen3_vl")
-    model = heal_model(student, teacher)
+    model = heal_model(student, teacher, gates="l1")
     batch = toy_collate("qwen3_vl", teacher.model)(toy_samples(4))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     start = {n: p.detach().clone() for n, p in trained.items()}

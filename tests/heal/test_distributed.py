@@ -93,6 +93,7 @@ def test_sharded_gradients_equal_whole_ones(tmp_path: Path) -> None:
         assert left.keys() == right.keys()
         for name, value in left.items():
             torch.testing.assert_close(right[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert "gates.values" in load_file(one / "gradients.safetensors")
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from interlace.heal.anchors import find_anchors, tuned_parameters
 from interlace.heal.model import HealModel
 from interlace.heal.shell import make_shell
 from interlace.heal.trainer import HealTrainer
+from interlace.heal.units import find_gated
 from interlace.models.handle import VLM
 from interlace.models.registry import family_of
 from interlace.records import Plan, TowerPlan
@@ -96,8 +97,10 @@ def heal_model(student: VLM, teacher: VLM | None, **settings: Any) -> HealModel:
     """Student and teacher as they train, without a trainer."""
     assert student.plan is not None
     extra: dict[str, Any] = {}
+    if "gates" in settings:
+        extra["gated"] = find_gated(student, student.plan.towers, ("branches",))
     if teacher is not None:
-        extra = {
+        extra |= {
             "teacher": make_shell(teacher.model),
             "teacher_paths": {name: tower.path for name, tower in teacher.towers.items()},
             "anchors": find_anchors(student, teacher, student.plan),
