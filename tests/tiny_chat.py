@@ -46,10 +46,10 @@ def paligemma(seed: int = 0, *, text: int = 8, vision: int = 6) -> tf.PreTrained
 
 
 def internvl(
-    seed: int = 0, *, text: int = 8, vision: int = 6, feature_layer: int = -1
+    seed: int = 0, *, text: int = 8, vision: int = 6, feature_layer: int = -1, **more: Any
 ) -> tf.PreTrainedModel:
     """InternVL: its own vision tower, whose patches are merged four to one, and Qwen2 text."""
-    sides: Any = {"image_size": [32, 32], "patch_size": [8, 8]}
+    sides: Any = {"image_size": [32, 32], "patch_size": [8, 8], **more}
     config = tf.InternVLConfig(
         vision_config=vision_config(vision) | sides,
         text_config=text_config(text) | {"model_type": "qwen2"},

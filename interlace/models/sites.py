@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _ATTENTION = (
     (("q_proj", "k_proj", "v_proj"), "o_proj"),
     (("q_proj", "k_proj", "v_proj"), "out_proj"),
+    (("q_proj", "k_proj", "v_proj"), "projection_layer"),
     (("q", "k", "v"), "o"),
     (("qkv",), "proj"),
     (("qkv",), "projection"),
@@ -47,6 +48,8 @@ _HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
 # What modules call their numbers of heads and widths, all of which follow a cut.
 _QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
 _INNER_WIDTHS = ("all_head_size", "inner_dim")
+# InternVL calls it by the width of the model, and may norm queries and keys of all heads as one.
+_INTERNVL = "InternVLVisionAttention"
 _NEURON_COUNTS = ("intermediate_size",)
 # The KV head of every query head, where the groups are of unequal size.
 KV_MAP = "kv_map"
@@ -137,10 +140,14 @@ def find_sites(layer: nn.Module) -> dict[str, Site]:
         for kind, layouts in (("heads", _ATTENTION), ("ffn", _FEED_FORWARD)):
             for inputs, output in layouts:
                 linears = [_linear(module, name) for name in (*inputs, output)]
-                if all(linears):
+                if all(linears) and not _normed_as_one(module):
                     site = _site(path, kind, module, inputs, linears)
                     found[site.name] = site
     return found
+
+
+def _normed_as_one(module: Any) -> bool:
+    return type(module).__name__ == _INTERNVL and not isinstance(module.q_norm, nn.Identity)
 
 
 def _linear(module: nn.Module, path: str) -> nn.Linear | None:
@@ -228,7 +235,8 @@ def resize(site: Site, groups: Sequence[int]) -> None:
         rows = [total * width * times[0], num_kv * width, num_kv * width]
         rows = [sum(rows)] if len(site.inputs) == 1 else rows
         _set_known(site.module, _QUERY_COUNTS, total)
-        _set_known(site.module, _INNER_WIDTHS, total * width)
+        inner = ("embed_dim",) if type(site.module).__name__ == _INTERNVL else _INNER_WIDTHS
+        _set_known(site.module, inner, total * width)
         _set_known(site.module, ("num_key_value_heads",), num_kv)
         ragged = len(set(groups)) > 1
         per_group = 1 if ragged else max(groups, default=0)

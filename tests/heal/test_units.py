@@ -62,7 +62,6 @@ REFUSED = {
     "qwen3_vl_moe": "neurons of the tower 'text' cannot be gated",
     "qwen3_5": "heads of the tower 'text' cannot be gated",
     "qwen3_5_moe": "heads of the tower 'text' cannot be gated",
-    "internvl": "heads of the tower 'vision' cannot be gated",
     "gemma3": "a Gemma3DecoderLayer normalises its branches",
     "glm4v": "a Glm4vTextDecoderLayer normalises its branches",
 }

@@ -15,13 +15,12 @@ from interlace.scores.losses import SampleLoss
 from interlace.surgery import prune
 
 KINDS = {"attention_relevance": "heads", "mlp_relevance": "ffn"}
-# experts, recurrent layers, and an attention that states the width of its heads together
+# experts and recurrent layers
 NOT_FOUND = (
     ("qwen3_vl_moe", "text", "mlp_relevance"),
     ("qwen3_5", "text", "attention_relevance"),
     ("qwen3_5_moe", "text", "attention_relevance"),
     ("qwen3_5_moe", "text", "mlp_relevance"),
-    ("internvl", "vision", "attention_relevance"),
 )
 
 

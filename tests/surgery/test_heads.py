@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tiny import GENERATIVE, TINY, generation_inputs, qwen3_vl, tiny_inputs
+from tiny import GENERATIVE, TINY, generation_inputs, internvl, qwen3_vl, tiny_inputs
 from transformers import AttentionInterface, AutoConfig
 
 from interlace.errors import CheckpointError, PlanError
@@ -128,6 +128,12 @@ def refusal(name: str, tower: str, kind: str, *, even: bool) -> str:
     states = tower == "text" and name in STANDARD_HEADS
     states = states if kind == "heads" else (name, tower) not in SHARED_NEURONS
     return "cannot state" if even and not states else ""
+
+
+def test_heads_that_are_normed_together_are_left_whole() -> None:
+    model = internvl(vision=2, use_qk_norm=True)
+    layer = VLM(model, family_of(model)).towers["vision"].layers[0]
+    assert list(find_sites(layer)) == ["mlp"]
 
 
 def uneven(vlm: VLM) -> Plan:
