@@ -43,41 +43,24 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
     return model.eval()
 
 
+_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+
+
 def text_config(num_layers: int, **extra: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "pad_token_id": PAD,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        **extra,
-    }
+    sizes = {"num_key_value_heads": 2, "max_position_embeddings": 256}
+    return encoder_config(num_layers, **(sizes | extra))
 
 
 def vision_config(num_layers: int, **extra: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "image_size": IMAGE_SIDE,
-        "patch_size": PATCH_SIDE,
-        **extra,
-    }
+    sides = {"image_size": IMAGE_SIDE, "patch_size": PATCH_SIDE}
+    return {**_SIZES, "num_hidden_layers": num_layers, **sides, **extra}
 
 
 def encoder_config(num_layers: int, **extra: Any) -> dict[str, Any]:
     return {
+        **_SIZES,
         "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
         "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
         "max_position_embeddings": 64,
         "pad_token_id": PAD,
         "bos_token_id": BOS,
