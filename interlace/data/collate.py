@@ -13,7 +13,7 @@ import torch
 
 from interlace._torch_utils import accepts
 from interlace.data.chat import ChatText, expanded_positions, spoken_tokens
-from interlace.data.sample_texts import answer, blip2_prompt, is_caption, question
+from interlace.data.sample_texts import answer, blip2_prompt, is_caption, question, single_images
 from interlace.errors import ConfigError, DataError, unknown_name
 
 if TYPE_CHECKING:
@@ -105,17 +105,13 @@ class Collator:
         Raises:
             ConfigError: The model was opened without a processor.
         """
-        if vlm.processor is None:
-            raise ConfigError(
-                f"{vlm.name} was opened without a processor, so it cannot be given images and "
-                "text. Open it from a folder that holds one, or pass processor= to open_model."
-            )
+        processor = processor_of(vlm)
         text: Any = getattr(vlm.model.config, "text_config", None)
         objective = vlm.family.objective
         limit = getattr(text, "max_position_embeddings", None)
         start = getattr(text, "bos_token_id", None)
         return cls(
-            vlm.processor,
+            processor,
             objective,
             answers=answers,
             max_length=limit if objective == "contrastive" else None,
@@ -206,6 +202,14 @@ class Collator:
         return labels
 
     def _contrastive_batch(self, samples: Sequence[Sample]) -> Batch:
+        captions = [self._caption(sample) for sample in samples]
+        return self._contrastive(samples, text=captions, images=single_images(samples))
+
+    def texts(self, texts: Sequence[str]) -> Batch:
+        """Make a batch of texts without images, as a contrastive model reads them."""
+        return self._contrastive((), text=list(texts))
+
+    def _contrastive(self, samples: Sequence[Sample], **inputs: Any) -> Batch:
         siglip = "Siglip" in type(self._processor).__name__
         limit = self._text_limit()
         if siglip and limit is None:
@@ -215,8 +219,7 @@ class Collator:
             )
         batch = self._process(
             samples,
-            text=[self._caption(sample) for sample in samples],
-            images=_single_images(samples),
+            **inputs,
             padding="max_length" if siglip else True,
             **({} if limit is None else {"truncation": True, "max_length": limit}),
         )
@@ -225,7 +228,7 @@ class Collator:
         return batch
 
     def _caption_batch(self, samples: Sequence[Sample]) -> Batch:
-        images = _single_images(samples)
+        images = single_images(samples)
         if not self._answers:
             return self._process(samples, images=images)
         batch = self._process(samples, images=images, **self._text(map(self._caption, samples)))
@@ -242,7 +245,7 @@ class Collator:
         kept = self._short_enough(samples, read, self._text_limit())
         if len(kept) < len(samples):
             return self._vqa_batch(kept)
-        images = _single_images(samples)
+        images = single_images(samples)
         # The question is encoded with absolute positions, so it is never padded on the left.
         batch = self._process(samples, images=images, **self._text(map(question, samples)))
         if self._answers:
@@ -254,7 +257,7 @@ class Collator:
         return batch
 
     def _blip2_batch(self, samples: Sequence[Sample]) -> Batch:
-        images = _single_images(samples)
+        images = single_images(samples)
         prompts = [blip2_prompt(sample) for sample in samples]
         if self._encoder_decoder or not self._answers:
             side = "right" if self._encoder_decoder else "left"
@@ -346,8 +349,9 @@ class Collator:
         return kept
 
     def _text_limit(self) -> int | None:
-        limit = self._max_length or self._tokenizer.model_max_length
-        return int(limit) if limit and limit < _NO_LIMIT else None
+        stated = (self._max_length, self._tokenizer.model_max_length)
+        limit = min((each for each in stated if each), default=_NO_LIMIT)
+        return int(limit) if limit < _NO_LIMIT else None
 
     def _text(self, texts: Iterable[str]) -> dict[str, Any]:
         """Arguments for texts that are cut where they are captions, and short enough elsewhere."""
@@ -375,14 +379,14 @@ class Collator:
         return self._caption(sample) if is_caption(sample) else answer(sample)
 
 
-def _single_images(samples: Sequence[Sample]) -> list[Any]:
-    for sample in samples:
-        if len(sample.images) != 1:
-            raise DataError(
-                f"Sample {sample.id!r} has {len(sample.images)} images; "
-                "this model takes exactly one."
-            )
-    return [sample.images[0].open() for sample in samples]
+def processor_of(vlm: Any) -> Any:
+    """Give the processor of a model; ConfigError where it was opened without one."""
+    if vlm.processor is None:
+        raise ConfigError(
+            f"{vlm.name} was opened without a processor, so it cannot be given images and text. "
+            "Open it from a folder that holds one, or pass processor= to open_model."
+        )
+    return vlm.processor
 
 
 def _targets(input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a sample asks and answers, for models that take a single question."""
+"""What a sample shows, asks and answers, for models that take one image and one question."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from interlace.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from PIL import Image
 
     from interlace.data.samples import Turn
 
@@ -46,6 +48,17 @@ def check_placeholders(
             f"{where}: {held} {IMAGE_PLACEHOLDER} placeholders in user turns{extra}, but "
             f"{num_images} images. Write one {IMAGE_PLACEHOLDER} per image, in user turns only."
         )
+
+
+def single_images(samples: Sequence[Sample]) -> list[Image.Image]:
+    """Open the one image of every sample; DataError for one that has another number of them."""
+    for sample in samples:
+        if len(sample.images) != 1:
+            raise DataError(
+                f"Sample {sample.id!r} has {len(sample.images)} images; "
+                "this model takes exactly one."
+            )
+    return [sample.images[0].open() for sample in samples]
 
 
 def blip2_prompt(sample: Sample) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from interlace._torch_utils import inference
-from interlace.errors import ConfigError
+from interlace.data.collate import processor_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -61,20 +61,6 @@ def held_still(*models: nn.Module) -> Iterator[None]:
         for model in models:
             stack.enter_context(inference(model))
         yield
-
-
-def processor_of(vlm: VLM) -> Any:
-    """Give the model's processor.
-
-    Raises:
-        ConfigError: the model was opened without one.
-    """
-    if vlm.processor is None:
-        raise ConfigError(
-            f"{vlm.name} was opened without a processor, so it cannot be given images and text. "
-            "Open it from a folder that holds one, or pass processor= to open_model."
-        )
-    return vlm.processor
 
 
 def tokenizer_of(vlm: VLM) -> Any:

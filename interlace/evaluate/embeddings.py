@@ -11,8 +11,10 @@ import torch
 from torch.nn import functional
 
 from interlace._progress import track
+from interlace.data.collate import Collator, processor_of
+from interlace.data.sample_texts import single_images
 from interlace.errors import DataError, FamilyError
-from interlace.evaluate._common import batches, held_still, processor_of, tokenizer_of
+from interlace.evaluate._common import batches, held_still
 from interlace.models.handle import to_model
 
 if TYPE_CHECKING:
@@ -55,35 +57,15 @@ def _encoder(vlm: VLM, name: str) -> Any:
 
 
 def image_batch(vlm: VLM, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Batch the first image of every sample for the image encoder, on the model's device."""
+    """Batch the image of every sample for the image encoder, on the model's device."""
     processor = processor_of(vlm)
     read = getattr(processor, "image_processor", processor)
-    pictures = [sample.images[0].open() for sample in samples]
-    return to_model(dict(read(images=pictures, return_tensors="pt")), vlm)
+    return to_model(dict(read(images=single_images(samples), return_tensors="pt")), vlm)
 
 
 def text_batch(vlm: VLM, texts: Sequence[str]) -> dict[str, Any]:
     """Batch texts for the text encoder, padded as the family was trained, on its device."""
-    processor = processor_of(vlm)
-    siglip = "Siglip" in type(processor).__name__
-    batch = dict(
-        processor(
-            text=list(texts),
-            # SigLIP pools at the last position and was trained on full length without a mask
-            padding="max_length" if siglip else True,
-            truncation=True,
-            max_length=_text_limit(vlm),
-            return_tensors="pt",
-        )
-    )
-    unused = ("token_type_ids", "attention_mask") if siglip else ("token_type_ids",)
-    return to_model({name: value for name, value in batch.items() if name not in unused}, vlm)
-
-
-def _text_limit(vlm: VLM) -> int:
-    """Longest text in tokens: what the tokenizer states, and the positions that the model has."""
-    config = vlm.model.config.get_text_config()
-    return int(min(config.max_position_embeddings, tokenizer_of(vlm).model_max_length))
+    return to_model(Collator.for_model(vlm).texts(texts), vlm)
 
 
 def embed_images(vlm: VLM, samples: Sequence[Sample], options: Options) -> Tensor:

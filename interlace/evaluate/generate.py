@@ -142,7 +142,8 @@ def generate_texts(
     order = list(range(len(samples)))
     if unpadded:
         # similar lengths side by side, so that few parts come out of each batch
-        order.sort(key=lambda index: len(samples[index].turns[0].text))
+        prompts = Collator.for_model(vlm, answers=False).prompts(samples)
+        order.sort(key=lambda index: len(prompts[index]))
     chunks = batches([samples[index] for index in order], options.batch_size)
     texts: list[str] = []
     with held_still(vlm.model):

@@ -32,6 +32,16 @@ CUTOFFS = (1, 5, 10)
 CHUNK_QUERIES = 1024
 
 
+def check_captions(samples: Sequence[Sample]) -> None:
+    """Refuse images without a reference caption, with a DataError."""
+    bare = [sample.id for sample in samples if not sample.references]
+    if bare:
+        raise DataError(
+            f"{len(bare)} of {len(samples)} images have no reference caption, the first is "
+            f"'{bare[0]}'. Give Sample.references at least one caption each."
+        )
+
+
 def caption_pool(samples: Sequence[Sample]) -> tuple[list[str], list[list[int]]]:
     """Gather the distinct reference captions of a pool.
 
@@ -45,12 +55,7 @@ def caption_pool(samples: Sequence[Sample]) -> tuple[list[str], list[list[int]]]
     Raises:
         DataError: fewer than 2 images, or an image without a caption.
     """
-    bare = [sample.id for sample in samples if not sample.references]
-    if bare:
-        raise DataError(
-            f"{len(bare)} of {len(samples)} images have no reference caption, the first is "
-            f"'{bare[0]}'. Give Sample.references at least one caption each."
-        )
+    check_captions(samples)
     if len(samples) < 2:
         raise DataError(
             f"Retrieval was given {len(samples)} image(s); it needs a pool of at least 2."

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from interlace.data.collate import processor_of
 from interlace.data.samples import Sample, Samples, samples, scenes_tasks
 from interlace.data.schemas import as_task
 from interlace.errors import ConfigError, DataError, unknown_name
 from interlace.evaluate import caption, retrieval, speed, vqa
-from interlace.evaluate._common import Options, processor_of
 from interlace.evaluate.generate import prompt_batch
 from interlace.models.handle import check_one_device, check_vlm
 from interlace.records import EvalReport
@@ -19,6 +19,7 @@ from interlace.records import EvalReport
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from interlace.evaluate._common import Options
     from interlace.models.handle import VLM
 
 # task -> its samples, and the fingerprint of the data set they were taken from

@@ -24,6 +24,7 @@ from interlace._progress import track
 from interlace.evaluate._common import TaskResult, held_still
 from interlace.evaluate.embeddings import image_batch, text_batch
 from interlace.evaluate.generate import GREEDY, prompt_batch
+from interlace.evaluate.retrieval import check_captions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -97,6 +98,7 @@ def _generator(vlm: VLM, samples: Sequence[Sample], wanted: int) -> tuple[Any, d
 
 
 def _encoder(vlm: VLM, samples: Sequence[Sample]) -> tuple[Any, dict[str, Any]]:
+    check_captions(samples)
     images = image_batch(vlm, samples)
     texts = text_batch(vlm, [sample.references[0] for sample in samples])
 

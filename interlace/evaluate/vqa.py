@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from interlace.data.sample_texts import question
 from interlace.errors import DataError
 from interlace.evaluate._common import TaskResult
 from interlace.evaluate.generate import generate_texts
@@ -133,7 +134,7 @@ def accuracy_of(predictions: Iterable[str], samples: Sequence[Sample]) -> TaskRe
     examples = [
         {
             "id": sample.id,
-            "question": sample.turns[0].text.replace("<image>", "").strip(),
+            "question": question(sample),
             "accepted": list(dict.fromkeys(sample.references))[:3],
             "answer": text,
             "accuracy": value,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -40,6 +41,14 @@ def test_texts_do_not_depend_on_the_batch(
     assert generate_texts(vlm, asked, Options(batch_size=3, max_new_tokens=5)) == alone
     assert generate_texts(vlm, asked, Options(batch_size=9, max_new_tokens=5)) == alone
     assert any(alone)
+
+
+def test_captions_need_no_turns(tiny_vlm: Callable[..., VLM]) -> None:
+    vlm = tiny_vlm("blip2_t5")
+    asked = samples("scenes", count=2, tasks=("caption",), split="test")
+    bare = [replace(sample, turns=()) for sample in asked]
+    options = Options(max_new_tokens=5)
+    assert generate_texts(vlm, bare, options) == generate_texts(vlm, asked, options)
 
 
 def test_checkpoint_settings_do_not_change_the_choice(tiny_vlm: Callable[..., VLM]) -> None:

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from interlace.data.collate import Collator
 from interlace.data.samples import Sample, samples
 from interlace.errors import DataError, ShapeError
 from interlace.evaluate._common import Options
-from interlace.evaluate.embeddings import embed_images, embed_texts
+from interlace.evaluate.embeddings import embed_images, embed_texts, text_batch
 from interlace.evaluate.retrieval import caption_pool, measure, pool_scores, ranks, recall
+from interlace.evaluate.speed import measure as measure_speed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,3 +114,28 @@ def test_embeddings_that_are_not_finite_are_an_error(
     finally:
         with torch.no_grad():
             weight.copy_(before)
+
+
+def test_samples_that_cannot_be_embedded_are_refused_by_name(tiny_vlm: Callable[..., VLM]) -> None:
+    vlm = tiny_vlm("clip")
+    pool = list(samples("scenes", count=2, tasks=("retrieval",)))
+    for images in ((), pool[0].images * 2):
+        spoilt = [pool[0], replace(pool[1], id="odd", images=images)]
+        with pytest.raises(DataError, match=r"'odd' has [02] images"):
+            measure(vlm, spoilt, Options())
+    bare = [replace(sample, references=()) for sample in pool]
+    with pytest.raises(DataError, match="2 of 2 images have no reference caption"):
+        measure_speed([vlm], bare, Options())
+
+
+def test_captions_are_cut_to_the_lesser_of_both_limits(
+    tiny_vlm: Callable[..., VLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = tiny_vlm("clip")
+    positions = vlm.model.config.text_config.max_position_embeddings
+    (sample,) = samples("scenes", count=1, tasks=("retrieval",))
+    long = replace(sample, references=("word " * 100,))
+    for limit, wanted in ((positions + 2, positions), (positions - 2, positions - 2)):
+        monkeypatch.setattr(vlm.processor.tokenizer, "model_max_length", limit)
+        assert text_batch(vlm, long.references)["input_ids"].shape[1] == wanted
+        assert Collator.for_model(vlm)([long])["input_ids"].shape[1] == wanted

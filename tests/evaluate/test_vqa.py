@@ -8,7 +8,7 @@ from interlace.evaluate.vqa import accuracy_of, answer_accuracy, normalise_answe
 
 
 def question(references: tuple[str, ...], group: str = "", name: str = "q") -> Sample:
-    turns = (Turn("user", "<image>\nwhat?"), Turn("assistant", "x"))
+    turns = (Turn("system", "be brief"), Turn("user", "<image>\nwhat?"), Turn("assistant", "x"))
     return Sample(name, "vqa", (), turns, references, group)
 
 
@@ -61,7 +61,8 @@ def test_accuracy_over_all_and_per_group() -> None:
     result = accuracy_of(["red", "red", "two", "y"], samples)
     assert result.metrics == {"accuracy": 0.5, "accuracy/colour": 0.5, "accuracy/count": 1.0}
     assert result.details["group_sizes"] == {"colour": 2, "count": 1}
-    assert result.details["examples"][1]["answer"] == "red"
+    example = result.details["examples"][1]
+    assert (example["question"], example["answer"]) == ("what?", "red")
 
 
 def test_samples_without_references_are_named() -> None:
