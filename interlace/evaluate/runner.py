@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from interlace.evaluate.selection import Chosen
     from interlace.models.handle import VLM
 
-__all__ = ["TASKS", "evaluate", "retention_of"]
+__all__ = ["TASKS", "evaluate", "retention"]
 
 _MEASURES = {
     "perplexity": fidelity.perplexity,
@@ -93,7 +93,12 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "data": _data_words(data, f"{split} scenes, {count} per task, seed {seed}"),
     }
+    kept = None
     if baseline is not None:
+        kept = {
+            name: retention(each.metrics, base[name].metrics, TASK_TABLE[name].lower_is_better)
+            for name, each in results.items()
+        }
         inputs["baseline"] = baseline.fingerprint
         name = baseline.model_name if isinstance(baseline, EvalReport) else baseline.name
         details["baseline"] = {"model_name": name} | {
@@ -102,7 +107,7 @@ def evaluate(
     return EvalReport(
         metrics={name: result.metrics for name, result in results.items()},
         baseline=_metrics_of(base) if baseline is not None else None,
-        retention=_retentions(results, base) if baseline is not None else None,
+        retention=kept,
         num_samples={name: len(items) for name, (items, _) in chosen.items()},
         details=details,
         model_name=vlm.name,
@@ -115,10 +120,10 @@ def evaluate(
 _NOTHING = 1e-9
 
 
-def retention_of(
+def retention(
     metrics: Mapping[str, float],
     baseline: Mapping[str, float],
-    lower_is_better: frozenset[str] = frozenset(),
+    lower_is_better: frozenset[str],
 ) -> dict[str, float]:
     """Divide metrics by those of a baseline.
 
@@ -177,15 +182,6 @@ def _measure_alone(name: str, vlm: VLM, items: Sequence[Sample], options: Option
 
 def _metrics_of(results: Mapping[str, TaskResult]) -> dict[str, dict[str, float]]:
     return {name: result.metrics for name, result in results.items()}
-
-
-def _retentions(
-    results: Mapping[str, TaskResult], base: Mapping[str, TaskResult]
-) -> dict[str, dict[str, float]]:
-    return {
-        name: retention_of(result.metrics, base[name].metrics, TASK_TABLE[name].lower_is_better)
-        for name, result in results.items()
-    }
 
 
 def _data_words(data: Samples | Mapping[str, Samples] | None, scenes: str) -> str:

@@ -8,7 +8,7 @@ import interlace.evaluate
 from interlace.data.samples import Sample, Samples, samples
 from interlace.errors import ConfigError, DataError
 from interlace.evaluate import TASKS, evaluate
-from interlace.evaluate.runner import retention_of
+from interlace.evaluate.runner import retention
 from interlace.evaluate.selection import default_tasks
 from interlace.records import EvalReport
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 def test_retention() -> None:
     metrics = {"accuracy": 0.6, "perplexity": 4.0, "cider": 1.0, "empty": 0.5, "alone": 1.0}
     baseline = {"accuracy": 0.8, "perplexity": 3.0, "cider": 0.0, "empty": 0.0}
-    kept = retention_of(metrics, baseline, frozenset({"perplexity"}))
+    kept = retention(metrics, baseline, frozenset({"perplexity"}))
     assert kept == pytest.approx({"accuracy": 0.75, "perplexity": 0.75})
-    assert retention_of({"s": 0.0}, {"s": 1.0}, frozenset({"s"})) == {}
-    assert retention_of({"bleu_2": 2e-10}, {"bleu_2": 1.5e-10}) == {}
+    assert retention({"s": 0.0}, {"s": 1.0}, frozenset({"s"})) == {}
+    assert retention({"bleu_2": 2e-10}, {"bleu_2": 1.5e-10}, frozenset()) == {}
 
 
 def test_a_model_is_measured_by_what_it_is_for_and_the_data_can_tell(
