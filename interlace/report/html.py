@@ -10,13 +10,14 @@ import base64
 import re
 from dataclasses import dataclass, fields
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jinja2
 
 from interlace._files import atomic_write_text
 from interlace.errors import ConfigError, ShapeError
 from interlace.records import Provenance
+from interlace.report.plots import figure_bytes
 
 if TYPE_CHECKING:
     import os
@@ -32,10 +33,6 @@ DOTS_PER_INCH = 160
 # CSS counts 96 pixels to the inch
 CSS_PIXELS_PER_INCH = 96
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-_SVG = re.compile(
-    rb"^\s*(<\?xml[^>]*>\s*)?(<!DOCTYPE[^>]*>\s*)?(<!--.*?-->\s*)*<svg[\s>]", re.DOTALL
-)
 _NUMBER = re.compile(r"[-+\u2212]?[\d.,]+(\s?[%\u00d7a-zA-Z/]{0,6})?$")
 _PROVENANCE_WORDS = {"package_version": "interlace-vlm"}
 
@@ -46,79 +43,43 @@ class Section:
 
     Attributes:
         title: its heading.
-        text: plain text; blank lines part paragraphs.
+        text: a paragraph.
         table: the header, and rows with as many cells. Cells are shown as `str` gives them; columns
             of numbers are set flush right.
-        figure: a matplotlib figure, or the content of a PNG or SVG file.
-        caption: what the figure or table shows, in a sentence.
-        code: text to be shown as it is laid out, such as `str(plan)`.
+        figure: what it shows.
     """
 
     title: str
     text: str = ""
     table: tuple[Sequence[str], Sequence[Sequence[object]]] | None = None
-    figure: Figure | bytes | None = None
-    caption: str = ""
-    code: str = ""
+    figure: Figure | None = None
 
 
-@dataclass(frozen=True)
-class _Cell:
+class _Cell(NamedTuple):
     text: str
     number: bool
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A section as the template takes it."""
-
-    anchor: str
-    title: str
-    paragraphs: list[str]
-    header: list[_Cell]
-    rows: list[list[_Cell]]
-    image: str
-    image_width: int | None
-    caption: str
-    code: str
-
-
-def write_report(
-    path: str | os.PathLike[str],
-    *,
-    title: str,
-    sections: Sequence[Section],
-    subtitle: str = "",
-    provenance: Provenance | None = None,
-) -> Path:
+def write_report(path: str | os.PathLike[str], *, title: str, sections: Sequence[Section]) -> Path:
     """Write the page, whole or not at all; an existing file is replaced.
 
     Args:
         path: the .html file; missing parent folders are created.
         title: heading of the page.
         sections: its parts, at least one.
-        subtitle: one line under the heading.
-        provenance: where the figures were made; default: this process.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: no title, no section, or a figure of an unknown kind.
+        ConfigError: no title, or no section.
         ShapeError: a table row that does not fit its header.
         CheckpointError: the file cannot be written.
     """
-    text = render_report(title=title, sections=sections, subtitle=subtitle, provenance=provenance)
-    return atomic_write_text(path, text)
+    return atomic_write_text(path, render_report(title=title, sections=sections))
 
 
-def render_report(
-    *,
-    title: str,
-    sections: Sequence[Section],
-    subtitle: str = "",
-    provenance: Provenance | None = None,
-) -> str:
+def render_report(*, title: str, sections: Sequence[Section]) -> str:
     """Return the page as text; see `write_report`."""
     if not title.strip():
         raise ConfigError("The report has no title; give one, such as the name of the model.")
@@ -128,12 +89,10 @@ def render_report(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     source = resources.files("interlace.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    made = Provenance.collect() if provenance is None else provenance
     return environment.from_string(source).render(
         title=title,
-        subtitle=subtitle,
-        parts=[_part(number, section) for number, section in enumerate(sections, start=1)],
-        provenance=_facts(made),
+        parts=[(section, _table(section), _image(section.figure)) for section in sections],
+        provenance=_facts(Provenance.collect()),
     )
 
 
@@ -144,22 +103,6 @@ def _facts(provenance: Provenance) -> list[tuple[str, str]]:
         if value not in ("", None):
             facts.append((_PROVENANCE_WORDS.get(each.name, each.name), str(value)))
     return facts
-
-
-def _part(number: int, section: Section) -> _Part:
-    header, rows = _table(section)
-    image, width = _image(section)
-    return _Part(
-        anchor=f"part-{number}",
-        title=section.title,
-        paragraphs=[text.strip() for text in re.split(r"\n\s*\n", section.text) if text.strip()],
-        header=header,
-        rows=rows,
-        image=image,
-        image_width=width,
-        caption=section.caption,
-        code=section.code,
-    )
 
 
 def _table(section: Section) -> tuple[list[_Cell], list[list[_Cell]]]:
@@ -184,28 +127,9 @@ def _table(section: Section) -> tuple[list[_Cell], list[list[_Cell]]]:
     return header, cells
 
 
-def _image(section: Section) -> tuple[str, int | None]:
-    """The figure as a data address, and its width in CSS pixels where it states one."""
-    figure = section.figure
+def _image(figure: Figure | None) -> tuple[str, int]:
+    """A figure as a data address, and its width in CSS pixels."""
     if figure is None:
-        return "", None
-    width = None
-    if isinstance(figure, bytes):
-        content = figure
-    elif hasattr(figure, "savefig"):
-        from interlace.report.plots import figure_bytes
-
-        content = figure_bytes(figure, "png", dpi=DOTS_PER_INCH)
-        width = round(figure.get_figwidth() * CSS_PIXELS_PER_INCH)
-    else:
-        content = b""
-    if content.startswith(_PNG):
-        kind = "image/png"
-    elif _SVG.match(content):
-        kind = "image/svg+xml"
-    else:
-        raise ConfigError(
-            f"Section '{section.title}': the figure is a {type(figure).__name__} that is neither a "
-            "matplotlib figure nor the content of a PNG or SVG file."
-        )
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}", width
+        return "", 0
+    content = base64.b64encode(figure_bytes(figure, dpi=DOTS_PER_INCH)).decode("ascii")
+    return f"data:image/png;base64,{content}", round(figure.get_figwidth() * CSS_PIXELS_PER_INCH)
