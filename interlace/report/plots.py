@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +22,7 @@ from interlace.errors import ConfigError, PlanError, unknown_name
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
     from matplotlib.axes import Axes
 
@@ -42,8 +42,12 @@ _ACTION_WORDS: dict[Action, str] = {
 }
 _CUT_COLOUR = "#CC79A7"
 _SERIES_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-_SERIES_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_FORMATS = ("png", "svg", "pdf")
+# Dates and program versions would make equal figures differ.
+_DATELESS: dict[str, dict[str, None]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None},
+    "pdf": {"CreationDate": None},
+}
 
 # Whole similarity maps are annotated with numbers only while these stay readable.
 _ANNOTATED_CELLS = 200
@@ -114,7 +118,8 @@ def plan_strip(plan: Plan) -> Figure:
     """Draw every planned tower as a row of layers: drop, tune, freeze, keep.
 
     Below it stands a row for every place, such as attention, that layers lose heads or neurons of,
-    or lose whole: each layer filled by the share that goes.
+    or lose whole: each layer filled by the share that goes. "+2" in a layer: it takes over 2 KV
+    groups of dropped ones.
 
     Args:
         plan: the plan.
@@ -137,6 +142,9 @@ def plan_strip(plan: Plan) -> Figure:
     for name, tower in plan.towers.items():
         for layer in range(tower.num_layers):
             _draw_layer(axes, layer, len(labels), tower.action(layer))
+        for layer, sources in tower.graft.items():
+            taken = sum(map(len, sources.values()))
+            axes.text(layer, len(labels), f"+{taken}", ha="center", va="center", fontsize=6.5)
         labels.append(f"{name}: {len(tower.kept)} of {tower.num_layers}")
         for label, shares in cuts[name].items():
             for layer, share in shares.items():
@@ -250,40 +258,19 @@ def similarity_map(scores: Scores, tower: str | None = None, group: str = "all")
     return figure
 
 
-def _mean_and_spread(value: float | Sequence[float]) -> tuple[float, float]:
-    if isinstance(value, Sequence):
-        if not value:
-            return math.nan, 0.0
-        spread = statistics.stdev(value) if len(value) > 1 else 0.0
-        return statistics.fmean(value), spread
-    return float(value), 0.0
-
-
-def retention_chart(
-    values: Mapping[str, Mapping[str, float | Sequence[float]]],
-    *,
-    kind: Literal["bars", "lines"] = "bars",
-    title: str = "Retention",
-    y_label: str = "share of the dense model's result",
-) -> Figure:
-    """Draw how much of the dense model's results is retained.
+def retention_chart(values: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Draw how much of the dense model's results is retained, as bars.
 
     Args:
-        values: series (such as "before healing") -> label on the x-axis (such as a rule or a
-            number of layers) -> retention, 1.0 = all; or one value per seed, drawn as their mean
-            with the standard deviation as error bar. A label that a series lacks is left out.
-        kind: "bars" to compare labels, "lines" where labels have an order.
-        title: of the chart.
-        y_label: of the y-axis.
+        values: series (such as "before healing") -> label on the x-axis (such as a rule) ->
+            retention, 1.0 = all. A label that a series lacks is left out.
 
     Returns:
         The figure, with a dashed line at 1.0.
 
     Raises:
-        ConfigError: nothing to draw, or an unknown kind.
+        ConfigError: nothing to draw.
     """
-    if kind not in ("bars", "lines"):
-        raise ConfigError(unknown_name("kind of chart", kind, ("bars", "lines")))
     labels = list(dict.fromkeys(label for series in values.values() for label in series))
     if not labels:
         raise ConfigError("There is nothing to draw: give at least one series with one value.")
@@ -291,41 +278,18 @@ def retention_chart(
     axes = figure.add_subplot()
     width = 0.8 / len(values)
     for index, (name, series) in enumerate(values.items()):
-        places = [place for place, label in enumerate(labels) if label in series]
-        pairs = [_mean_and_spread(series[labels[place]]) for place in places]
-        means, spreads = [mean for mean, _ in pairs], [spread for _, spread in pairs]
+        shift = (index - (len(values) - 1) / 2) * width
+        places = [labels.index(label) + shift for label in series]
         colour = _SERIES_COLOURS[index % len(_SERIES_COLOURS)]
-        if kind == "bars":
-            shifted = [place + (index - (len(values) - 1) / 2) * width for place in places]
-            errors = spreads if any(spreads) else None
-            axes.bar(
-                shifted, means, width * 0.92, yerr=errors, capsize=2.5, label=name, color=colour
-            )
-        else:
-            axes.errorbar(
-                places,
-                means,
-                yerr=spreads,
-                capsize=2.5,
-                label=name,
-                color=colour,
-                marker=_SERIES_MARKERS[index % len(_SERIES_MARKERS)],
-            )
+        axes.bar(places, list(series.values()), width * 0.92, label=name, color=colour)
     axes.axhline(1.0, color="#555555", linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(labels)), labels, rotation=20 if len(labels) > 4 else 0)
-    if kind == "bars":
-        axes.set_ylim(bottom=0.0)
-    axes.set_ylabel(y_label)
-    axes.set_title(title)
+    axes.set_ylim(bottom=0.0)
+    axes.set_ylabel("share of the dense model's result")
+    axes.set_title("Retention")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(4, len(values)), frameon=False)
     return figure
-
-
-def _known_format(name: str) -> str:
-    if name not in _FORMATS:
-        raise ConfigError(unknown_name("figure format", name, _FORMATS))
-    return name
 
 
 def figure_format(path: str | os.PathLike[str]) -> str:
@@ -334,7 +298,10 @@ def figure_format(path: str | os.PathLike[str]) -> str:
     Raises:
         ConfigError: the ending is none of these.
     """
-    return _known_format(Path(path).suffix.lower().lstrip("."))
+    name = Path(path).suffix.lower().lstrip(".")
+    if name not in _DATELESS:
+        raise ConfigError(unknown_name("figure format", name, _DATELESS))
+    return name
 
 
 def figure_bytes(figure: Figure, file_format: str = "png", dpi: int = 150) -> bytes:
@@ -344,23 +311,17 @@ def figure_bytes(figure: Figure, file_format: str = "png", dpi: int = 150) -> by
         figure: the figure.
         file_format: "png", "svg" or "pdf".
         dpi: dots per inch of a PNG.
-
-    Raises:
-        ConfigError: an unknown format.
     """
-    _known_format(file_format)
-    # Dates and program versions would make equal figures differ.
-    dateless = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=file_format, dpi=dpi, metadata=dateless[file_format])
+    figure.savefig(buffer, format=file_format, dpi=dpi, metadata=_DATELESS[file_format])
     return buffer.getvalue()
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write a figure to a .png, .svg or .pdf file, whole or not at all.
 
     Raises:
         ConfigError: the file's ending is none of these.
         CheckpointError: the file cannot be written.
     """
-    return atomic_write_bytes(path, figure_bytes(figure, figure_format(path), dpi))
+    return atomic_write_bytes(path, figure_bytes(figure, figure_format(path)))
