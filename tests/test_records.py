@@ -215,6 +215,13 @@ def test_plans_that_cannot_be():
         plan.action(5)
 
 
+def test_a_plan_names_no_place_that_loses_nothing():
+    for cut in ({"mlp": {}}, {"mlp": {0: ()}}):
+        assert "mlp" not in str(Plan({"text": TowerPlan(4, cut=cut)}))
+    some = Plan({"text": TowerPlan(4, cut={"mlp": {0: (), 1: (2, 3)}})})
+    assert "mlp: 2 units cut in each of 1 layers, 2 in all" in str(some)
+
+
 def test_merging_parts_of_a_data_set_gives_the_whole():
     def part(values, count):
         tower = TowerScores(

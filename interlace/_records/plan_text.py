@@ -32,7 +32,9 @@ def _cuts(tower: TowerPlan) -> list[str]:
     """One line per place that loses units or goes: how many, and in how many layers."""
     lines = []
     for site, layers in tower.cut.items():
-        counts = [len(units) for units in layers.values()]
+        counts = [len(units) for units in layers.values() if units]
+        if not counts:
+            continue
         span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}..{max(counts)}"
         lines.append(
             f"{site}: {span} units cut in each of {len(counts)} layers, {sum(counts)} in all"
