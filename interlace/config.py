@@ -341,7 +341,7 @@ class Recipe(Settings):
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
         """Read a recipe from a TOML file; see `from_dict` for the errors."""
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError as error:
             raise ConfigError(f"There is no recipe at {path}. Check the path.") from error
         except (OSError, UnicodeDecodeError) as error:

@@ -41,7 +41,8 @@ save_steps = 50
 
 def test_a_recipe_is_read(tmp_path):
     path = tmp_path / "recipe.toml"
-    path.write_text(RECIPE)
+    # as editors of Windows save it
+    path.write_text(RECIPE, encoding="utf-8-sig")
     recipe = Recipe.load(path)
     assert recipe.model == ModelSettings(path="some/model", dtype="bfloat16")
     assert recipe.data.tasks == ("vqa", "caption")
