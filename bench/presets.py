@@ -63,7 +63,7 @@ PRESETS = {
     # samples approve of
     "crowded": Preset(
         (OURS, OURS_SPLIT, *PERCENT, "uidl", "replaceme", "magnitude_per_matrix"),
-        (0.25, 0.334, 0.50),
+        (0.10, 0.15, 0.20, 0.25, 0.334, 0.50, 0.667),
         (0, 1, 2),
         Sizes(
             512, 0.01, 8, 256, contrastive_batch=32, validation=RECOMMENDED_HEAL.validation_fraction
