@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from interlace._launch import is_first_process, world_size
 from interlace._progress import bar, quiet
 from interlace.config import HealSettings
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Sequence
 
+    import torch
     from torch import nn
     from transformers import TrainingArguments
 
@@ -75,7 +74,8 @@ def heal(
     arXiv 2511.19676. Distillation of the last hidden state: arXiv 2507.20749.
 
     Args:
-        student: what `prune` returned; it carries the plan. Left on the training device.
+        student: what `prune` returned; it carries the plan. It trains where it is, on the CPU or on
+            the GPU of its process.
         teacher: the model before the cut; without one there is no distillation. Its weights are not
             changed; it is left on the training device as well.
         data: samples to train on.
@@ -203,10 +203,9 @@ def _remove_if_unused(folder: Path) -> None:
 
 
 def _device_arguments(student: VLM, names: Sequence[str], settings: HealSettings) -> dict[str, Any]:
-    alone_on_cpu = student.device.type == "cpu" and world_size() == 1
     return {
         "bf16": settings.bf16 or student.dtype in HALF,
-        "use_cpu": alone_on_cpu or not torch.accelerator.is_available(),
+        "use_cpu": student.device.type == "cpu",
         # Batches without images leave the other towers out.
         "ddp_find_unused_parameters": not all(
             "text" in student.towers and name.startswith(f"{student.towers['text'].path}.")

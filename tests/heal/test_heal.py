@@ -7,9 +7,11 @@ import pytest
 import torch
 from heal.toys import toy, toy_collate, toy_plan, toy_samples
 
+from interlace.config import HealSettings
 from interlace.errors import ConfigError, DataError
 from interlace.heal import heal
 from interlace.heal.anchors import anchor_layers
+from interlace.heal.healing import _device_arguments
 from interlace.heal.shell import move_together
 from interlace.records import HealReport, Plan, TowerPlan
 from interlace.surgery import prune
@@ -174,6 +176,15 @@ def test_bad_input_is_refused_in_words(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="do not match"):
         _heal("llava", student, teacher)
+
+
+def test_a_student_on_the_cpu_trains_there_beside_gpus_and_other_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    _, student = toy("llava")
+    assert _device_arguments(student, (), HealSettings())["use_cpu"]
 
 
 def test_without_anchors_the_layer_behind_each_drop_is_compared() -> None:
