@@ -8,6 +8,7 @@ The whole loss is computed inside `forward`, so that wrappers that watch a modul
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +34,7 @@ from interlace.models.prediction import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -290,6 +291,28 @@ class HealModel(nn.Module):
         units = [_unit(tower) for tower in {each.tower for each in self.anchors}]
         present = sum(counts[unit] > 0 for unit in units)
         return torch.stack(towers).sum() / max(present, len(towers))
+
+
+def mean_terms(
+    model: Callable[..., dict[str, Tensor]],
+    batches: Iterable[Mapping[str, Any]],
+    counts: dict[str, float],
+    said: Iterable[Tensor | None] = (),
+) -> dict[str, float]:
+    """Return the mean of every loss term over batches.
+
+    Args:
+        model: a `HealModel`, which may be wrapped.
+        batches: on its device.
+        counts: of all of them together.
+        said: what the teacher says to each, on any device; None or nothing where it is to be asked.
+    """
+    sums: dict[str, float] = {}
+    for batch, told in zip_longest(batches, said):
+        own = None if told is None else told.to(batch["input_ids"].device)
+        for name, share in model(counts=counts, said=own, **batch).items():
+            sums[name] = sums.get(name, 0.0) + share.item()
+    return sums
 
 
 def _unit(tower: str) -> str:

@@ -22,7 +22,7 @@ from interlace.errors import CheckpointError, ConfigError, DataError
 from interlace.heal import checkpoints, moments
 from interlace.heal.batches import COUNTED
 from interlace.heal.interpolation import interpolate
-from interlace.heal.model import TERMS, HealModel
+from interlace.heal.model import TERMS, HealModel, mean_terms
 from interlace.heal.shell import full_value, gathered, like_parameter, reshard
 
 if TYPE_CHECKING:
@@ -259,14 +259,10 @@ class HealTrainer(Trainer):  # type: ignore[misc]
         """Return the losses of the predictions as the weights are, and their weighted sum."""
         settings = self.healed.settings
         weights = {"ce": settings.ce_weight, "kl": settings.kl_weight}
-        sums: dict[str, float] = {}
-        for batch, told in zip(batches, said, strict=True):
-            inputs = self._prepare_inputs({**batch, "said": told})
-            terms = self.model_wrapped(counts=counts, **inputs)
-            for name in weights.keys() & terms.keys():
-                sums[name] = sums.get(name, 0.0) + terms[name].item()
+        means = mean_terms(self.model_wrapped, map(self._prepare_inputs, batches), counts, said)
         reshard(self.model_wrapped)
-        losses = {**sums, "loss": sum(weights[name] * value for name, value in sums.items())}
+        losses = {name: means[name] for name in weights if name in means}
+        losses["loss"] = sum(weights[name] * value for name, value in losses.items())
         # one process decides: by a rounding error others could stop at another point
         agreed: list[dict[str, float]] = broadcast_object_list([losses])
         return agreed[0]

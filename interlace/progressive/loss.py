@@ -5,7 +5,6 @@ Legend: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +13,7 @@ import torch
 from interlace.config import HealSettings
 from interlace.data.collate import Collator
 from interlace.errors import ConfigError, DataError, PlanError, check_numbers, unknown_name
-from interlace.heal.model import HealModel
+from interlace.heal.model import HealModel, mean_terms
 from interlace.heal.shell import make_shell
 from interlace.models.handle import check_compares, check_one_device, check_vlm, to_model
 from interlace.models.states import layer_input
@@ -78,16 +77,11 @@ class _Measure:
         inputs = (to_model(batch, self._vlm) for batch in batches)
         return [self._model.of_teacher(each).cpu() for each in inputs]
 
+    @torch.no_grad()
     def mean(self, batches: Batches, term: str, said: Sequence[Tensor] = ()) -> float:
         """Return the mean of a term, "ce" or "kl", in nats; `said` is what `of_teacher` gave."""
-        counts = self._model.count(batches)
-        total = 0.0
-        with torch.no_grad():
-            for batch, known in itertools.zip_longest(batches, said):
-                inputs = to_model(batch, self._vlm)
-                own = known if known is None else known.to(self._vlm.device)
-                total += self._model(counts=counts, said=own, **inputs)[term].item()
-        return total
+        inputs = (to_model(batch, self._vlm) for batch in batches)
+        return mean_terms(self._model, inputs, self._model.count(batches), said)[term]
 
 
 def _settings(reduction: Any, kl_weight: float = 0.0) -> HealSettings:
