@@ -17,6 +17,7 @@ from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProce
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.utils import is_torchvision_available
@@ -140,3 +141,10 @@ def mistral3_processor() -> Any:
         spatial_merge_size=2,
         chat_template=chat_template("[IMG]"),
     )
+
+
+def paligemma_processor() -> Any:
+    images = SiglipImageProcessorPil(size=_square())
+    images.image_seq_length = tiny.NUM_PATCHES
+    # the line break that ends a prefix
+    return tf.PaliGemmaProcessor(images, _tokenizer({"<image>": tiny.IMAGE, "\n": 111}))

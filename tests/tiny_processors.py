@@ -13,6 +13,7 @@ from tiny_chat_processors import (
     idefics3_processor,
     internvl_processor,
     mistral3_processor,
+    paligemma_processor,
     smolvlm_processor,
 )
 from tiny_processors_base import SIDE, chat_template, word_tokenizer
@@ -92,6 +93,7 @@ BUILT: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
     "qwen3_5": (tiny.qwen3_5, qwen_processor),
     "glm4v": (tiny.glm4v, glm4v_processor),
     "gemma3": (tiny.gemma3, gemma3_processor),
+    "paligemma": (tiny.paligemma, paligemma_processor),
     "internvl": (tiny.internvl, internvl_processor),
     "idefics3": (tiny.idefics3, idefics3_processor),
     "smolvlm": (tiny.smolvlm, smolvlm_processor),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from interlace.data.sample_texts import answer, question
 from interlace.data.samples import IMAGE_PLACEHOLDER
 from interlace.errors import DataError
 
@@ -38,6 +39,8 @@ class ChatText:
 
     Three formats, in this order: the chat template of the processor, that of its tokenizer, and
     where a LLaVA has neither, `USER: question ASSISTANT: answer` with the end-of-text token.
+    PaliGemma holds no conversations: its processor takes a prefix, images in front of the question,
+    and the answer as a suffix (`prefixed`).
     """
 
     def __init__(self, processor: Any) -> None:
@@ -47,19 +50,53 @@ class ChatText:
         self.image_token = str(getattr(processor, "image_token", None) or IMAGE_PLACEHOLDER)
         self._own = bool(getattr(processor, "chat_template", None))
         self._plain = not self._own and not getattr(self._tokenizer, "chat_template", None)
+        self.prefixed = "PaliGemma" in type(processor).__name__
 
     @property
     def has_format(self) -> bool:
         """Whether it is known how the model expects questions and answers."""
         # what LLaVA 1.5 was trained on; its first checkpoints do not state it
-        return not self._plain or "Llava" in type(self._processor).__name__
+        known = self.prefixed or "Llava" in type(self._processor).__name__
+        return known or not self._plain
 
     def prompt(self, sample: Sample) -> str:
         """Give everything up to the last user turn, and what makes the assistant speak."""
+        if self.prefixed:
+            return self._prefix(sample)
         last = max((i for i, turn in enumerate(sample.turns) if turn.role == "user"), default=-1)
         if last < 0:
             raise DataError(f"Sample {sample.id!r} has no user turn; nothing can be asked.")
         return self._render(sample, sample.turns[: last + 1], ask=True)
+
+    def _prefix(self, sample: Sample) -> str:
+        """The images and the only question: all of it is seen from everywhere in it."""
+        roles = [turn.role for turn in sample.turns]
+        if not sample.images or roles not in (["user"], ["user", "assistant"]):
+            raise DataError(
+                f"Sample {sample.id!r} has {len(sample.images)} images and turns of "
+                f"{', '.join(roles)}. {type(self._processor).__name__} takes images, one question "
+                "and one answer; make a sample of every question, or leave this one out."
+            )
+        return self.image_token * len(sample.images) + question(sample)
+
+    def suffix(self, sample: Sample) -> str:
+        """Give the answer to a prefix; the processor adds the end-of-text token.
+
+        Raises:
+            DataError: There is none, or it holds the image token.
+        """
+        text = answer(sample)
+        if not text.strip():
+            raise DataError(f"Sample {sample.id!r}: its answers hold no tokens. Remove it.")
+        if self.image_token in text:
+            raise DataError(self._taken_for_image(sample, "assistant"))
+        return text
+
+    def _taken_for_image(self, sample: Sample, role: str) -> str:
+        return (
+            f"Sample {sample.id!r}: a {role} turn holds {self.image_token!r} as text, which the "
+            "model would take for an image. Remove it."
+        )
 
     def conversation(self, sample: Sample) -> Rendered:
         """Give the whole conversation and the ranges of the assistant's turns.
@@ -157,10 +194,7 @@ class ChatText:
                 pieces.append(None)
             kept = text.strip() if len(texts) > 1 else text
             if self.image_token in kept or (turn.role != "user" and IMAGE_PLACEHOLDER in kept):
-                raise DataError(
-                    f"Sample {sample.id!r}: a {turn.role} turn holds {self.image_token!r} as text, "
-                    "which the model would take for an image. Remove it."
-                )
+                raise DataError(self._taken_for_image(sample, turn.role))
             if kept or len(texts) == 1:
                 pieces.append(kept)
         return pieces

@@ -151,7 +151,7 @@ class Collator:
 
     def _chat_batch(self, samples: Sequence[Sample]) -> Batch:
         rendered = None
-        if self._answers:
+        if self._answers and not self._chat.prefixed:
             rendered = [self._chat.conversation(sample) for sample in samples]
             texts = [item.text for item in rendered]
         else:
@@ -160,6 +160,8 @@ class Collator:
         # some processors count the images of each text.
         images = [[image.open() for image in item.images] for item in samples]
         options: dict[str, Any] = {"padding_side": "right" if self._answers else "left"}
+        if self._answers and rendered is None:
+            options["suffix"] = [self._chat.suffix(sample) for sample in samples]
         bos = self._tokenizer.bos_token
         if bos and texts[0].startswith(bos):
             options["add_special_tokens"] = False
@@ -170,6 +172,9 @@ class Collator:
             return self._chat_batch(kept)
         if rendered is not None:
             batch["labels"] = self._chat_labels(samples, rendered, batch, options)
+        elif not self._answers:
+            # PaliGemma's processor makes labels, those of its suffix, also where there is none
+            batch.pop("labels", None)
         return batch
 
     def _chat_labels(
