@@ -8,7 +8,7 @@ from data.made import sample, spoken
 from tiny_processors import with_processor
 
 from interlace.data.collate import Collator
-from interlace.data.samples import Sample, Turn
+from interlace.data.samples import Sample, Turn, samples
 from interlace.errors import DataError
 from interlace.evaluate.generate import prompt_batch
 
@@ -88,3 +88,9 @@ def test_a_batch_predicts_and_generates_what_its_samples_do_alone() -> None:
 def test_what_no_prefix_and_suffix_say_is_refused(wrong: Sample, words: str) -> None:
     with pytest.raises(DataError, match=words):
         Collator.for_model(VLM)([SAMPLES[0], wrong])
+
+
+def test_what_no_prefix_says_counts_as_bad_where_samples_are_read() -> None:
+    talk = (("user", "a?"), ("assistant", "no"), ("user", "b?"), ("assistant", "no"))
+    found = samples([*SAMPLES, _sample(*talk)], processor=VLM.processor, max_bad_fraction=0.4)
+    assert (len(found), found.num_skipped) == (3, 1)
