@@ -105,13 +105,12 @@ class Collator:
         Raises:
             ConfigError: The model was opened without a processor.
         """
-        processor = processor_of(vlm)
         text: Any = getattr(vlm.model.config, "text_config", None)
         objective = vlm.family.objective
         limit = getattr(text, "max_position_embeddings", None)
         start = getattr(text, "bos_token_id", None)
         return cls(
-            processor,
+            processor_of(vlm),
             objective,
             answers=answers,
             max_length=limit if objective == "contrastive" else None,
@@ -152,12 +151,9 @@ class Collator:
     def _chat_batch(self, samples: Sequence[Sample]) -> Batch:
         rendered = None
         if self._answers and not self._chat.prefixed:
-            rendered = [self._chat.conversation(sample) for sample in samples]
-            texts = [item.text for item in rendered]
-        else:
-            texts = [self._chat.prompt(sample) for sample in samples]
-        # One list per sample: LLaVA-OneVision treats several images of one sample differently, and
-        # some processors count the images of each text.
+            rendered = list(map(self._chat.conversation, samples))
+        texts = [each.text for each in rendered or ()] or list(map(self._chat.prompt, samples))
+        # One list per sample: some processors count them, LLaVA-OneVision treats several otherwise.
         images = [[image.open() for image in item.images] for item in samples]
         options: dict[str, Any] = {"padding_side": "right" if self._answers else "left"}
         if self._answers and rendered is None:
@@ -207,7 +203,7 @@ class Collator:
         return labels
 
     def _contrastive_batch(self, samples: Sequence[Sample]) -> Batch:
-        captions = [self._caption(sample) for sample in samples]
+        captions = list(map(self._caption, samples))
         return self._contrastive(samples, text=captions, images=single_images(samples))
 
     def texts(self, texts: Sequence[str]) -> Batch:
