@@ -149,14 +149,14 @@ class Collator:
         return ["" for _ in samples]
 
     def _chat_batch(self, samples: Sequence[Sample]) -> Batch:
-        rendered = None
+        rendered: list[Rendered] = []
         if self._answers and not self._chat.prefixed:
             rendered = list(map(self._chat.conversation, samples))
-        texts = [each.text for each in rendered or ()] or list(map(self._chat.prompt, samples))
+        texts = [each.text for each in rendered] or list(map(self._chat.prompt, samples))
         # One list per sample: some processors count them, LLaVA-OneVision treats several otherwise.
         images = [[image.open() for image in item.images] for item in samples]
         options: dict[str, Any] = {"padding_side": "right" if self._answers else "left"}
-        if self._answers and rendered is None:
+        if self._answers and not rendered:
             options["suffix"] = [self._chat.suffix(sample) for sample in samples]
         bos = self._tokenizer.bos_token
         if bos and texts[0].startswith(bos):
@@ -166,7 +166,7 @@ class Collator:
         kept = self._short_enough(samples, _filled(batch), self._max_length)
         if len(kept) < len(samples):
             return self._chat_batch(kept)
-        if rendered is not None:
+        if rendered:
             batch["labels"] = self._chat_labels(samples, rendered, batch, options)
         elif not self._answers:
             # PaliGemma's processor makes labels, those of its suffix, also where there is none
