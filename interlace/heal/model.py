@@ -8,7 +8,7 @@ The whole loss is computed inside `forward`, so that wrappers that watch a modul
 
 from __future__ import annotations
 
-from itertools import zip_longest
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -297,7 +297,7 @@ def mean_terms(
     model: Callable[..., dict[str, Tensor]],
     batches: Iterable[Mapping[str, Any]],
     counts: dict[str, float],
-    said: Iterable[Tensor | None] = (),
+    said: Sequence[Tensor | None] = (),
 ) -> dict[str, float]:
     """Return the mean of every loss term over batches.
 
@@ -305,10 +305,12 @@ def mean_terms(
         model: a `HealModel`, which may be wrapped.
         batches: on its device.
         counts: of all of them together.
-        said: what the teacher says to each, on any device; None or nothing where it is to be asked.
+        said: what the teacher says to each of them, on any device; None, or none at all, where it
+            is to be asked.
     """
     sums: dict[str, float] = {}
-    for batch, told in zip_longest(batches, said):
+    pairs = zip(batches, said, strict=True) if said else zip(batches, repeat(None), strict=False)
+    for batch, told in pairs:
         own = None if told is None else told.to(batch["input_ids"].device)
         for name, share in model(counts=counts, said=own, **batch).items():
             sums[name] = sums.get(name, 0.0) + share.item()

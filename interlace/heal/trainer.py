@@ -254,7 +254,7 @@ class HealTrainer(Trainer):  # type: ignore[misc]
         self,
         batches: Iterable[dict[str, Tensor]],
         counts: dict[str, float],
-        said: Iterable[Tensor | None],
+        said: Sequence[Tensor | None],
     ) -> dict[str, float]:
         """Return the losses of the predictions as the weights are, and their weighted sum."""
         settings = self.healed.settings
