@@ -10,6 +10,7 @@ import typer
 
 from interlace._files import check_new_file
 from interlace._launch import is_first_process
+from interlace.config import PruneSettings
 from interlace.errors import ConfigError
 from interlace.surgery.bridges.names import BRIDGES, TOKEN_WEIGHTS, check_bridges
 
@@ -127,6 +128,7 @@ WEIGHED = (
     f"What counts in the fits of bridges: {' or '.join(TOKEN_WEIGHTS)} (by how much the "
     "predictions hang on a token; takes gradients)."
 )
+Rank = Annotated[int, typer.Option(min=1, help="Rank of lowrank bridges.")]
 TokenWeights = Annotated[str, typer.Option(help=WEIGHED)]
 AllowPinned = Annotated[
     bool, typer.Option("--allow-pinned", help="Also drop layers that the family pins.")
@@ -288,6 +290,18 @@ def read_bridges(text: str) -> str | dict[str, str]:
         ) from error
     check_bridges(found)
     return found
+
+
+def prune_settings(
+    allow_pinned: bool, bridges: str, rank: int, token_weights: Any
+) -> PruneSettings:
+    """Read the options that say how to cut. Raises ConfigError."""
+    return PruneSettings(
+        allow_pinned=allow_pinned,
+        bridges=read_bridges(bridges),
+        rank=rank,
+        token_weights=token_weights,
+    )
 
 
 def path(text: str) -> Path:

@@ -18,6 +18,7 @@ from interlace._cli import (
     MaxBad,
     Model,
     Overwrite,
+    Rank,
     Remote,
     Root,
     Seed,
@@ -27,14 +28,15 @@ from interlace._cli import (
     output_option,
     path_argument,
     path_option,
-    read_bridges,
+    prune_settings,
     read_samples,
     say,
 )
 from interlace._files import check_new_folder
 from interlace._launch import is_first_process
+from interlace.config import DEFAULT_RANK, HealSettings
 from interlace.errors import CheckpointError, ConfigError
-from interlace.surgery.bridges.names import BRIDGE_SAMPLES, check_token_weights, has_bridges
+from interlace.surgery.bridges.names import BRIDGE_SAMPLES, has_bridges
 
 
 def prune(
@@ -43,6 +45,7 @@ def prune(
     output: Annotated[Path, output_option("Folder of the new checkpoint.")],
     allow_pinned: AllowPinned = False,
     bridges: Bridges = "none",
+    rank: Rank = DEFAULT_RANK,
     token_weights: TokenWeights = "even",
     data: Data = "scenes",
     root: Root = None,
@@ -65,10 +68,9 @@ def prune(
     from interlace.surgery import prune as run_prune
 
     check_new_folder(output, overwrite=overwrite)
-    wanted = read_bridges(bridges)
-    check_token_weights(token_weights, wanted)
+    cut = prune_settings(allow_pinned, bridges, rank, token_weights)
     check_root(data, root)
-    if data != "scenes" and not has_bridges(wanted):
+    if data != "scenes" and not has_bridges(cut.bridges):
         raise ConfigError(
             f"--data is {data!r}, but data is read only to fit bridges, and --bridges is "
             f"{bridges!r}. Name a bridge, such as 'refit', or leave --data out."
@@ -76,16 +78,9 @@ def prune(
     chosen = Plan.load(plan_file)
     dense = open_vlm(model, dtype, device, trust_remote_code)
     calibration = None
-    if has_bridges(wanted):
+    if has_bridges(cut.bridges):
         calibration = read_samples(dense, data, root, split, count, seed, max_bad_fraction)
-    student = run_prune(
-        dense,
-        chosen,
-        allow_pinned=allow_pinned,
-        bridges=wanted,
-        data=calibration,
-        token_weights=token_weights,
-    )
+    student = run_prune(dense, chosen, data=calibration, **vars(cut))
     run_export(student, output, records=(chosen,), overwrite=overwrite)
     say(f"Wrote {output} ({student.num_parameters():,} parameters)")
 
@@ -101,6 +96,7 @@ def heal(
     max_bad_fraction: MaxBad = 0.01,
     allow_pinned: AllowPinned = False,
     bridges: Bridges = "none",
+    rank: Rank = DEFAULT_RANK,
     token_weights: TokenWeights = "even",
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
     max_steps: Annotated[
@@ -141,7 +137,6 @@ def heal(
     `--overwrite` without it starts anew. Bridges are fitted on the first 512 samples of the data.
     Under torchrun the processes train together, each on batches of its own.
     """
-    from interlace.config import HealSettings
     from interlace.data.samples import check_root
     from interlace.export import export as run_export
     from interlace.heal import heal as run_heal
@@ -154,8 +149,7 @@ def heal(
     replaced = checkpoints.exists() and not resume and is_first_process()
     if replaced:
         _check_replaced(checkpoints, overwrite)
-    wanted = read_bridges(bridges)
-    check_token_weights(token_weights, wanted)
+    cut = prune_settings(allow_pinned, bridges, rank, token_weights)
     check_root(data, root)
     chosen = Plan.load(plan_file)
     settings = HealSettings(
@@ -174,15 +168,8 @@ def heal(
     )
     teacher = open_vlm(model, dtype, device, trust_remote_code)
     healing = read_samples(teacher, data, root, split, count, seed, max_bad_fraction)
-    calibration = healing.subset(BRIDGE_SAMPLES) if has_bridges(wanted) else None
-    student = run_prune(
-        teacher,
-        chosen,
-        allow_pinned=allow_pinned,
-        bridges=wanted,
-        data=calibration,
-        token_weights=token_weights,
-    )
+    calibration = healing.subset(BRIDGE_SAMPLES) if has_bridges(cut.bridges) else None
+    student = run_prune(teacher, chosen, data=calibration, **vars(cut))
     if replaced:
         _remove(checkpoints)
     report = run_heal(

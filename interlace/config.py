@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 DEFAULT_DROP_FRACTION = 0.25
+DEFAULT_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -215,11 +216,16 @@ class PruneSettings(Settings):
 
     allow_pinned: bool = False
     bridges: str | dict[str, str] = "none"
-    rank: int = within(16, 1)
+    rank: int = within(DEFAULT_RANK, 1)
     token_weights: Literal["even", "fisher"] = "even"
 
     def _check(self) -> None:
         names = self.bridges.values() if isinstance(self.bridges, dict) else [self.bridges]
+        if self.rank != DEFAULT_RANK and "lowrank" not in names:
+            raise ConfigError(
+                f"PruneSettings: rank is {self.rank}, but bridges is {self.bridges!r}, and only "
+                "'lowrank' has a rank. Name that bridge, or leave rank out."
+            )
         if self.token_weights != "even" and all(name == "none" for name in names):
             raise ConfigError(
                 f"PruneSettings: token_weights is {self.token_weights!r}, but bridges is "

@@ -229,16 +229,9 @@ def run(
     # made when a stage asks for it: a run that skips them all cuts and heals nothing
     @functools.cache
     def student() -> VLM:
-        return prune(
-            vlm,
-            plan,
-            allow_pinned=settings.prune.allow_pinned,
-            bridges=settings.prune.bridges,
-            data=calibration if has_bridges(settings.prune.bridges) else None,
-            batch_size=settings.score.batch_size,
-            rank=settings.prune.rank,
-            token_weights=settings.prune.token_weights,
-        )
+        data = calibration if has_bridges(settings.prune.bridges) else None
+        size = settings.score.batch_size
+        return prune(vlm, plan, data=data, batch_size=size, **vars(settings.prune))
 
     held_out = _measured(settings.data, settings.eval, vlm)
     healing = _healing(settings.data, vlm) if settings.heal.trains else None

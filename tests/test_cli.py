@@ -193,7 +193,11 @@ GATED = ("--gates", "l1")
         (("prune", "MODEL", "PLAN", "-o", "OUT", "--bridges", "fodl"), "Did you mean 'fold'"),
         (("heal", "MODEL", "PLAN", "-o", "OUT", "--bridges", "text=fodl"), "Did you mean 'fold'"),
         (("prune", "MODEL", "PLAN", "-o", "OUT", "--bridges", "text=fold,text=none"), "once"),
-        (("prune", "MODEL", "PLAN", "-o", "OUT", "--token-weights", "fisher"), "asks for none"),
+        (("prune", "MODEL", "PLAN", "-o", "OUT", "--token-weights", "fisher"), "nothing is fitted"),
+        (
+            ("heal", "MODEL", "PLAN", "-o", "OUT", "--bridges", "fold", "--rank", 4),
+            "only 'lowrank'",
+        ),
         (
             ("heal", "MODEL", "PLAN", "-o", "OUT", "--bridges", "fold", "--token-weights", "evn"),
             "Did you mean 'even'",
@@ -343,12 +347,14 @@ def test_bridges_are_fitted_where_they_are_asked_for(
     plan = tmp_path / "plan.json"
     assert interlace("plan", scores, "-o", plan, "--num-drop", 1)[0] == 0
     call = ("prune", "bundled:qwen3-vl", plan, "--count", 8, "-o")
-    for name, option in (("fold", "fold"), ("lowrank", "text=lowrank,vision=none")):
-        step = interlace(*call, tmp_path / name, "--bridges", option)
+    lowrank = ("text=lowrank,vision=none", "--rank", 4)
+    for name, options in (("fold", ("fold",)), ("lowrank", lowrank)):
+        step = interlace(*call, tmp_path / name, "--bridges", *options)
         assert step[0] == 0, step
         manifest = json.loads((tmp_path / name / "interlace.json").read_text())
         assert [bridge["kind"] for bridge in manifest["bridges"]] == [name]
         assert manifest["standard"] == (name == "fold")
+    assert manifest["bridges"][0]["settings"]["rank"] == 4
     code, _, err = interlace(*call, tmp_path / "out", "--data", tmp_path)
     assert code == 2
     code, _, err = interlace(*call, tmp_path / "out", "--bridges", "vision=fold")
