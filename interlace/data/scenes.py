@@ -22,18 +22,17 @@ from interlace.data.boards import (
     make_scene,
 )
 from interlace.data.questions import QUESTION_WORDS, ask
+from interlace.data.samples import IMAGE_PLACEHOLDER, TASKS, Sample, Turn, scenes_split
 from interlace.errors import DataError, unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from interlace.data.boards import Scene, Split
-    from interlace.data.samples import Sample, Turn
 
 __all__ = ["CAPTION_PROMPT", "make_scenes", "vocabulary"]
 
 CAPTION_PROMPT = "Describe the image."
-TASKS = ("vqa", "caption", "retrieval", "chat")
 CHAT_QUESTIONS = 4
 
 
@@ -43,22 +42,21 @@ def _rng(split: str, seed: int, index: int) -> random.Random:
 
 
 def _sample(task: str, scene: Scene, rng: random.Random, identity: str) -> Sample:
-    from interlace.data.samples import Sample, Turn
-
     image = SceneImage(scene)
     if task == "chat":
         turns: list[Turn] = []
         for _ in range(CHAT_QUESTIONS):
             _, text, answer = ask(scene, rng)
-            mark = "" if turns else "<image>\n"
+            mark = "" if turns else IMAGE_PLACEHOLDER + "\n"
             turns += [Turn("user", f"{mark}{text}"), Turn("assistant", answer)]
         return Sample(identity, task, (image,), tuple(turns))
     if task == "vqa":
         kind, text, answer = ask(scene, rng)
-        pair = (Turn("user", f"<image>\n{text}"), Turn("assistant", answer))
+        pair = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{text}"), Turn("assistant", answer))
         return Sample(identity, task, (image,), pair, (answer,), kind)
     captions = scene.captions()
-    pair = (Turn("user", f"<image>\n{CAPTION_PROMPT}"), Turn("assistant", rng.choice(captions)))
+    prompt = f"{IMAGE_PLACEHOLDER}\n{CAPTION_PROMPT}"
+    pair = (Turn("user", prompt), Turn("assistant", rng.choice(captions)))
     return Sample(identity, task, (image,), pair, captions, "caption")
 
 
@@ -90,8 +88,7 @@ def make_scenes(
     """
     if count < 1:
         raise DataError(f"count is {count}; the scenes data set needs at least 1 sample.")
-    if split not in ("train", "test"):
-        raise DataError(unknown_name("split of scenes", split, ("train", "test")))
+    scenes_split(split)
     if not tasks:
         raise DataError(f"tasks is empty; name at least one of {', '.join(TASKS)}.")
     for task in tasks:

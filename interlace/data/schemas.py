@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from interlace.data.choices import with_choices
 from interlace.data.sample_texts import check_placeholders
 from interlace.data.samples import IMAGE_PLACEHOLDER, TASKS, Sample, Turn
+from interlace.data.scenes import CAPTION_PROMPT
 from interlace.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 # Called with the stored value, and the column and position it stands at (None inside a message).
 ImageMaker = Callable[[Any, str | None, int], "ImageSource"]
 
-CAPTION_PROMPT = "Describe the image."
 IMAGE_KEYS = ("images", "image", "img", "image_path", "file_name", "jpg", "jpeg", "png", "webp")
 QUESTION_KEYS = ("question", "query")
 ANSWER_KEYS = ("multiple_choice_answer", "answer", "answers", "label")
