@@ -12,7 +12,7 @@ import torch
 
 from interlace.errors import DataError, FamilyError
 from interlace.models.handle import to_model
-from interlace.models.prediction import (
+from interlace.models.predictor import (
     IGNORED,
     aligned,
     find_head,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from interlace.errors import DataError
-from interlace.models.prediction import IGNORED, targets_of
+from interlace.models.predictor import IGNORED, targets_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -25,7 +25,7 @@ from interlace.heal.batches import (
 from interlace.heal.losses import head_terms, normalised_error, similarity_divergence
 from interlace.heal.reading import Reader
 from interlace.heal.sparsity import Gates
-from interlace.models.prediction import (
+from interlace.models.predictor import (
     IGNORED,
     aligned,
     is_encoder_decoder,

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from interlace.errors import FamilyError
-from interlace.models.prediction import find_head
+from interlace.models.predictor import find_head
 from interlace.models.states import layer_output
 
 if TYPE_CHECKING:

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from interlace.models.prediction import IGNORED
-from interlace.models.predictor import Predictor
+from interlace.models.predictor import IGNORED, Predictor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

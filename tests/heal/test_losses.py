@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from interlace.heal import head_terms, normalised_error, similarity_divergence
 from interlace.heal.batches import REDUCED_BY, count_items, label_weights
-from interlace.models.prediction import targets_of
+from interlace.models.predictor import targets_of
 
 N, D, V = 11, 6, 13
 

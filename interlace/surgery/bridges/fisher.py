@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from interlace.errors import DataError
-from interlace.models.prediction import IGNORED
-from interlace.models.predictor import Predictor, check_gradients
+from interlace.models.predictor import IGNORED, Predictor, check_gradients
 from interlace.models.states import layer_input, layer_output, shift_input
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from interlace.config import PruneSettings
 from interlace.data.samples import samples
 from interlace.errors import ConfigError, DataError
 from interlace.models import VLM, family_of, open_model
-from interlace.models.prediction import IGNORED
-from interlace.models.predictor import Predictor
+from interlace.models.predictor import IGNORED, Predictor
 from interlace.models.states import shift_input
 from interlace.progressive.loss import layer_loss
 from interlace.records import Plan, TowerPlan
