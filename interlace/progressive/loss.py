@@ -84,10 +84,6 @@ class _Measure:
         return mean_terms(self._model, inputs, self._model.count(batches), said)[term]
 
 
-def _settings(reduction: Any, kl_weight: float = 0.0) -> HealSettings:
-    return HealSettings(hidden_weight=0.0, kl_weight=kl_weight, loss_reduction=reduction)
-
-
 def _batched(vlm: VLM, data: Sequence[Sample], batch_size: int) -> Batches:
     if not len(data):
         raise DataError("There are no samples to judge layers by. Give at least one.")
@@ -103,16 +99,13 @@ class TaskLoss:
     the pruned model, at the cost of the whole one. The batches are made once and stay in memory.
     """
 
-    def __init__(
-        self, vlm: VLM, data: Sequence[Sample], batch_size: int, reduction: str = "token"
-    ) -> None:
+    def __init__(self, vlm: VLM, data: Sequence[Sample], batch_size: int) -> None:
         """Prepare the batches and a shell of the model, which is left as it is.
 
         Args:
             vlm: the model.
             data: samples with their answers.
             batch_size: samples per forward pass; images and texts are compared within a batch.
-            reduction: as `HealSettings.loss_reduction`.
         """
         self._batches = _batched(vlm, data, batch_size)
         shell = make_shell(vlm.model)
@@ -120,8 +113,7 @@ class TaskLoss:
         for name, tower in vlm.towers.items():
             for position, layer in enumerate(shell.get_submodule(tower.path).children()):
                 layer.register_forward_hook(self._skip((name, position)), with_kwargs=True)
-        settings = _settings(reduction)
-        self._measure = _Measure(vlm, shell, settings)
+        self._measure = _Measure(vlm, shell, HealSettings(hidden_weight=0.0, kl_weight=0.0))
 
     def _skip(self, place: tuple[str, int]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -240,7 +232,7 @@ class CompensatedLoss:
         measure = _Measure(
             student,
             make_shell(student.model),
-            _settings("sample", kl_weight=1.0),
+            HealSettings(hidden_weight=0.0, loss_reduction="sample"),
             teacher=make_shell(vlm.model),
             teacher_paths={name: each.path for name, each in vlm.towers.items()},
         )

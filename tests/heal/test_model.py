@@ -147,6 +147,18 @@ def _capped(_module: Any, _inputs: Any, output: Any) -> Any:
     return output
 
 
+def test_averaging_over_samples_first_makes_short_answers_count() -> None:
+    teacher, student = toy("llava")
+    collate, samples = toy_collate("llava", teacher.model), toy_samples(2)
+    model = heal_model(student, teacher, loss_reduction="sample")
+    alone = [model(**collate([each])) for each in samples]
+    whole, plain = model(**collate(samples)), heal_model(student, teacher)(**collate(samples))
+    for term in ("ce", "kl"):
+        mean = torch.stack([each[term] for each in alone]).mean()
+        torch.testing.assert_close(whole[term], mean)
+        assert plain[term] != pytest.approx(mean.item(), rel=1e-3)
+
+
 def test_shares_of_a_split_batch_add_up() -> None:
     teacher, student = toy("qwen3_vl", ("text", "vision"))
     collate = toy_collate("qwen3_vl", teacher.model)

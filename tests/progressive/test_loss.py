@@ -48,16 +48,6 @@ def test_the_loss_is_the_cross_entropy_of_the_answers() -> None:
     assert TaskLoss(vlm, data, batch_size=2)() == pytest.approx(own, rel=1e-4)
 
 
-def test_averaging_over_samples_first_makes_short_answers_count() -> None:
-    vlm = il.open_model("bundled:qwen3-vl", dtype="float32", device="cpu")
-    data = il.samples("scenes", count=6, tasks=("vqa", "caption"), processor=vlm.processor)
-    alone = [TaskLoss(vlm, data[i : i + 1], 1)("text", (4, 5)) for i in range(len(data))]
-    assert len(set(map(len, (each.turns[-1].text.split() for each in data)))) > 1
-    loss = TaskLoss(vlm, data, 4, "sample")("text", (4, 5))
-    assert loss == pytest.approx(sum(alone) / len(alone), rel=1e-4)
-    assert TaskLoss(vlm, data, 4)("text", (4, 5)) != pytest.approx(loss, rel=1e-2)
-
-
 @pytest.mark.parametrize("name", TASKS)
 def test_the_compensated_loss_is_lower_where_the_cut_is_repaired(name: str) -> None:
     vlm = il.open_model(f"bundled:{name}", dtype="float32", device="cpu")
