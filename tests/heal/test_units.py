@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 UNITS = ("heads", "neurons")
 ALL = ("branches", *UNITS)
+GATED = {"branches": ("branches",), "units": UNITS}
 
 
 def _vlm(name: str) -> VLM:
@@ -58,26 +59,35 @@ def _unscored(vlm: VLM) -> Scores:
     return Scores(towers, shape=vlm.shape())
 
 
-REFUSED = {
-    "qwen3_vl_moe": "neurons of the tower 'text' cannot be gated",
-    "qwen3_5": "heads of the tower 'text' cannot be gated",
-    "qwen3_5_moe": "heads of the tower 'text' cannot be gated",
+# a norm behind a branch undoes any factor inside it
+NORMALISED = {
     "gemma3": "a Gemma3DecoderLayer normalises its branches",
     "glm4v": "a Glm4vTextDecoderLayer normalises its branches",
 }
+REFUSED = {
+    ("branches", "qwen3_vl_moe"): "exactly one must end its mlp branch, and none is known to",
+    ("branches", "qwen3_5_moe"): "exactly one must end its mlp branch, and",
+    ("units", "qwen3_vl_moe"): "neurons of the tower 'text' cannot be gated",
+    ("units", "qwen3_5"): "heads of the tower 'text' cannot be gated",
+    ("units", "qwen3_5_moe"): "heads of the tower 'text' cannot be gated",
+    **{(kind, name): why for kind in GATED for name, why in NORMALISED.items()},
+}
+TAKEN = [(kind, name) for kind in GATED for name in TINY if (kind, name) not in REFUSED]
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_units_that_are_not_found_or_do_not_count_alone_are_refused(name: str) -> None:
+@pytest.mark.parametrize(("kind", "name"), REFUSED)
+def test_what_is_not_found_or_does_not_count_alone_is_refused(kind: str, name: str) -> None:
     vlm = _vlm(name)
-    with pytest.raises(ConfigError, match=REFUSED[name]):
-        find_gated(vlm, vlm.towers, UNITS)
+    with pytest.raises(ConfigError, match=REFUSED[kind, name]):
+        find_gated(vlm, vlm.towers, GATED[kind])
 
 
-@pytest.mark.parametrize("name", [each for each in TINY if each not in REFUSED])
-def test_folded_gates_are_the_same_function_and_give_every_unit_its_value(name: str) -> None:
+@pytest.mark.parametrize(("kind", "name"), TAKEN)
+def test_folded_gates_are_the_same_function_and_give_every_place_its_value(
+    kind: str, name: str
+) -> None:
     vlm = _vlm(name)
-    places = find_gated(vlm, vlm.towers, UNITS)
+    places = find_gated(vlm, vlm.towers, GATED[kind])
     inputs = _inputs(name, vlm)
     gated, folded = copy.deepcopy(vlm.model), copy.deepcopy(vlm.model)
     gates = Gates(places, "l1").double()
@@ -99,6 +109,12 @@ def test_folded_gates_are_the_same_function_and_give_every_unit_its_value(name: 
         apart = max(apart, float((one - before).abs().max()))
     assert apart > 1e-3
 
+    if kind == "branches":
+        for tower in vlm.towers.values():
+            own = [each for each in places if each.tower == tower.name]
+            assert {each.layer for each in own} == set(range(tower.num_layers))
+            assert {"attention", "mlp"} <= {each.kind for each in own}
+        return
     # every output projection of a site has its columns scaled, unit by unit, and nothing else is
     found = _unscored(vlm).with_gates(_report(places, values))
     changed = {n for n, p in folded.named_parameters() if not torch.equal(p, _of(vlm, n))}
