@@ -87,6 +87,23 @@ def test_a_batch_predicts_what_its_samples_predict_alone(name: str) -> None:
             torch.testing.assert_close(logits[row][mask], found, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", CHAT)
+def test_what_stands_in_the_padding_reaches_no_answer(name: str) -> None:
+    # nor the states of recurrent layers, which have to pass over it
+    vlm = with_processor(name)
+    asked = Collator.for_model(vlm, answers=False)(SAMPLES)
+    padding = asked["attention_mask"] == 0
+    assert padding[:, 0].any()
+    word = vlm.processor.tokenizer.convert_tokens_to_ids("red")
+    other = asked | {"input_ids": asked["input_ids"].masked_fill(padding, word)}
+    settings = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": None}
+    said = [
+        vlm.model.generate(**each, **settings, output_logits=True, return_dict_in_generate=True)
+        for each in (asked, other)
+    ]
+    assert torch.stack(said[0].logits).equal(torch.stack(said[1].logits))
+
+
 def test_without_a_chat_template_only_llava_has_a_format_of_its_own() -> None:
     processor = copy.deepcopy(with_processor("gemma3").processor)
     processor.chat_template = processor.tokenizer.chat_template = None
