@@ -34,7 +34,7 @@ from interlace.surgery.cuts import (
     read_cut,
 )
 from interlace.surgery.graft import graft_heads
-from interlace.surgery.heads import check_widths, narrow_layers, state_widths, uneven_widths
+from interlace.surgery.heads import ADVICE, check_widths, narrow_layers, state_widths, uneven_widths
 from interlace.surgery.shell import (
     build_shell,
     carried_over,
@@ -274,7 +274,8 @@ def _finish(
             model.
     """
     student = build_shell(model, copy.deepcopy(draft.config), widths)
-    check_same_tree(student, draft, "The config cannot state this cut; choose another one.")
+    advice = ADVICE if any(cut.plan.cut for cut in cuts) else "Choose another one."
+    check_same_tree(student, draft, f"The config cannot state this cut. {advice}")
     check_same_attributes(student, draft, _Moves(cuts))
     modules = dict(student.named_modules(remove_duplicate=False))
     for name, module in draft.named_modules(remove_duplicate=False):

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 # Config fields that count query heads and neurons, whatever the family calls them.
 _HEADS = ("num_attention_heads", "num_heads", "n_head", "decoder_attention_heads")
 _NEURONS = ("intermediate_size", "ffn_dim", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim")
-_ADVICE = (
-    "Plan it with standard=False (only interlace.open_model loads the result then), or cut neurons "
-    "and layers only, and towers that share a config all alike."
+ADVICE = (
+    "Plan it with standard=False or --spread global (only interlace.open_model loads the result "
+    "then), or cut neurons and layers only, and towers that share a config all alike."
 )
 
 
@@ -57,7 +57,7 @@ def check_widths(vlm: VLM, plan: Plan, cuts: Iterable[Cut]) -> None:
             if plan.standard and vlm.record is not None and vlm.record.widths:
                 raise PlanError(
                     f"{vlm.name} already has widths that its config cannot state, so a plan that "
-                    f"demands a standard checkpoint cannot be carried out. {_ADVICE}"
+                    f"demands a standard checkpoint cannot be carried out. {ADVICE}"
                 )
             for layer, units in layers.items():
                 sites = find_sites(cut.tower.layers[cut.tower.position(layer)])
@@ -241,7 +241,7 @@ def _uniform(draft: nn.Module, cut: Cut, kind: str) -> tuple[Site, tuple[int, ..
         raise PlanError(
             f"The layers of the {cut.tower.name} tower would keep unequal numbers of "
             f"{'heads' if kind == 'heads' else 'neurons'} ({counts}, or unequally many per KV "
-            f"head), which a standard checkpoint cannot state. {_ADVICE}"
+            f"head), which a standard checkpoint cannot state. {ADVICE}"
         )
     return next(site for site in _whole(cut).values() if site.kind == kind), new
 
@@ -251,7 +251,7 @@ def _refusal(stated: Mapping[str, list[str]], error: Exception) -> PlanError:
         f"{name} cannot state {' with '.join(widths)}" for name, widths in stated.items()
     )
     why = " ".join(str(error).split()).rstrip(".")
-    return PlanError(f"{told}: {why}. {_ADVICE}")
+    return PlanError(f"{told}: {why}. {ADVICE}")
 
 
 def _wording(old: Site, new: tuple[int, ...]) -> str:
