@@ -57,7 +57,7 @@ Metrics = Annotated[
         "sensitivity (3), relevance, attention_relevance, mlp_relevance (half as many as there are "
         "layers, each), sensitivity_zeroth_order (16 times as many as relevance); of single heads "
         "and neurons, for `plan --heads` and `--ffn`: head_norm, ffn_norm (1 each), head_taylor "
-        "(3).",
+        "(3), head_obs, ffn_obs (10 for both).",
     ),
 ]
 Protect = Annotated[
@@ -77,12 +77,14 @@ Heads = Annotated[
     str | None,
     typer.Option(
         help="Share of the query heads of the kept layers to cut, 0..1, or per tower, such as "
-        "text=0.25,vision=0.1. Needs the metric head_norm or head_taylor."
+        "text=0.25,vision=0.1. Needs the metric head_norm, head_taylor or head_obs."
     ),
 ]
 Ffn = Annotated[
     str | None,
-    typer.Option(help="The same for neurons of feed-forward parts. Needs the metric ffn_norm."),
+    typer.Option(
+        help="The same for neurons of feed-forward parts. Needs the metric ffn_norm or ffn_obs."
+    ),
 ]
 Spread = Annotated[
     Literal["uniform", "global", "ragged"],
@@ -95,7 +97,7 @@ Graft = Annotated[
     float | None,
     typer.Option(
         help="Share of the KV groups of dropped layers, 0..1, that move into the tuned neighbour. "
-        "Needs the metric head_norm or head_taylor."
+        "Needs the metric head_norm, head_taylor or head_obs."
     ),
 ]
 AttentionParts = Annotated[
@@ -111,7 +113,7 @@ FfnParts = Annotated[
 ]
 WidthMetrics = Annotated[
     str | None,
-    typer.Option(help="What heads and neurons are judged by, such as heads=head_taylor."),
+    typer.Option(help="What heads and neurons are judged by, such as heads=head_obs,ffn=ffn_obs."),
 ]
 Fuse = Annotated[
     bool,

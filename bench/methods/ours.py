@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import interlace as il
 from interlace._recommended import RECOMMENDED_HEAL, RECOMMENDED_PRUNE
 from methods.case import Case, Made, Method, heal
-from methods.rules import OURS, OURS_PARTS, OURS_SPLIT, cut, plan_by
+from methods.rules import OURS, OURS_OBS, OURS_PARTS, OURS_SPLIT, cut, plan_by
 
 REPAIR, WEIGHED = str(RECOMMENDED_PRUNE.bridges), RECOMMENDED_PRUNE.token_weights
 
@@ -33,14 +34,16 @@ def compensated_parts(case: Case) -> Made:
     return Made(student, "; ".join(f"{name} {layers}" for name, layers in parts.items()))
 
 
-def compensated_split(case: Case) -> Made:
+def compensated_split(case: Case, metric: str = "norm") -> Made:
     """Do so with layers, heads and neurons together, of as many parameters."""
     shared = case.shared
+    judged = {"heads": f"head_{metric}", "ffn": f"ffn_{metric}"}
     plan = il.split_plan(
-        shared.scored("similarity", "head_norm", "ffn_norm"),
+        shared.scored("similarity", *judged.values()),
         parameters={tower: case.share(tower) for tower in case.counts()},
         loss=shared.repaired_loss,
         seed=shared.seed,
+        width_metrics=judged,
     )
     notes = (f"{tower}: {each['chosen']}" for tower, each in plan.settings["split"].items())
     return Made(cut(case, plan, REPAIR, WEIGHED), "; ".join(notes))
@@ -50,4 +53,7 @@ METHODS = {
     OURS: Method(compensated, match_states, together=OURS),
     OURS_PARTS: Method(compensated_parts, match_states, timed="parts"),
     OURS_SPLIT: Method(compensated_split, match_states, timed="split", together=OURS),
+    OURS_OBS: Method(
+        partial(compensated_split, metric="obs"), match_states, timed="split", together=OURS
+    ),
 }

@@ -35,7 +35,10 @@ Fraction = float | Mapping[str, float] | None
 
 SPREADS = ("uniform", "global", "ragged")
 # The metrics of each kind that are scored.
-_SCORED = {"heads": ("head_norm", "head_taylor"), "ffn": ("ffn_norm",)}
+_SCORED = {
+    "heads": ("head_norm", "head_taylor", "head_obs"),
+    "ffn": ("ffn_norm", "ffn_obs"),
+}
 # The first one that is there is taken; gates are there only where the caller has put them.
 _METRICS = {kind: (GATE_METRICS[kind], *scored) for kind, scored in _SCORED.items()}
 _RANDOM = "random"

@@ -34,11 +34,13 @@ METRICS: dict[str, str] = {
     "mlp_relevance": "interlace.scores.relevance:MlpRelevance",
     "task_relevance": "interlace.scores.task:TaskRelevance",
 }
-# The same of single heads and neurons; see widths.py.
+# The same of single heads and neurons; see widths.py, and obs.py for those that go in turn.
 WIDTH_METRICS: dict[str, str] = {
     "head_norm": "interlace.scores.head_norm:HeadNorm",
     "head_taylor": "interlace.scores.head_taylor:HeadTaylor",
+    "head_obs": "interlace.scores.obs:HeadObs",
     "ffn_norm": "interlace.scores.ffn_norm:FfnNorm",
+    "ffn_obs": "interlace.scores.obs:FfnObs",
 }
 
 TEXT, VISION = 0, 1

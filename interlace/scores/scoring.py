@@ -28,6 +28,7 @@ from interlace.records import Provenance, Scores, TowerScores
 from interlace.scores.alignment import Alignment, meeting_layers
 from interlace.scores.batches import Batch, Batches
 from interlace.scores.metrics import Meter, metric_classes, named
+from interlace.scores.obs import Eliminations, Obs
 from interlace.scores.packing import check_packing
 from interlace.scores.probes import Probe, Probes
 from interlace.scores.tap import Tap
@@ -84,9 +85,11 @@ def score(
     - "task_relevance": L + 1 calls of `measure` per tower, whatever they cost.
     - "head_norm", "ffn_norm", of single heads and neurons: one pass each, on the questions.
     - "head_taylor", of single heads: a forward and a backward pass, about 3.
+    - "head_obs", "ffn_obs", of single heads and neurons: two forward and four backward passes for
+      both, about 10; 4 C^2 bytes on the CPU for every output projection that reads C columns.
 
-    Sensitivity, relevance and "head_taylor" run on questions with their answers, since they need a
-    loss: that of the answer tokens, or the contrastive one.
+    Sensitivity, relevance, "head_taylor" and the two of "obs" run on questions with their answers,
+    since they need a loss or predictions: those of the answer tokens, or the contrastive ones.
 
     Under torch.distributed (torchrun) every process takes every n-th batch and all get the
     scores of the whole data, equal to those of one process up to the order of fp64 sums.
@@ -132,7 +135,9 @@ def score(
     task = _task(chosen, classes, measure)
     wide = {name: kind for name, kind in classes.items() if issubclass(kind, Gauge)}
     gauges = Gauges(vlm, chosen, wide) if wide else None
-    if probes is not None or any(kind.gradient for kind in wide.values()):
+    removed = {name: kind for name, kind in classes.items() if issubclass(kind, Obs)}
+    eliminations = Eliminations(vlm, chosen, removed) if removed else None
+    if probes or eliminations or any(kind.gradient for kind in wide.values()):
         batches.check_compared()
     others = [each for each in (probes, task, gauges) if each is not None]
     with joined_processes() as (rank, world), contextlib.ExitStack() as stack:
@@ -149,6 +154,8 @@ def score(
                 task.run(rank, world)
             if gauges is not None:
                 gauges.run(batches, rank, world, description)
+            if eliminations is not None:
+                eliminations.run(batches, rank, world, description)
             message = ""
         except InterlaceError as error:
             message = str(error)
@@ -160,9 +167,12 @@ def score(
             each.load_totals(sum_over_processes(each.totals()))
         if probes is not None:
             probes.share_notes()
+        if eliminations is not None:
+            eliminations.share()
+    giving = others if eliminations is None else [*others, eliminations]
     scored = {
         watch.tower.name: _collect(
-            vlm, watch, *(other.results(watch.tower.name) for other in others)
+            vlm, watch, *(other.results(watch.tower.name) for other in giving)
         )
         for watch in watches
     }

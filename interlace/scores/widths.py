@@ -75,6 +75,11 @@ class Gauge(ABC):
         self.total += (sums / counts.clamp_min(1)[:, None]).sum(0)
 
 
+def rounded(values: torch.Tensor) -> list[float]:
+    """Return values as records keep them."""
+    return [float(f"{value:.{_DIGITS}g}") for value in values.tolist()]
+
+
 def _per_sample(values: torch.Tensor, units: Units) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sums of [N, U] over the tokens of every sample, [S, U] fp64, and their counts."""
     own = units.unit.to(values.device)
@@ -157,10 +162,7 @@ class _Watch:
         for name in names:
             rows = [self.gauges.get((name, i)) for i in range(self.tower.num_layers)]
             made[name] = tuple(
-                tuple(float(f"{value:.{_DIGITS}g}") for value in (g.total / self.samples).tolist())
-                if g is not None
-                else ()
-                for g in rows
+                tuple(rounded(g.total / self.samples)) if g is not None else () for g in rows
             )
         return made
 

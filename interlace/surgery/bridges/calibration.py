@@ -16,10 +16,10 @@ from interlace._torch_utils import FORWARD_REFUSALS, accepts
 from interlace.data import Collator
 from interlace.data.samples import Sample, samples, scenes_tasks
 from interlace.errors import ConfigError, DataError, check_numbers
+from interlace.models.fisher import Fisher
 from interlace.models.handle import to_model
 from interlace.models.states import layer_input
 from interlace.models.tokens import token_units
-from interlace.surgery.bridges.fisher import Fisher
 from interlace.surgery.bridges.front import Front, modules_in_front
 from interlace.surgery.bridges.names import BRIDGE_SAMPLES, EVEN, FISHER
 
@@ -253,7 +253,7 @@ class TokenWeights:
     """How much every token of a tower counts: text and image tokens have equal mass in all.
 
     Where the traces of the Fisher information are known, tokens count by them as well, each state
-    of the tower by its own (fisher.py).
+    of the tower by its own (models/fisher.py).
     """
 
     def __init__(self, vlm: VLM, tower: str, counts: torch.Tensor) -> None:

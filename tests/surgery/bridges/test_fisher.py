@@ -12,16 +12,15 @@ from tiny import TINY
 from interlace.config import PruneSettings
 from interlace.data.samples import samples
 from interlace.errors import ConfigError, DataError
-from interlace.models import VLM, family_of, open_model
+from interlace.models import VLM, family_of, fisher, open_model
+from interlace.models.fisher import TEMPERATURE, Fisher
 from interlace.models.predictor import IGNORED, Predictor
 from interlace.models.states import shift_input
 from interlace.progressive.loss import layer_loss
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
 from interlace.surgery.bridges import calibration as calibrations
-from interlace.surgery.bridges import fisher
 from interlace.surgery.bridges.calibration import Calibration
-from interlace.surgery.bridges.fisher import TEMPERATURE, Fisher
 
 
 def _hooks(vlm: VLM) -> list[int]:

@@ -43,35 +43,57 @@ _DRAWS = 4
 
 # Tower -> number of a state (that of the layer it goes into, or the depth) -> one [N] per run.
 Traces = dict[str, dict[int, list["Tensor"]]]
+# (tower, number of a state) -> [D, D], on the CPU
+State = tuple[str, int]
+Moments = dict[State, "Tensor"]
 
 
 class Fisher:
     """Asks one model, batch by batch."""
 
-    def __init__(self, vlm: VLM) -> None:
+    def __init__(
+        self, vlm: VLM, asked: str = "token_weights='fisher'", instead: str = "token_weights='even'"
+    ) -> None:
         """Prepare.
+
+        Args:
+            vlm: the model.
+            asked: what it is for, as errors name it.
+            instead: what does without it.
 
         Raises:
             ConfigError: the weights allow no gradients.
         """
-        check_gradients(vlm, "token_weights='fisher' cannot be had")
-        self._vlm = vlm
+        check_gradients(vlm, f"{asked} cannot be had")
+        self._vlm, self._instead = vlm, instead
         self._predictor = Predictor(vlm)
         # drawn where they are used: a batch takes as many as it has logits
         self._random = torch.Generator(vlm.device).manual_seed(0)
 
-    def traces(self, inputs: Mapping[str, Any], towers: Iterable[str]) -> Traces:
+    def traces(
+        self,
+        inputs: Mapping[str, Any],
+        towers: Iterable[str],
+        moments: Moments | None = None,
+        seed: int | None = None,
+    ) -> Traces:
         """Return the trace of F for all states of some towers; cost: one pass and four backward.
 
         Args:
             inputs: a batch as the collator gives it with answers, on the model's device.
             towers: their names.
+            moments: F itself, summed over the tokens of the batch, is added to those of its states.
+            seed: of this batch's draws; default: they go on from the batch before.
 
         Raises:
             DataError: a batch without answers, or gradients that are not finite.
             FamilyError: the model gives no predictions.
         """
-        with torch.enable_grad(), _untrained(self._vlm.model), self._watched(towers) as watch:
+        if seed is not None:
+            self._random.manual_seed(seed)
+        wanted = moments or {}
+        watching = self._watched(towers, wanted)
+        with torch.enable_grad(), _untrained(self._vlm.model), watching as watch:
             logits = self._softened(inputs)
             # a batch need not reach the towers, nor what they give the predictions
             reached = watch.leaves and logits.requires_grad
@@ -87,8 +109,10 @@ class Fisher:
         if not all(bool(each.isfinite().all()) for each in values):
             raise DataError(
                 "NaN or infinite gradients of the predictions. Open the model in bfloat16 or "
-                "float32, or take token_weights='even'."
+                f"float32, or take {self._instead}."
             )
+        for state, moment in watch.moments.items():
+            wanted[state] += (moment / _DRAWS).to(wanted[state])
         return found
 
     def _softened(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -110,8 +134,8 @@ class Fisher:
         return (logits * root * (drawn - root * (root * drawn).sum(-1, keepdim=True))).sum()
 
     @contextlib.contextmanager
-    def _watched(self, towers: Iterable[str]) -> Iterator[_Watch]:
-        watch = _Watch()
+    def _watched(self, towers: Iterable[str], wanted: Iterable[State]) -> Iterator[_Watch]:
+        watch = _Watch(wanted)
         with contextlib.ExitStack() as stack:
             for name in towers:
                 for hook in watch.hooks(name, self._vlm.towers[name].layers):
@@ -120,10 +144,15 @@ class Fisher:
 
 
 class _Watch:
-    """Sums of |g|^2 at the states of towers, over the backward passes of one forward pass."""
+    """Sums of |g|^2 at the states of towers, over the backward passes of one forward pass.
 
-    def __init__(self) -> None:
+    Of those states whose moments are wanted, the sums of g g' as well, [D, D] fp32.
+    """
+
+    def __init__(self, wanted: Iterable[State]) -> None:
         self.leaves: list[Tensor] = []
+        self.moments: dict[State, Tensor] = {}
+        self._wanted = frozenset(wanted)
         self._sums: dict[tuple[str, int], list[Tensor]] = {}
 
     def hooks(self, name: str, layers: nn.ModuleList) -> Iterator[Any]:
@@ -156,6 +185,10 @@ class _Watch:
 
         def add(gradient: Tensor) -> None:
             total.add_(gradient.double().square().sum(-1).reshape(-1))
+            if (name, state) in self._wanted:
+                flat = gradient.reshape(-1, gradient.shape[-1]).float()
+                before = self.moments.get((name, state), 0)
+                self.moments[name, state] = before + flat.T @ flat
 
         # a tower that works without gradients of its own accord has traces of 0
         if hidden.requires_grad:
