@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path  # noqa: TC003 (typer reads it at run time)
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -38,8 +38,16 @@ from interlace.config import DEFAULT_RANK, HealSettings
 from interlace.errors import CheckpointError, ConfigError
 from interlace.surgery.bridges.names import BRIDGE_SAMPLES, has_bridges
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+# what says which samples are read
+_OF_DATA = ("data", "root", "split", "count", "max_bad_fraction", "seed")
+
 
 def prune(
+    context: typer.Context,
     model: Model,
     plan_file: Annotated[Path, path_argument("What `interlace plan` wrote.", "PLAN")],
     output: Annotated[Path, output_option("Folder of the new checkpoint.")],
@@ -69,12 +77,14 @@ def prune(
 
     check_new_folder(output, overwrite=overwrite)
     cut = prune_settings(allow_pinned, bridges, rank, token_weights)
-    check_root(data, root)
-    if data != "scenes" and not has_bridges(cut.bridges):
+    unread = [] if has_bridges(cut.bridges) else _options_given(context, _OF_DATA)
+    if unread:
+        named = ", ".join(unread)
         raise ConfigError(
-            f"--data is {data!r}, but data is read only to fit bridges, and --bridges is "
-            f"{bridges!r}. Name a bridge, such as 'refit', or leave --data out."
+            f"{named} given, but data is read only to fit bridges, and --bridges is {bridges!r}. "
+            f"Name a bridge, such as 'refit', or leave {named} out."
         )
+    check_root(data, root)
     chosen = Plan.load(plan_file)
     dense = open_vlm(model, dtype, device, trust_remote_code)
     calibration = None
@@ -83,6 +93,16 @@ def prune(
     student = run_prune(dense, chosen, data=calibration, **vars(cut))
     run_export(student, output, records=(chosen,), overwrite=overwrite)
     say(f"Wrote {output} ({student.num_parameters():,} parameters)")
+
+
+def _options_given(context: typer.Context, names: Sequence[str]) -> list[str]:
+    """Return the options of these parameters that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    ]
 
 
 def heal(

@@ -1,4 +1,4 @@
-"""Healing on the command line beside the checkpoints of an earlier run."""
+"""Pruning and healing on the command line: options, and checkpoints of an earlier run."""
 
 from __future__ import annotations
 
@@ -26,6 +26,27 @@ def planned(interlace, tmp_path: Path) -> Path:
     assert interlace("score", "bundled:clip", "-o", scores, *count)[0] == 0
     assert interlace("plan", scores, "-o", plan, "--num-drop", 1)[0] == 0
     return plan
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--data", "scenes"),
+        ("--root", "there"),
+        ("--split", "test"),
+        ("--count", 512),
+        ("--max-bad-fraction", 0.5),
+        ("--seed", 0),
+    ],
+)
+def test_without_bridges_no_option_says_which_data(
+    interlace, tmp_path: Path, option: str, value: object
+) -> None:
+    call = ("prune", "bundled:clip", tmp_path / "plan.json", "-o", tmp_path / "out", option, value)
+    code, _, error = interlace(*call)
+    assert code == 2
+    assert error.startswith(f"Error: {option} given, but data is read only to fit bridges")
+    assert "read only" not in interlace(*call, "--bridges", "fold")[2]
 
 
 def test_a_finished_run_is_replaced_with_its_checkpoints(
