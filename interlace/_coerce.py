@@ -22,6 +22,9 @@ from interlace.errors import ConfigError, unknown_name
 # JSON has no word for these, so they travel as strings.
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
+# The end of what 64 bits hold.
+_TOO_LARGE = 2**63
+
 
 @functools.cache
 def _field_types(kind: Any) -> dict[str, Any]:
@@ -41,11 +44,14 @@ def type_name(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
-def _refuse(where: str, kind: Any, value: Any) -> ConfigError:
+def _shown(value: Any) -> str:
     shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def _refuse(where: str, kind: Any, value: Any) -> ConfigError:
     return ConfigError(
-        f"{where}: expected {type_name(kind)}, got {shown} ({type(value).__name__})."
+        f"{where}: expected {type_name(kind)}, got {_shown(value)} ({type(value).__name__})."
     )
 
 
@@ -57,7 +63,10 @@ def _scalar(kind: Any, value: Any, where: str) -> Any:
     elif kind is int and isinstance(value, numbers.Integral):
         return operator.index(value)
     elif kind is float and isinstance(value, numbers.Real):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise _refuse(where, kind, value) from error
     elif kind is float and isinstance(value, str) and value in _SPECIAL:
         return _SPECIAL[value]
     elif kind is str and isinstance(value, str | Path):
@@ -214,13 +223,17 @@ def within(default: Any, low: float, high: float = math.inf, *, above: bool = Fa
 
 
 def _check_range(value: Any, where: str, low: float, high: float, above: bool) -> None:
-    if (low < value if above else low <= value) and value <= high and math.isfinite(value):
+    # whole numbers go into 64 bits below, and those beyond a float have no `isfinite`
+    whole = isinstance(value, int)
+    usable = value < _TOO_LARGE if whole else math.isfinite(value)
+    if (low < value if above else low <= value) and value <= high and usable:
         return
     if math.isinf(high):
-        words = f"{'more than' if above else 'at least'} {low:g}, and finite"
+        end = f"below {_TOO_LARGE}" if whole else "finite"
+        words = f"{'more than' if above else 'at least'} {low:g}, and {end}"
     else:
         words = f"above {low:g} and at most {high:g}" if above else f"within {low:g}..{high:g}"
-    raise ConfigError(f"{where} must be {words}, got {value!r}.")
+    raise ConfigError(f"{where} must be {words}, got {_shown(value)}.")
 
 
 class Checked:

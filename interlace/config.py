@@ -352,6 +352,7 @@ class Recipe(Settings):
             raise ConfigError(f"There is no recipe at {path}. Check the path.") from error
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"Cannot read the recipe {path} ({error}).") from error
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:
+            # also a number of thousands of digits, which Python does not read
             raise ConfigError(f"The recipe {path} is not valid TOML: {error}.") from error
         return cls.from_dict(values, source=str(path))

@@ -93,6 +93,14 @@ MODEL = {"path": "m"}
         ),
         ({"model": MODEL, "heal": {"learning_rate": float("nan")}}, "above 0"),
         ({"model": MODEL, "heal": {"epochs": float("inf")}}, "at least 0, and finite, got inf"),
+        (
+            {"model": MODEL, "heal": {"epochs": 10**400}},
+            r"expected float, got 10{76}\.\.\. ",
+        ),
+        (
+            {"model": MODEL, "heal": {"batch_size": 10**400}},
+            r"below 9223\d+, got 10{76}\.\.\.",
+        ),
         ({"model": MODEL, "heal": {"batch_size": 0}}, "at least 1"),
         ({"model": MODEL, "heal": {"batch_size": 1.5}}, "expected int, got 1.5"),
         ({"model": MODEL, "heal": {"batch_size": True}}, "expected int, got True"),
@@ -132,6 +140,9 @@ def test_bad_files(tmp_path):
         Recipe.load(tmp_path / "missing.toml")
     path = tmp_path / "recipe.toml"
     path.write_text("[model\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        Recipe.load(path)
+    path.write_text(f"[heal]\nepochs = {'9' * 5000}\n")
     with pytest.raises(ConfigError, match="not valid TOML"):
         Recipe.load(path)
     path.write_text("[model]\npath = 'm'\n[heel]\n")

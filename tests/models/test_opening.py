@@ -89,9 +89,10 @@ def test_missing_and_empty_folder(tmp_path: Path) -> None:
 
 
 def test_broken_config(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "clip"')
-    with pytest.raises(CheckpointError, match="not readable JSON"):
-        open_model(folder)
+    for text in ('{"model_type": "clip"', "[" * 10**6, f'{{"hidden_size": {"9" * 5000}}}'):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="not readable JSON"):
+            open_model(folder)
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         open_model(folder)
