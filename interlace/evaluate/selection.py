@@ -135,6 +135,12 @@ def choose(
         for name in data:
             if name not in TASK_TABLE:
                 raise ConfigError(unknown_name("evaluation task in data", name, TASKS))
+        unused = [name for name in data if name not in names]
+        if unused:
+            raise ConfigError(
+                f"data holds samples for {', '.join(unused)}, but the tasks are "
+                f"{', '.join(names)}. Name these in tasks too, or leave them out of data."
+            )
     elif data is not None and not isinstance(data, Samples):
         raise ConfigError(
             f"data is a {type(data).__name__}; give Samples (from interlace.samples), a dict of "

@@ -105,6 +105,8 @@ def test_unknown_names_and_numbers(tiny_vlm: Callable[..., VLM]) -> None:
         evaluate(vlm, tasks=())
     with pytest.raises(ConfigError, match="Did you mean 'vqa'"):
         evaluate(vlm, tasks=("vqa",), data={"vqaa": samples("scenes", count=1)})
+    with pytest.raises(ConfigError, match="samples for caption, but the tasks are vqa"):
+        evaluate(vlm, tasks=("vqa",), data={"caption": samples("scenes", count=1)})
     for name in ("batch_size", "max_new_tokens", "count"):
         for wrong in (0, 1.5, True):
             with pytest.raises(ConfigError, match=f"{name} is"):
