@@ -61,3 +61,10 @@ def test_every_op_is_public_and_every_kernel_belongs_to_an_op() -> None:
     for path in [*(ROOT / "csrc").glob("*/*.*"), *(ROOT / "triton_kernels").glob("[!_]*.py")]:
         belongs = any(path.stem == op or path.stem.startswith(f"{op}_") for op in ops)
         assert belongs or path.stem in shared, f"{path.relative_to(ROOT)} has no op of that name"
+
+
+def test_no_version_has_a_heading_twice_in_the_changelog() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for version in text.split("\n## ")[1:]:
+        headings = [line for line in version.splitlines() if line.startswith("### ")]
+        assert len(headings) == len(set(headings)), version.splitlines()[0]
