@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ def with_choices(
 
     Args:
         question: without them.
-        choices: as the record holds them, a list of texts.
+        choices: as the record holds them, a list of texts; letters that they carry already, such as
+            "A. red" or "(a) red", are not put in front again.
         hint: stands in front of the question; may be empty.
         right: the right choice as its index from 0, its letter, or its text; None where the record
             does not say.
@@ -39,17 +41,29 @@ def with_choices(
             f"to {most} texts."
         )
     texts = [str(each).strip() for each in choices]
-    lettered = [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, texts, strict=False)]
+    bare = _without_letters(texts)
+    lettered = [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, bare, strict=False)]
     asked = "\n".join(filter(None, (hint, question, *lettered, PROMPT)))
-    return asked, () if right is None else (ascii_uppercase[_place(right, texts, where)],)
+    return asked, () if right is None else (ascii_uppercase[_place(right, texts, bare, where)],)
 
 
-def _place(right: Any, texts: Sequence[str], where: str) -> int:
+def _without_letters(texts: Sequence[str]) -> Sequence[str]:
+    """Take off the letters where all choices carry theirs, in order."""
+    found = [
+        re.fullmatch(rf"(?is)\(?{letter}[.):]\s+(.+)", text)
+        for letter, text in zip(ascii_uppercase, texts, strict=False)
+    ]
+    bare = [match[1] for match in found if match is not None]
+    return bare if len(bare) == len(texts) else texts
+
+
+def _place(right: Any, texts: Sequence[str], bare: Sequence[str], where: str) -> int:
     said = str(right).strip()
     named = isinstance(right, str)
     letters = ascii_uppercase[: len(texts)]
-    if named and said in texts:
-        return texts.index(said)
+    for spelled in (texts, bare):
+        if named and said in spelled:
+            return spelled.index(said)
     if named and len(said) == 1 and said.upper() in letters:
         return letters.index(said.upper())
     if said.isdecimal() and int(said) < len(texts):

@@ -179,6 +179,14 @@ def test_choices_stand_in_the_question(save_image: Callable[..., Path], tmp_path
     ]
     assert answer.text == "B"
     assert len(asked(hint="").turns) == 1
+    # letters that stand there already, all of them and in order
+    lines = user.text.splitlines()
+    for carried in (["A. cat", "B. dog"], ["(a) cat", "(b) dog"], ["A: cat", "B:  dog"]):
+        for right in ("dog", "b", carried[1], 1):
+            (user, answer) = asked(choices=carried, answer=right).turns
+            assert (user.text.splitlines(), answer.text) == (lines, "B")
+    for others in (["A.D.", "B.C."], ["A. cat", "dog"], ["B. cat", "A. dog"], ["A. ", "B. "]):
+        assert asked(choices=others).turns[0].text.splitlines()[3] == f"A. {others[0].strip()}"
     # an open question among them, and one without an image
     assert asked(choices=[], answer="cat").turns[0].text == "<image>\nWhich?"
     assert asked(choices=[], options=["cat", "dog"], answer="dog").turns[1].text == "B"
