@@ -209,7 +209,7 @@ def plan(
         ffn_parts=shares(ffn_parts, "--ffn-parts"),
         width_metrics=judges(width_metrics),
     )
-    check_use(rule, settings.weights, group, drops=settings.drops)
+    check_use(settings.rule, settings.weights, group, drops=settings.drops, named=rule is not None)
     made = make_plan(Scores.load(scores), **arguments_of(settings))
     say(str(made))
     save_record(made, output)

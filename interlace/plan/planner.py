@@ -255,7 +255,7 @@ def make_plan(
     )
     if group not in _GROUPS:
         raise ConfigError(unknown_name("token group", group, _GROUPS))
-    check_use(None if rule == DEFAULT_RULE else rule, weights, group, drops=drops)
+    check_use(rule, weights, group, drops=drops)
     if loss is not None and not callable(loss):
         raise ConfigError(
             f"loss is a {type(loss).__name__}; give a callback (tower, dropped_layers) -> loss, "

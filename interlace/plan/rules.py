@@ -212,33 +212,38 @@ def check_rule_without_model(name: str) -> None:
 
 
 def check_use(
-    rule: str | None, weights: Mapping[str, float] | None, group: str, *, drops: bool
+    rule: str,
+    weights: Mapping[str, float] | None,
+    group: str,
+    *,
+    drops: bool,
+    named: bool | None = None,
 ) -> None:
     """Refuse what says how layers are chosen where nothing would come of it.
 
     Args:
-        rule: name of a rule; None for the default one that nobody asked for by name.
+        rule: name of the rule.
         weights: as of `make_plan`.
         group: likewise.
         drops: layers are dropped, or may be.
+        named: the rule was asked for by name; default: where it is not the default one.
 
     Raises:
         ConfigError: no layers are dropped, or the rule looks at no similarity.
         PlanError: weights for a rule that has no use for them.
     """
     given = {
-        f"rule={rule!r}": rule is not None,
+        f"rule={rule!r}": rule != DEFAULT_RULE if named is None else named,
         "weights": weights is not None,
         f"group={group!r}": group != "all",
     }
-    named = ", ".join(name for name, is_given in given.items() if is_given)
-    if named and not drops:
+    words = ", ".join(name for name, is_given in given.items() if is_given)
+    if words and not drops:
         raise ConfigError(
-            f"Layers are to be chosen by {named}, but none are dropped: heads, neurons and parts "
+            f"Layers are to be chosen by {words}, but none are dropped: heads, neurons and parts "
             "of layers are judged by metrics of their own. Say how many layers to drop as well "
             "(drop_fraction or num_drop, --drop-fraction or --num-drop), or leave this out."
         )
-    rule = rule or DEFAULT_RULE
     if weights is not None and rule not in USE_WEIGHTS:
         raise PlanError(
             f"The rule '{rule}' does not choose by scores of layers, so weights mean nothing to "

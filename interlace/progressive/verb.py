@@ -21,7 +21,7 @@ from interlace.data.samples import Samples
 from interlace.errors import ConfigError, DataError
 from interlace.heal.checks import check_device
 from interlace.models.handle import check_vlm
-from interlace.plan.rules import DEFAULT_RULE, check_use, find_rule
+from interlace.plan.rules import check_use, find_rule
 from interlace.plan.split import check_settings
 from interlace.plan.widths import check_width_settings, needed_metrics
 from interlace.progressive.guard import check_guard, held_out_scenes
@@ -238,7 +238,7 @@ def check_amounts(settings: PlanSettings, stages: int, scored: Sequence[str]) ->
         PlanError: weights for a rule that has no use for them.
     """
     check_use(
-        None if settings.rule == DEFAULT_RULE else settings.rule,
+        settings.rule,
         settings.weights,
         settings.group,
         drops=settings.drops or settings.parameters is not None,
