@@ -42,12 +42,13 @@ from subjects import (
 )
 
 from interlace.config import HealSettings
+from interlace.errors import unknown_name
 from interlace.evaluate._common import Options
 from interlace.evaluate.speed import measure as time_models
 from interlace.surgery.bridges.names import check_bridges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     import torch
 
@@ -272,16 +273,23 @@ def _shard(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
+def _named(kind: str, known: Collection[str], text: str) -> str:
+    if text not in known:
+        raise argparse.ArgumentTypeError(unknown_name(kind, text, known))
+    return text
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--models", nargs="+", choices=list(SUBJECTS), help="default: those of the preset"
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"MODEL is one of {', '.join(SUBJECTS)}. METHOD is one of {', '.join(METHODS)}.",
     )
+    models = {"nargs": "+", "metavar": "MODEL", "type": partial(_named, "model", SUBJECTS)}
+    methods = {"nargs": "+", "metavar": "METHOD", "type": partial(_named, "method", METHODS)}
+    parser.add_argument("--models", **models, help="default: those of the preset")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
-    parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), help="default: those of the preset"
-    )
+    parser.add_argument("--methods", **methods, help="default: those of the preset")
     parser.add_argument("--fractions", nargs="+", type=float, help="such as 0.25 0.5")
     parser.add_argument("--seeds", nargs="+", type=int, help="such as 0 1 2")
     parser.add_argument("--bridges", default="none", help="comma separated: none, scale, fold")
@@ -300,9 +308,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--summary", action="store_true", help="the same in one table, the mean of all metrics"
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what the file holds")
-    parser.add_argument(
-        "--highlight", nargs="+", choices=list(METHODS), default=["interlace"], help="in the chart"
-    )
+    parser.add_argument("--highlight", **methods, default=["interlace"], help="in the chart")
     return parser.parse_args(arguments)
 
 

@@ -14,7 +14,7 @@ from cells import Cells, read
 from methods import COMPARED
 from PIL import Image
 from presets import PRESETS
-from retention import Bench, Job, jobs_of, measure_all
+from retention import Bench, Job, jobs_of, measure_all, parse
 from retention_chart import plot, points, speed_up
 from retention_report import summary, table
 from subjects import (
@@ -280,3 +280,22 @@ def test_chart_refuses_results_without_speed(tmp_path: Path) -> None:
     untimed = [row for row in rows() if row["cell"][1] != "speed"]
     with pytest.raises(DataError, match="--speed only"):
         plot(untimed, tmp_path / "chart.png")
+
+
+def test_help_names_every_method_once_and_others_are_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    words = [word.strip(",.") for word in capsys.readouterr().out.split()]
+    assert words.count("magnitude_per_matrix") == words.count("clip-2048") == 1
+    for option, given, near in (
+        ("--models", "clipp", "clip"),
+        ("--methods", "slebb", "sleb"),
+        ("--highlight", "slebb", "sleb"),
+    ):
+        with pytest.raises(SystemExit):
+            parse([option, near, given])
+        assert f"{option}: Unknown" in (told := capsys.readouterr().err)
+        assert f"Did you mean '{near}'?" in told
+    assert parse(["--methods", "sleb", "last"]).methods == ["sleb", "last"]
