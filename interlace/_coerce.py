@@ -232,7 +232,8 @@ def _check_range(value: Any, where: str, low: float, high: float, above: bool) -
         end = f"below {_TOO_LARGE}" if whole else "finite"
         words = f"{'more than' if above else 'at least'} {low:g}, and {end}"
     else:
-        words = f"above {low:g} and at most {high:g}" if above else f"within {low:g}..{high:g}"
+        end = str(high) if isinstance(high, int) else f"{high:g}"
+        words = f"above {low:g} and at most {end}" if above else f"within {low:g}..{end}"
     raise ConfigError(f"{where} must be {words}, got {_shown(value)}.")
 
 

@@ -69,7 +69,8 @@ class HealSettings(Settings):
     gradient_checkpointing: bool = False
     save_steps: int | None = within(None, 1)
     validation_fraction: float = within(0.0, 0.0, 0.5)
-    seed: int = within(42, 0)
+    # NumPy, which transformers seeds too, takes no larger one
+    seed: int = within(42, 0, 2**32 - 1)
     num_workers: int = within(0, 0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     gates: Literal["none", "l1", "hard_concrete"] = "none"

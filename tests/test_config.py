@@ -101,6 +101,7 @@ MODEL = {"path": "m"}
             {"model": MODEL, "heal": {"batch_size": 10**400}},
             r"below 9223\d+, got 10{76}\.\.\.",
         ),
+        ({"model": MODEL, "heal": {"seed": 2**32}}, r"within 0\.\.4294967295, got 4294967296"),
         ({"model": MODEL, "heal": {"batch_size": 0}}, "at least 1"),
         ({"model": MODEL, "heal": {"batch_size": 1.5}}, "expected int, got 1.5"),
         ({"model": MODEL, "heal": {"batch_size": True}}, "expected int, got True"),
