@@ -27,8 +27,10 @@ from interlace.evaluate import evaluate
 from interlace.evaluate.selection import check_models
 from interlace.export import export
 from interlace.heal import heal
-from interlace.heal.checks import check_device
+from interlace.heal.checks import check_device, check_half
+from interlace.heal.units import find_gated
 from interlace.models import VLM, open_model
+from interlace.models.handle import check_compares
 from interlace.plan.rules import USE_LOSS
 from interlace.plan.split import plan_by
 from interlace.progressive import progressive
@@ -199,6 +201,7 @@ def run(
     check_models(vlm, vlm, settings.eval.tasks)
     if settings.heal.trains:
         check_device(vlm)
+        check_half(vlm)
     if settings.progressive is not None:
         check_guard(settings.progressive.guard, vlm)
     calibration = _calibration(settings.data, vlm)
@@ -231,10 +234,17 @@ def run(
     def student() -> VLM:
         data = calibration if has_bridges(settings.prune.bridges) else None
         size = settings.score.batch_size
-        return prune(vlm, plan, data=data, batch_size=size, **vars(settings.prune))
+        made = prune(vlm, plan, data=data, batch_size=size, **vars(settings.prune))
+        if settings.heal.trains and settings.heal.gates != "none":
+            # what healing would refuse only once the student is measured
+            find_gated(made, plan.towers, settings.heal.gate_units)
+        return made
 
     held_out = _measured(settings.data, settings.eval, vlm)
-    healing = _healing(settings.data, vlm) if settings.heal.trains else None
+    healing = None
+    if settings.heal.trains:
+        healing = _healing(settings.data, vlm)
+        check_compares(vlm, settings.heal.batch_size, len(healing))
     _warn_of_overlap(held_out, calibration, *([healing] if healing is not None else []))
     measure, eval_inputs = _measure(settings, vlm, held_out)
     raw_key = sha256_of([prune_key, *eval_inputs])
