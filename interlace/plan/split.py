@@ -150,10 +150,13 @@ def splits(shape: TowerShape, wanted: int, most: int) -> list[Split]:
             f"{100 * number / total:.3g} %"
             for number in (bundle, wanted, max(gone.values(), default=0))
         )
-        raise PlanError(
-            f"{share} of the parameters of the layers is out of reach: about {least} and at most "
-            f"{highest} can go, since every layer keeps heads and neurons, and protected ones stay."
+        reach = (
+            f"at most {highest} can go, since every layer keeps heads and neurons, and protected "
+            "ones stay"
         )
+        if wanted < bundle:
+            reach = f"about {least} is the least that can go, {FFN_MULTIPLE} neurons of every layer"
+        raise PlanError(f"{share} of the parameters of the layers is out of reach: {reach}.")
     return near
 
 

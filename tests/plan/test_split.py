@@ -158,7 +158,7 @@ def test_what_a_config_cannot_state_is_no_candidate_for_a_standard_checkpoint() 
         (
             {"parameters": 0.95, "protect": tuple(range(LAYERS))},
             PlanError,
-            "95 % of the parameters of the layers is out of reach: .* at most 83.4 %",
+            "95 % of the parameters of the layers is out of reach: at most 83.4 %",
         ),
         ({"parameters": {"txt": 0.4}}, PlanError, "Did you mean 'text'"),
         ({"loss": lambda *_: 0.0}, ConfigError, "Give interlace.layer_loss"),
@@ -173,6 +173,16 @@ def test_what_cannot_be_split_is_refused_in_words(
     given = {"parameters": 0.4, "loss": Loss(lambda plan: near(plan, 2))}
     with pytest.raises(error, match=words):
         split_plan(scores(), **{**given, **arguments})
+
+
+def test_less_than_the_least_is_out_of_reach() -> None:
+    sites = {
+        "attn": SiteShape("heads", ((2,) * GROUPS,) * LAYERS, 640, 320),
+        "mlp": SiteShape("ffn", ((NEURONS,),) * LAYERS, PER_NEURON),
+    }
+    shape = TowerShape(16, 8, 4, 4, (LAYER,) * LAYERS, causal=True, sites=sites)
+    with pytest.raises(PlanError, match=r"0.01\d* % .* out of reach: about 10.1 % is the least"):
+        splits(shape, 4, 8)
 
 
 def test_sizes_must_be_known() -> None:
