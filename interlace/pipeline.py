@@ -27,10 +27,9 @@ from interlace.evaluate import evaluate
 from interlace.evaluate.selection import check_models
 from interlace.export import export
 from interlace.heal import heal
-from interlace.heal.checks import check_device, check_half
+from interlace.heal.checks import check_device, check_half, check_learnable_data
 from interlace.heal.units import find_gated
 from interlace.models import VLM, open_model
-from interlace.models.handle import check_compares
 from interlace.plan.rules import USE_LOSS
 from interlace.plan.split import plan_by
 from interlace.progressive import progressive
@@ -244,7 +243,7 @@ def run(
     healing = None
     if settings.heal.trains:
         healing = _healing(settings.data, vlm)
-        check_compares(vlm, settings.heal.batch_size, len(healing))
+        check_learnable_data(vlm, settings.heal.batch_size, healing)
     _warn_of_overlap(held_out, calibration, *([healing] if healing is not None else []))
     measure, eval_inputs = _measure(settings, vlm, held_out)
     raw_key = sha256_of([prune_key, *eval_inputs])

@@ -5,7 +5,6 @@ Legend: B batch, T tokens (padding included), -100 a label that the loss ignores
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,14 @@ import torch
 
 from interlace._torch_utils import accepts
 from interlace.data.chat import ChatText, expanded_positions, spoken_tokens
-from interlace.data.sample_texts import answer, blip2_prompt, is_caption, question, single_images
+from interlace.data.sample_texts import (
+    answer,
+    blip2_prompt,
+    caption,
+    is_caption,
+    question,
+    single_images,
+)
 from interlace.errors import ConfigError, DataError, unknown_name
 
 if TYPE_CHECKING:
@@ -365,16 +371,7 @@ class Collator:
             input_ids[:, 0] = self._start_token_id
 
     def _caption(self, sample: Sample) -> str:
-        """One caption of a sample: of several, always the same one for this seed."""
-        if sample.task == "vqa":
-            return f"{question(sample)} {answer(sample)}"
-        choices = sample.references or tuple(
-            turn.text for turn in sample.turns if turn.role == "assistant"
-        )
-        if not choices:
-            raise DataError(f"Sample {sample.id!r} has no caption; add one.")
-        digest = hashlib.sha256(f"{self._seed}:{sample.id}".encode()).digest()
-        return choices[int.from_bytes(digest[:8], "big") % len(choices)]
+        return caption(sample, self._seed)
 
     def _reply(self, sample: Sample) -> str:
         return self._caption(sample) if is_caption(sample) else answer(sample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from interlace.data.samples import IMAGE_PLACEHOLDER, Sample
@@ -50,15 +51,47 @@ def check_placeholders(
         )
 
 
+def caption(sample: Sample, seed: int) -> str:
+    """One caption of a sample: of several, always the same one for this seed."""
+    if sample.task == "vqa":
+        return f"{question(sample)} {answer(sample)}"
+    found = sample.references or tuple(
+        turn.text for turn in sample.turns if turn.role == "assistant"
+    )
+    if not found:
+        raise DataError(f"Sample {sample.id!r} has no caption; add one.")
+    digest = hashlib.sha256(f"{seed}:{sample.id}".encode()).digest()
+    return found[int.from_bytes(digest[:8], "big") % len(found)]
+
+
+def check_single_image(sample: Sample) -> None:
+    """Refuse another number of images than one, with a DataError."""
+    if len(sample.images) != 1:
+        raise DataError(
+            f"Sample {sample.id!r} has {len(sample.images)} images; this model takes exactly one."
+        )
+
+
 def single_images(samples: Sequence[Sample]) -> list[Image.Image]:
     """Open the one image of every sample; DataError for one that has another number of them."""
     for sample in samples:
-        if len(sample.images) != 1:
-            raise DataError(
-                f"Sample {sample.id!r} has {len(sample.images)} images; "
-                "this model takes exactly one."
-            )
+        check_single_image(sample)
     return [sample.images[0].open() for sample in samples]
+
+
+def check_learnable(sample: Sample, objective: str) -> None:
+    """Refuse a sample that no batch can train on, as far as that shows without its images.
+
+    Raises:
+        DataError: it has no answer or caption, or another number of images than the one that all
+            models but those of chats take.
+    """
+    if objective != "chat":
+        check_single_image(sample)
+    if objective in ("chat", "vqa"):
+        answer(sample)
+    else:
+        caption(sample, 0)
 
 
 def blip2_prompt(sample: Sample) -> str:

@@ -10,8 +10,10 @@ import torch
 
 from interlace._files import check_place, sha256_of
 from interlace._launch import is_first_process, world_size
+from interlace.data.sample_texts import check_learnable
 from interlace.data.samples import Samples
 from interlace.errors import ConfigError, DataError
+from interlace.models.handle import check_compares
 
 if TYPE_CHECKING:
     import os
@@ -112,6 +114,27 @@ def as_samples(name: str, given: Any) -> Samples:
             f"{name} is a {type(given).__name__}; give samples, such as those of interlace.samples."
         )
     return Samples(given, source="a sequence")
+
+
+def check_learnable_data(vlm: VLM, batch_size: int, data: Samples) -> None:
+    """Refuse samples that training would stop at once it comes to them.
+
+    Raises:
+        ConfigError: batches of one sample, where the loss tells samples of a batch apart.
+        DataError: a sample without an answer, or with images that the model cannot take.
+    """
+    check_compares(vlm, batch_size, len(data))
+    problems: list[str] = []
+    for sample in data:
+        try:
+            check_learnable(sample, vlm.family.objective)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError(
+            f"{data.source}: {len(problems)} of {len(data)} samples cannot be trained on. "
+            f"{' '.join(problems[:3])}"
+        )
 
 
 def check_validation(settings: HealSettings, teacher: VLM | None, validation: Samples) -> None:

@@ -118,7 +118,10 @@ def heal(
     gated = find_gated(student, plan.towers, units)
     if len(samples) == 0:
         raise DataError("There are no samples to heal with. Give at least one.")
-    check_compares(student, chosen.batch_size, len(samples))
+    if collate is None:
+        checks.check_learnable_data(student, chosen.batch_size, samples)
+    else:
+        check_compares(student, chosen.batch_size, len(samples))
     checks.check_validation(chosen, teacher, validation)
     folder = checks.output_folder(output, resume=resume)
     checks.check_device(student)

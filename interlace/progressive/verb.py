@@ -19,8 +19,8 @@ from interlace.config import (
 )
 from interlace.data.samples import Samples
 from interlace.errors import ConfigError, DataError
-from interlace.heal.checks import check_device, check_half
-from interlace.models.handle import check_compares, check_vlm
+from interlace.heal.checks import check_device, check_half, check_learnable_data
+from interlace.models.handle import check_vlm
 from interlace.plan.rules import check_use, find_rule
 from interlace.plan.split import check_settings
 from interlace.plan.widths import check_width_settings, needed_metrics
@@ -172,7 +172,7 @@ def progressive(
     if healed.trains:
         check_device(vlm)
         check_half(vlm)
-        check_compares(vlm, healed.batch_size, len(healing))
+        check_learnable_data(vlm, healed.batch_size, healing)
     if held_out is None:
         held_out = held_out_scenes(vlm, chosen.guard, count=HELD_OUT, seed=1, split="test")
     _check_samples("held_out", held_out)

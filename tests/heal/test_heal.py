@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from heal.toys import toy, toy_collate, toy_plan, toy_samples
+from tiny_processors import with_processor
 
 from interlace.config import HealSettings
+from interlace.data.samples import Turn, samples, scenes_tasks
 from interlace.errors import ConfigError, DataError
 from interlace.heal import heal
 from interlace.heal.anchors import anchor_layers
@@ -176,6 +178,28 @@ def test_bad_input_is_refused_in_words(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="do not match"):
         _heal("llava", student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("internvl", {"turns": (Turn("user", "<image>what?"),)}, "no assistant turn"),
+        ("clip", {"images": ()}, "has 0 images; this model takes exactly one"),
+        ("clip", {"turns": (), "references": ()}, "has no caption"),
+        ("blip_vqa", {"turns": (Turn("user", "what?"),)}, "no assistant turn"),
+    ],
+)
+def test_samples_that_training_would_stop_at_are_refused_before_it(
+    name: str, change: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    teacher = with_processor(name)
+    data = samples("scenes", count=4, tasks=scenes_tasks(teacher.family.objective))
+    bad = [*data[:3], replace(data[3], **change)]
+    depths = {tower: each.num_layers for tower, each in teacher.towers.items() if "text" in tower}
+    student = prune(teacher, toy_plan(**depths))
+    with pytest.raises(DataError, match=f"1 of 4 samples cannot be trained on. .*{says}"):
+        heal(student, teacher=teacher, data=bad, batch_size=2, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_student_on_the_cpu_trains_there_beside_gpus_and_other_processes(
