@@ -128,6 +128,7 @@ class Run:
         self.setup = setup
         self.state = state
         self.dense = dense
+        self._check_gates(setup.progressive.stages)
         # the same for all stages: none trains on what another validates with
         objective = setup.vlm.family.objective
         self.training, self.validation = split_off(setup.healing, setup.heal, objective)
@@ -154,11 +155,7 @@ class Run:
             gone = gone_after(counts, setup.progressive.stages)
             if setup.heal.gates != "none":
                 find_gated(setup.vlm, counts, setup.heal.gate_units)
-        if setup.heal.gates != "none" and len(gone) == 1:
-            raise ConfigError(
-                "The last stage learns no gates, and this run has no other. Drop more layers in "
-                "more stages, or set heal.gates to 'none'."
-            )
+        self._check_gates(len(gone))
         slices = split_healing(self.training, setup.heal, len(gone))
         base = self._measured("dense", setup.vlm, self.dense, None)
         done: list[Stage] = []
@@ -184,6 +181,13 @@ class Run:
                 return done, stopped, before.student
             before = reached
         return done, "", before.student
+
+    def _check_gates(self, stages: int) -> None:
+        if self.setup.heal.gates != "none" and stages == 1:
+            raise ConfigError(
+                "The last stage learns no gates, and this run has no other. Drop more layers in "
+                "more stages, or set heal.gates to 'none'."
+            )
 
     def _scores(self, number: int, before: _Before) -> Scores:
         setup = self.setup
