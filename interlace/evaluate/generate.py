@@ -78,6 +78,22 @@ def prompt_batch(vlm: VLM, samples: Sequence[Sample]) -> dict[str, Any]:
     return to_model(Collator.for_model(vlm, answers=False)(samples), vlm)
 
 
+def check_room(vlm: VLM, max_new_tokens: int) -> None:
+    """Refuse answers that are longer than the learned positions of BLIP's kind reach.
+
+    Raises:
+        ConfigError: names the limit; transformers would end in an index that is out of range.
+    """
+    config = vlm.model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    learned = vlm.family.objective in ("caption", "vqa")
+    if learned and isinstance(positions, int) and max_new_tokens > positions:
+        raise ConfigError(
+            f"max_new_tokens is {max_new_tokens}, but {vlm.name} has positions for {positions} "
+            "tokens only. Give at most as many."
+        )
+
+
 def _equal_lengths(batch: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Split a batch into parts without padding: (rows, part)."""
     mask = batch.get("attention_mask")

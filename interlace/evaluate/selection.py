@@ -12,7 +12,7 @@ from interlace.data.samples import Sample, Samples, samples, scenes_tasks
 from interlace.data.schemas import as_task
 from interlace.errors import ConfigError, DataError, unknown_name
 from interlace.evaluate import caption, retrieval, speed, vqa
-from interlace.evaluate.generate import prompt_batch
+from interlace.evaluate.generate import check_room, prompt_batch
 from interlace.models.handle import check_one_device, check_vlm
 from interlace.records import EvalReport
 
@@ -175,6 +175,10 @@ def check_before_work(
     options: Options,
 ) -> None:
     """Find what would fail after an hour before that hour is spent."""
+    models = [vlm] if baseline is None or isinstance(baseline, EvalReport) else [vlm, baseline]
+    if any(TASK_TABLE[name].generates for name in names):
+        for each in models:
+            check_room(each, options.max_new_tokens)
     if "caption" in names:
         caption.check_scorers()
         caption.accepted_captions([item.references for item in chosen["caption"][0]])
@@ -182,7 +186,6 @@ def check_before_work(
         retrieval.caption_pool(chosen["retrieval"][0])
     if "vqa" in names:
         vqa.check_references(chosen["vqa"][0])
-        models = [vlm] if baseline is None or isinstance(baseline, EvalReport) else [vlm, baseline]
         for each in models:
             if "input_ids" not in prompt_batch(each, chosen["vqa"][0][:1]):
                 raise ConfigError(

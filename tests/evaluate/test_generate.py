@@ -8,7 +8,7 @@ import torch
 
 from interlace.data.samples import samples
 from interlace.errors import ConfigError, DataError
-from interlace.evaluate import generate
+from interlace.evaluate import evaluate, generate
 from interlace.evaluate._common import Options
 from interlace.evaluate.generate import generate_texts
 from interlace.models import VLM
@@ -77,6 +77,18 @@ def test_training_modes_are_given_back(tiny_vlm: Callable[..., VLM]) -> None:
         assert not vlm.towers["text"].layers[0].training
     finally:
         vlm.model.eval()
+
+
+@pytest.mark.parametrize(("name", "task"), [("blip_vqa", "vqa"), ("blip_caption", "caption")])
+def test_answers_may_be_as_long_as_there_are_positions(
+    name: str, task: str, tiny_vlm: Callable[..., VLM]
+) -> None:
+    vlm = tiny_vlm(name)
+    most = vlm.model.config.text_config.max_position_embeddings
+    data = samples("scenes", count=2, tasks=(task,))
+    with pytest.raises(ConfigError, match=f"has positions for {most} tokens only"):
+        evaluate(vlm, tasks=(task,), data=data, max_new_tokens=most + 1)
+    evaluate(vlm, tasks=(task,), data=data, max_new_tokens=most)
 
 
 def test_models_without_text_or_processor_are_refused(tiny_vlm: Callable[..., VLM]) -> None:
