@@ -19,7 +19,6 @@ from interlace._cli import (
     Overwrite,
     Remote,
     Root,
-    Seed,
     Split,
     output_option,
     read_bridges,
@@ -101,7 +100,14 @@ def progressive(
     ] = None,
     task: Annotated[str, typer.Option(help="What to measure at the end.")] = "fidelity",
     count: Count = 256,
-    seed: Seed = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Seed of the choice of samples, of rules that draw and of healing, but not of the "
+            "samples to measure on. Default: those of a recipe.",
+        ),
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     trust_remote_code: Remote = False,
@@ -135,7 +141,6 @@ def progressive(
             "calibration_count": calibration_count,
             "heal_count": heal_count,
             "max_bad_fraction": max_bad_fraction,
-            "seed": seed,
         },
         "plan": {
             "drop_fraction": drop_fraction,
@@ -162,6 +167,9 @@ def progressive(
         "eval": {"tasks": split_names(task), "count": count},
         "export": {"overwrite": overwrite},
     }
+    if seed is not None:
+        for name in ("data", "plan", "heal"):
+            sections[name]["seed"] = seed
     planned = PlanSettings(**sections["plan"])
     sections["score"] = {"metrics": ("similarity", *needed_metrics(planned))}
     result = run_flow(Recipe.from_dict(sections, source="interlace progressive"), output)

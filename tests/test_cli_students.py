@@ -12,6 +12,8 @@ from interlace.errors import InterlaceError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from interlace.config import Recipe
+
 HEAL = ("--count", 4, "--max-steps", 2, "--batch-size", 4, "--learning-rate", 1e-4)
 
 
@@ -47,6 +49,23 @@ def test_without_bridges_no_option_says_which_data(
     assert code == 2
     assert error.startswith(f"Error: {option} given, but data is read only to fit bridges")
     assert "read only" not in interlace(*call, "--bridges", "fold")[2]
+
+
+def test_the_seed_of_progressive_is_that_of_all_its_draws(
+    interlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Recipe] = []
+
+    def run(recipe: Recipe, _: object) -> None:
+        given.append(recipe)
+        raise _OpenedError("opened")
+
+    monkeypatch.setattr("interlace.pipeline.run", run)
+    call = ("progressive", "bundled:clip", "-o", tmp_path / "out")
+    for options in ((), ("--seed", 7)):
+        assert interlace(*call, *options)[2] == "Error: opened\n"
+    seeds = [(each.data.seed, each.plan.seed, each.heal.seed, each.eval.seed) for each in given]
+    assert seeds == [(0, 42, 42, 0), (7, 7, 7, 0)]
 
 
 def test_a_finished_run_is_replaced_with_its_checkpoints(
