@@ -23,6 +23,7 @@ from interlace.plan.parts import PARTS
 from interlace.plan.planner import arguments_of, make_plan, tower_names
 from interlace.plan.protection import protected_layers, resolve
 from interlace.plan.shares import check_share, shape_of
+from interlace.plan.widths import check_scored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -117,6 +118,10 @@ def widths_for(shape: TowerShape, wanted: int, layers: Sequence[int]) -> list[Wi
     return [each for each in found if abs(each.gone - wanted) <= limit]
 
 
+def _percent(number: int, total: int) -> str:
+    return f"{100 * number / total:.3g} %"
+
+
 def splits(shape: TowerShape, wanted: int, most: int) -> list[Split]:
     """List the ways for a tower to lose so many parameters.
 
@@ -146,17 +151,17 @@ def splits(shape: TowerShape, wanted: int, most: int) -> list[Split]:
     )
     near = [split for split in found if abs(gone[split] - wanted) <= bundle / 2 + depth]
     if not near:
-        least, share, highest = (
-            f"{100 * number / total:.3g} %"
-            for number in (bundle, wanted, max(gone.values(), default=0))
+        highest = max(gone.values(), default=wanted)
+        if wanted > highest:
+            limit = f"at most {_percent(highest, total)}"
+            why = "every layer keeps heads and neurons, and protected ones stay"
+        else:
+            limit = f"at least about {_percent(bundle, total)}"
+            why = f"every layer loses whole groups of heads or {FFN_MULTIPLE} neurons"
+        raise PlanError(
+            f"{_percent(wanted, total)} of the parameters of the layers is out of reach: {limit} "
+            f"can go, since {why}."
         )
-        reach = (
-            f"at most {highest} can go, since every layer keeps heads and neurons, and protected "
-            "ones stay"
-        )
-        if wanted < bundle:
-            reach = f"about {least} is the least that can go, {FFN_MULTIPLE} neurons of every layer"
-        raise PlanError(f"{share} of the parameters of the layers is out of reach: {reach}.")
     return near
 
 
@@ -248,6 +253,7 @@ def split_plan(
             return replace(plan, towers={tower: replace(own, tune=own.kept, freeze=())})
 
         ways = splits(shape, int(sum(shape.layer_parameters) * share), most)
+        check_scored(scores, tower, width_metrics or {})
         chosen[tower], notes[tower] = _best(tower, ways, make, judge, standard=standard)
     first = next(iter(chosen.values()))
     return replace(

@@ -157,6 +157,21 @@ class _Bundle:
     units: tuple[int, ...]
 
 
+def check_scored(scores: Scores, tower: str, metrics: Mapping[str, str]) -> None:
+    """Refuse scores that do not say how important the heads and neurons of a tower are.
+
+    Args:
+        scores: what was measured.
+        tower: its name.
+        metrics: as of `add_cuts`.
+
+    Raises:
+        PlanError: names what is missing.
+    """
+    for kind in _METRICS:
+        _Chooser(scores, tower, kind, "uniform", metrics.get(kind), seed=0)
+
+
 def add_cuts(
     plans: Mapping[str, TowerPlan],
     scores: Scores,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -158,7 +159,7 @@ def test_what_a_config_cannot_state_is_no_candidate_for_a_standard_checkpoint() 
         (
             {"parameters": 0.95, "protect": tuple(range(LAYERS))},
             PlanError,
-            "95 % of the parameters of the layers is out of reach: at most 83.4 %",
+            "95 % of the parameters of the layers is out of reach: at most 83.4 % can go",
         ),
         ({"parameters": {"txt": 0.4}}, PlanError, "Did you mean 'text'"),
         ({"loss": lambda *_: 0.0}, ConfigError, "Give interlace.layer_loss"),
@@ -175,14 +176,25 @@ def test_what_cannot_be_split_is_refused_in_words(
         split_plan(scores(), **{**given, **arguments})
 
 
-def test_less_than_the_least_is_out_of_reach() -> None:
-    sites = {
-        "attn": SiteShape("heads", ((2,) * GROUPS,) * LAYERS, 640, 320),
-        "mlp": SiteShape("ffn", ((NEURONS,),) * LAYERS, PER_NEURON),
-    }
-    shape = TowerShape(16, 8, 4, 4, (LAYER,) * LAYERS, causal=True, sites=sites)
-    with pytest.raises(PlanError, match=r"0.01\d* % .* out of reach: about 10.1 % is the least"):
-        splits(shape, 4, 8)
+def test_heads_and_neurons_must_be_scored() -> None:
+    text = scores()["text"]
+    half = replace(scores(), towers={"text": replace(text, importance={})})
+    loss = Loss(lambda _: 0.0)
+    with pytest.raises(PlanError, match="The importance of heads of the tower 'text' was"):
+        split_plan(half, parameters=0.4, loss=loss)
+    assert not loss.asked
+
+
+def test_a_share_smaller_than_any_cut_is_refused_by_the_smallest() -> None:
+    shape = scores().shape
+    assert shape is not None
+    tower = shape.towers["text"]
+    # of both kinds the least that goes from all layers is a tenth
+    tower = replace(
+        tower, sites=tower.sites | {"attn": replace(tower.sites["attn"], unit_parameters=192)}
+    )
+    with pytest.raises(PlanError, match=r"0\.0263 % .* out of reach: at least about .* can go"):
+        splits(tower, 10, LAYERS - 2)
 
 
 def test_sizes_must_be_known() -> None:
