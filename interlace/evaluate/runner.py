@@ -16,6 +16,7 @@ from interlace.evaluate.selection import (
     check_models,
     checked_names,
     choose,
+    given_samples,
 )
 from interlace.records import EvalReport, Provenance
 
@@ -40,7 +41,7 @@ def evaluate(
     vlm: VLM,
     *,
     tasks: Sequence[str] = ("fidelity",),
-    data: Samples | Mapping[str, Samples] | None = None,
+    data: Sequence[Sample] | Mapping[str, Sequence[Sample]] | None = None,
     baseline: VLM | EvalReport | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 64,
@@ -59,8 +60,8 @@ def evaluate(
         tasks: any of "fidelity" (distance from the baseline, which must be a model),
             "perplexity" (of the right answers), "vqa" (accuracy), "caption" (CIDEr, BLEU, exact
             match), "retrieval" (R@1, R@5, R@10 both ways) and "speed".
-        data: what to measure on: one `Samples` for all tasks, of which each takes what it can
-            use; or task -> `Samples`; or None for scenes of the built-in data set.
+        data: what to measure on: samples for all tasks, of which each takes what it can use; or
+            task -> samples; or None for scenes of the built-in data set.
         baseline: the model to compare with, measured in the same call on the same data, or the
             report of an earlier call on the same data.
         batch_size: samples per batch, at least 1.
@@ -81,7 +82,8 @@ def evaluate(
     names = checked_names(tasks)
     check_numbers(batch_size=batch_size, max_new_tokens=max_new_tokens, count=count)
     check_models(vlm, baseline, names)
-    chosen = choose(vlm, names, data, count=count, seed=seed, split=split)
+    given = given_samples(data)
+    chosen = choose(vlm, names, given, count=count, seed=seed, split=split)
     options = Options(batch_size=batch_size, max_new_tokens=max_new_tokens)
     check_before_work(vlm, baseline, names, chosen, options)
     results, base = _run(vlm, baseline, names, chosen, options)
@@ -91,7 +93,7 @@ def evaluate(
     details["settings"] = {
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
-        "data": _data_words(data, f"{split} scenes, {count} per task, seed {seed}"),
+        "data": _data_words(given, f"{split} scenes, {count} per task, seed {seed}"),
     }
     kept = None
     if baseline is not None:

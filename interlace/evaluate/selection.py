@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from interlace.data.collate import processor_of
 from interlace.data.samples import Sample, Samples, samples, scenes_tasks
@@ -17,8 +17,6 @@ from interlace.models.handle import check_one_device, check_vlm
 from interlace.records import EvalReport
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from interlace.evaluate._common import Options
     from interlace.models.handle import VLM
 
@@ -63,6 +61,8 @@ _PAIRED = ("fidelity", "speed")
 
 def checked_names(tasks: Sequence[str]) -> tuple[str, ...]:
     """Give the tasks without repeats; ConfigError for an unknown one or none at all."""
+    if not isinstance(tasks, Iterable):
+        raise ConfigError(f"tasks is {tasks!r}; name at least one of {', '.join(TASKS)}.")
     names = (tasks,) if isinstance(tasks, str) else tuple(dict.fromkeys(tasks))
     if not names:
         raise ConfigError(f"tasks is empty; name at least one of {', '.join(TASKS)}.")
@@ -121,6 +121,29 @@ def _serving(name: str, objective: str) -> tuple[str, ...] | None:
     return task.scenes[objective]
 
 
+def given_samples(
+    data: Sequence[Sample] | Mapping[str, Sequence[Sample]] | None,
+) -> Samples | dict[str, Samples] | None:
+    """Give what to measure on as `Samples`; ConfigError for anything else than samples."""
+    if isinstance(data, Mapping):
+        for name in data:
+            if name not in TASK_TABLE:
+                raise ConfigError(unknown_name("evaluation task in data", name, TASKS))
+        return {name: _as_samples(each) for name, each in data.items()}
+    return None if data is None else _as_samples(data)
+
+
+def _as_samples(data: Any) -> Samples:
+    if isinstance(data, Samples):
+        return data
+    if isinstance(data, Sequence) and data and all(isinstance(each, Sample) for each in data):
+        return Samples(data)
+    raise ConfigError(
+        f"data is a {type(data).__name__}; give samples (from interlace.samples), a dict of "
+        "task -> samples, or None for the built-in scenes."
+    )
+
+
 def choose(
     vlm: VLM,
     names: Sequence[str],
@@ -132,20 +155,12 @@ def choose(
 ) -> Chosen:
     """Samples of every task, and the fingerprint of the data set they were taken from."""
     if isinstance(data, Mapping):
-        for name in data:
-            if name not in TASK_TABLE:
-                raise ConfigError(unknown_name("evaluation task in data", name, TASKS))
         unused = [name for name in data if name not in names]
         if unused:
             raise ConfigError(
                 f"data holds samples for {', '.join(unused)}, but the tasks are "
                 f"{', '.join(names)}. Name these in tasks too, or leave them out of data."
             )
-    elif data is not None and not isinstance(data, Samples):
-        raise ConfigError(
-            f"data is a {type(data).__name__}; give Samples (from interlace.samples), a dict of "
-            "task -> Samples, or None for the built-in scenes."
-        )
     objective = vlm.family.objective
     chosen: Chosen = {}
     for name in names:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 import interlace.evaluate
@@ -97,6 +98,16 @@ def test_one_data_set_serves_every_task_what_it_can_use(tiny_vlm: Callable[..., 
     assert report.retention is None
 
 
+def test_samples_and_numbers_of_other_kinds_mean_the_same(tiny_vlm: Callable[..., VLM]) -> None:
+    vlm, asked = tiny_vlm("qwen3_vl"), samples("scenes", count=3, tasks=("vqa",))
+    wanted = evaluate(vlm, tasks=("vqa",), data=asked, batch_size=2, max_new_tokens=2)
+    for data in (list(asked), {"vqa": tuple(asked)}):
+        report = evaluate(vlm, tasks="vqa", data=data, batch_size=np.int64(2), max_new_tokens=2)  # type: ignore[arg-type]
+        assert report.metrics == wanted.metrics
+        assert report.inputs == wanted.inputs
+        assert type(report.details["settings"]["batch_size"]) is int
+
+
 def test_unknown_names_and_numbers(tiny_vlm: Callable[..., VLM]) -> None:
     vlm = tiny_vlm("qwen3_vl")
     with pytest.raises(ConfigError, match="Did you mean 'fidelity'"):
@@ -111,8 +122,11 @@ def test_unknown_names_and_numbers(tiny_vlm: Callable[..., VLM]) -> None:
         for wrong in (0, 1.5, True):
             with pytest.raises(ConfigError, match=f"{name} is"):
                 evaluate(vlm, tasks=("vqa",), **{name: wrong})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="data is a list"):
-        evaluate(vlm, tasks=("vqa",), data=[1])  # type: ignore[arg-type]
+    for data in ([1], [], {"vqa": [1]}):
+        with pytest.raises(ConfigError, match="data is a list"):
+            evaluate(vlm, tasks=("vqa",), data=data)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="tasks is None"):
+        evaluate(vlm, tasks=None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="The model is a Qwen3VLForConditionalGeneration"):
         evaluate(vlm.model, tasks=("vqa",))  # type: ignore[arg-type]
     assert set(TASKS) == {"fidelity", "perplexity", "vqa", "caption", "retrieval", "speed"}
