@@ -57,7 +57,7 @@ _LOAD_FAILURES = (
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ConfigError(unknown_name("dtype", dtype, _DTYPES))
     return _DTYPES[dtype]
 
@@ -67,7 +67,7 @@ def _device(device: str | torch.device | None) -> torch.device | None:
         return None
     try:
         wanted = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(
             f"device={device!r} is no device; expected such as 'cpu' or 'cuda:0'."
         ) from error
@@ -81,6 +81,13 @@ def _device(device: str | torch.device | None) -> torch.device | None:
             f"device='{device}' was asked for, but torch sees {torch.cuda.device_count()} CUDA "
             "devices here, counted from 0."
         )
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise BackendError(
+            f"device='{device}' was asked for, but torch {torch.__version__} cannot use it here: "
+            f"{_first_line(error)} Use another, such as 'cpu'."
+        ) from error
     return wanted
 
 
@@ -264,8 +271,13 @@ def open_model(
         if given.startswith(PREFIX):
             # where the package is installed says nothing to the reader of a record
             name = given
-    if isinstance(processor, (str, Path)):
-        processor = load_processor(processor, trust_remote_code)
+    if isinstance(processor, (str, os.PathLike)):
+        processor = load_processor(resolve(str(processor)), trust_remote_code)
+    elif processor is not None and not callable(processor):
+        raise ConfigError(
+            f"processor is a {type(processor).__name__}; give a loaded processor, or the folder or "
+            "name of the model that it lies beside."
+        )
     if wanted_device is not None:
         model.to(wanted_device)
     model.eval()

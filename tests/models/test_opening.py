@@ -44,11 +44,17 @@ def test_dtype(folder: Path) -> None:
     assert vlm.device == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"Unknown dtype 'float8'\. Did you mean"):
         open_model(folder, dtype="float8")
+    with pytest.raises(ConfigError, match=r"Unknown dtype '\['float16'\]'"):
+        open_model(folder, dtype=["float16"])  # type: ignore[arg-type]
 
 
 def test_device(folder: Path) -> None:
     with pytest.raises(ConfigError, match="is no device"):
         open_model(folder, device="quantum")
+    with pytest.raises(ConfigError, match="is no device"):
+        open_model(folder, device={"": 0})  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match="device='maia' was asked for, but torch"):
+        open_model(folder, device="maia")
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match="no CUDA device"):
             open_model(folder, device="cuda")
@@ -187,5 +193,9 @@ def test_names(folder: Path) -> None:
     for wrong in (None, open_model(TINY["clip"](text=2, vision=2)), torch.nn.Linear(1, 1)):
         with pytest.raises(ConfigError, match=f"got a {type(wrong).__name__}; expected a"):
             open_model(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="processor is a VLM; give a loaded processor"):
+        open_model("bundled:clip", processor=open_model("bundled:clip"))
+    model = open_model("bundled:clip").model
+    assert type(open_model(model, processor="bundled:clip").processor).__name__ == "CLIPProcessor"
     # no path of this machine gets into records and cards
     assert open_model("bundled:clip").name == "bundled:clip"
