@@ -120,8 +120,9 @@ class Samples(Sequence[Sample]):
 
     def subset(self, num_samples: int) -> Samples:
         """Give the first `num_samples` samples (all of them if there are fewer)."""
-        if num_samples < 1:
-            raise ConfigError(f"subset of {num_samples} samples: give a number of at least 1.")
+        given: Any = num_samples
+        if not isinstance(given, numbers.Integral) or given < 1:
+            raise ConfigError(f"subset of {num_samples} samples: give a whole number, 1 or more.")
         return self._with(self._items[:num_samples])
 
     def select(self, places: Iterable[int]) -> Samples:
@@ -200,7 +201,12 @@ def samples(
         ConfigError: An argument out of range, or one that the source has no use for.
         DataError: The source is missing, empty, not understood, or holds too many bad records.
     """
+    tasks = tasks if tasks is None or isinstance(tasks, str) else tuple(tasks)
     _check_arguments(count, fraction, seed, tasks, max_bad_fraction)
+    if processor is not None and not callable(processor):
+        raise ConfigError(
+            f"processor is a {type(processor).__name__}; give a loaded one, such as vlm.processor."
+        )
     check_root(source, root)
     path = Path(source).expanduser() if isinstance(source, str | Path) else None
     if streaming and (source == "scenes" or path is None or path.exists()):
@@ -242,10 +248,10 @@ def check_root(source: Any, root: str | Path | None) -> None:
 
 def _check_arguments(
     count: Any,
-    fraction: float | None,
+    fraction: Any,
     seed: Any,
     tasks: Sequence[str] | None,
-    max_bad_fraction: float,
+    max_bad_fraction: Any,
 ) -> None:
     if count is not None and fraction is not None:
         raise ConfigError(f"count={count} and fraction={fraction} are both given; give one.")
@@ -254,10 +260,12 @@ def _check_arguments(
     if not isinstance(seed, numbers.Integral):
         # None would draw other samples each time
         raise ConfigError(f"seed is {seed!r}; give a whole number.")
-    if fraction is not None and not 0 < fraction <= 1:
-        raise ConfigError(f"fraction is {fraction}; give a number above 0 and at most 1.")
-    if not 0 <= max_bad_fraction <= 1:
-        raise ConfigError(f"max_bad_fraction is {max_bad_fraction}; give a number in 0..1.")
+    if fraction is not None and not (
+        isinstance(fraction, numbers.Real) and 0 < float(fraction) <= 1
+    ):
+        raise ConfigError(f"fraction is {fraction!r}; give a number above 0 and at most 1.")
+    if not (isinstance(max_bad_fraction, numbers.Real) and 0 <= float(max_bad_fraction) <= 1):
+        raise ConfigError(f"max_bad_fraction is {max_bad_fraction!r}; give a number in 0..1.")
     if tasks is not None and (isinstance(tasks, str) or not tasks):
         raise ConfigError(f"tasks is {tasks!r}; give a sequence of {', '.join(TASKS)}.")
     for task in tasks or ():

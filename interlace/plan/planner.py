@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from interlace.errors import ConfigError, PlanError, unknown_name
@@ -43,7 +43,7 @@ def tower_names(
         ConfigError: no towers, or the two differ.
         PlanError: a tower was not scored.
     """
-    if not (towers is None or isinstance(towers, (str, list, tuple))):
+    if not (towers is None or isinstance(towers, Iterable)):
         raise ConfigError(
             f"towers={towers!r} cannot be used. Give a tower's name, or a list of them."
         )
@@ -237,6 +237,11 @@ def make_plan(
             f"make_plan needs Scores, got {type(scores).__name__}. Use what score() returned, "
             "Scores.load(path), or Scores.from_similarity(...)."
         )
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        # None would draw other layers each time
+        raise ConfigError(f"seed is {seed!r}; give a whole number.") from None
     choose = find_rule(rule)
     shares = [x for x in (heads, ffn, attention_parts, ffn_parts) if x is not None]
     if (drop_fraction is None) == (num_drop is None) and not (shares and num_drop is None):

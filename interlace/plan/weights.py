@@ -18,13 +18,14 @@ from __future__ import annotations
 import math
 import numbers
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from interlace.errors import ConfigError, DataError, PlanError, unknown_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from interlace.records import TowerScores
 
@@ -72,6 +73,10 @@ def z_scores(values: Sequence[float]) -> list[float]:
 
 
 def _check(weights: Mapping[str, float]) -> None:
+    if not isinstance(weights, Mapping):
+        raise ConfigError(
+            f"weights is {weights!r}; give metric -> weight, such as {{'similarity': 1.0}}."
+        )
     given: Mapping[str, Any] = weights
     for name, weight in given.items():
         number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)

@@ -152,9 +152,10 @@ def named(argument: str, names: Any, example: str) -> tuple[str, ...]:
     """
     if isinstance(names, str):
         return (names,)
-    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+    given = tuple(names) if isinstance(names, Iterable) else (names,)
+    if not all(isinstance(name, str) for name in given):
         raise ConfigError(f"{argument} is {names!r}; give names, such as ({example!r},).")
-    return tuple(names)
+    return given
 
 
 def metric_classes(names: Sequence[str]) -> dict[str, type]:

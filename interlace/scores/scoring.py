@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from interlace._progress import quiet, track
@@ -130,7 +131,8 @@ def score(
     classes = metric_classes(metrics)
     chosen = _towers(vlm, towers)
     batches = Batches(vlm, data, batch_size=batch_size, answers=answers, packed=packed)
-    watches = [_watch(tower, classes, packs) for tower in chosen]
+    distances = _distances(packs)
+    watches = [_watch(tower, classes, distances) for tower in chosen]
     probes = _probes(vlm, chosen, classes, num_directions)
     task = _task(chosen, classes, measure)
     wide = {name: kind for name, kind in classes.items() if issubclass(kind, Gauge)}
@@ -182,7 +184,7 @@ def score(
         model_name=vlm.name,
         settings={
             "metrics": list(classes),
-            "packs": packs if packs == "all" else list(packs),
+            "packs": distances if distances == "all" else list(distances),
             "batch_size": batch_size,
             "answers": answers,
             "packed": packed,
@@ -228,19 +230,26 @@ def _towers(vlm: VLM, names: Sequence[str] | None) -> list[Tower]:
     return [vlm.towers[name] for name in dict.fromkeys(names)]
 
 
-def _packs(tower: Tower, packs: Sequence[int] | Literal["all"]) -> tuple[int, ...]:
-    num_layers = tower.num_layers
+def _distances(packs: Any) -> tuple[int, ...] | Literal["all"]:
     if isinstance(packs, str):
         if packs != "all":
             raise ConfigError(f"packs must be 'all' or numbers of layers, got '{packs}'.")
-        return tuple(range(1, num_layers))
+        return "all"
     if not isinstance(packs, Iterable):
         raise ConfigError(f"packs is {packs!r}; give 'all' or distances, such as (1, 2, 3).")
-    wanted = tuple(sorted(set(packs)))
-    if not wanted:
+    given = tuple(packs)
+    if not given:
         raise ConfigError("packs is empty. Give distances such as (1, 2, 3), or 'all'.")
-    if any(isinstance(pack, bool) or not isinstance(pack, int) or pack < 1 for pack in wanted):
-        raise ConfigError(f"packs must be whole numbers of at least 1 or 'all', got {wanted}.")
+    if any(isinstance(p, bool) or not isinstance(p, Integral) or int(p) < 1 for p in given):
+        raise ConfigError(f"packs must be whole numbers of at least 1 or 'all', got {given}.")
+    return tuple(int(pack) for pack in given)
+
+
+def _packs(tower: Tower, packs: tuple[int, ...] | Literal["all"]) -> tuple[int, ...]:
+    num_layers = tower.num_layers
+    if packs == "all":
+        return tuple(range(1, num_layers))
+    wanted = tuple(sorted(set(packs)))
     if wanted == DEFAULT_PACKS:
         return tuple(pack for pack in wanted if pack < num_layers)
     if wanted[-1] >= num_layers:
@@ -252,7 +261,7 @@ def _packs(tower: Tower, packs: Sequence[int] | Literal["all"]) -> tuple[int, ..
 
 
 def _watch(
-    tower: Tower, classes: Mapping[str, type], packs: Sequence[int] | Literal["all"]
+    tower: Tower, classes: Mapping[str, type], packs: tuple[int, ...] | Literal["all"]
 ) -> _Watch:
     own = _packs(tower, packs)
     meters = {

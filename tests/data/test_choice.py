@@ -60,7 +60,10 @@ def test_count_and_fraction() -> None:
         {"fraction": 0.0},
         {"fraction": 1.5},
         {"fraction": float("nan")},
+        {"fraction": "0.5"},
         {"max_bad_fraction": -1},
+        {"max_bad_fraction": "1%"},
+        {"processor": object()},
         {"tasks": ("captoin",)},
         {"tasks": "vqa"},
     ],
@@ -68,6 +71,11 @@ def test_count_and_fraction() -> None:
 def test_arguments_out_of_range(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         samples(plain(3), **wrong)  # type: ignore[arg-type]
+
+
+def test_tasks_may_come_one_by_one() -> None:
+    wanted = samples("scenes", count=3, tasks=("vqa",))
+    assert samples("scenes", count=3, tasks=iter(("vqa",))).fingerprint == wanted.fingerprint  # type: ignore[arg-type]
 
 
 def test_scenes_need_a_count_and_nothing_is_empty(tmp_path: Path) -> None:
@@ -114,6 +122,8 @@ def test_samples_is_a_sequence_of_views() -> None:
     assert (part.source, part.seed, part.num_skipped, part.processor) == ("x", 4, 2, "p")
     assert [sample.id for sample in held.subset(2)] == ["0", "1"]
     assert len(held.subset(9)) == 5
+    with pytest.raises(ConfigError, match=r"2\.5"):
+        held.subset(2.5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError):
         held.subset(0)
 

@@ -34,6 +34,8 @@ def scores(random_scores):
         ({"num_drop": 2, "rule": ["interlace"]}, ConfigError, "Unknown rule"),
         ({"num_drop": 2, "towers": 3}, ConfigError, "a tower's name"),
         ({"num_drop": 2, "weights": {"similarity": "1"}}, ConfigError, "finite number"),
+        ({"num_drop": 2, "weights": ["similarity"]}, ConfigError, "metric -> weight"),
+        ({"num_drop": 2, "rule": "random", "seed": None}, ConfigError, "seed is None"),
         ({"num_drop": 2, "drop_fraction": 0.2}, ConfigError, "not both"),
         ({"num_drop": 2, "rule": "interlase"}, ConfigError, "Did you mean 'interlace'"),
         ({"num_drop": 2, "towers": ["vision"]}, PlanError, "Unknown tower 'vision'"),
@@ -89,7 +91,8 @@ def test_which_towers_are_planned(random_scores):
     vision = random_scores(8, 1)["text"]
     both = Scores(towers={"vision": vision, "text": text})
     assert list(make_plan(both, num_drop=2).towers) == ["text"]
-    assert list(make_plan(both, num_drop=2, towers=["vision", "text"]).towers) == ["vision", "text"]
+    for towers in (["vision", "text"], iter(("vision", "text"))):
+        assert list(make_plan(both, num_drop=2, towers=towers).towers) == ["vision", "text"]
     plan = make_plan(both, drop_fraction={"text": 0.25, "vision": 0.3})
     assert {name: len(t.drop) for name, t in plan.towers.items()} == {"text": 3, "vision": 2}
     blind = Scores(towers={"vision": vision, "text_encoder": text})

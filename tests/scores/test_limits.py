@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from scores.written_out import TOLERANCE, batch_of, one_by_one, opened
@@ -159,6 +160,7 @@ def test_bad_arguments_are_refused() -> None:
         ({"packs": (0,)}, "at least 1"),
         ({"packs": "full"}, "'all'"),
         ({"packs": 3}, "packs is 3; give 'all' or distances"),
+        ({"packs": (1, "2")}, "whole numbers"),
         ({"metrics": 3}, "metrics is 3; give names"),
         ({"metrics": (3,)}, r"metrics is \(3,\); give names"),
         ({"towers": 3}, "towers is 3; give names"),
@@ -169,6 +171,24 @@ def test_bad_arguments_are_refused() -> None:
             score(vlm, [batch], **{"progress": False, **arguments})
     with pytest.raises(ConfigError, match="packed=False"):
         score(opened("clip"), [batch_of("clip")], packed=True, progress=False)
+
+
+def test_numbers_and_names_of_other_kinds_mean_the_same() -> None:
+    vlm, batch = opened("llava"), batch_of("llava")
+    wanted = score(vlm, [batch], packs=(1, 2), towers=("text",), progress=False)
+    assert wanted.settings["packs"] == [1, 2]
+    for packs in (np.array([2, 1]), range(1, 3), (each for each in (1, 2))):
+        scores = score(
+            vlm,
+            [batch],
+            metrics=(name for name in ("similarity",)),  # type: ignore[arg-type]
+            packs=packs,  # type: ignore[arg-type]
+            towers=(name for name in ("text",)),  # type: ignore[arg-type]
+            batch_size=np.int64(8),  # type: ignore[arg-type]
+            progress=False,
+        )
+        assert scores.towers == wanted.towers
+        assert set(scores.settings["packs"]) == {1, 2}
 
 
 def test_data_without_anything_to_score_is_refused() -> None:
