@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from interlace._torch_utils import outside_inference_mode
@@ -251,7 +251,9 @@ def _fuse_attention(target: nn.Module, names: dict[int, str], *, rope: bool) -> 
             entries.append(FuseEntry(path, kind, "attention", False, reason=reason))
         if kind in BY_INTERFACE:
             swap(module, FusedCaller, CallerState())
-            entries.append(FuseEntry(path, kind, "attention", True, *_interface_backend(module)))
+            entries.append(
+                FuseEntry(path, kind, "attention", True, *_interface_backend(module, target))
+            )
         if kind not in ATTENTIONS:
             continue
         mixin, shape = ATTENTIONS[kind]
@@ -266,11 +268,12 @@ def _fuse_attention(target: nn.Module, names: dict[int, str], *, rope: bool) -> 
             num_heads, num_kv_heads = (
                 each.out_features // layer.head_dim for each in projections[:2]
             )
-            like = layer.q_proj.weight
+            weight = layer.q_proj.weight
             decodes = hasattr(layer, "layer_idx")
         else:
             num_heads = num_kv_heads = layer.num_heads
-            like, decodes = layer.qkv.weight, False
+            weight, decodes = layer.qkv.weight, False
+        like = _like(weight, target)
         swap(module, mixin, state)
         groups = head_groups(layer, num_heads, num_kv_heads)
         backend, limits = backends.attention_backend(
@@ -288,14 +291,22 @@ def _fuse_attention(target: nn.Module, names: dict[int, str], *, rope: bool) -> 
     return entries
 
 
-def _interface_backend(layer: Any) -> tuple[str, str]:
+def _like(weight: Any, target: nn.Module) -> Tensor:
+    """A tensor of the device and dtype that a projection computes in."""
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight
+    # quantised weights are integers, or no tensors at all; norms stay as they are
+    return next(each for each in target.parameters() if each.is_floating_point())
+
+
+def _interface_backend(layer: Any, target: nn.Module) -> tuple[str, str]:
     """What computes attention of a layer that is not swapped and calls our attention by itself."""
     head_dim = getattr(layer, "head_dim", None) or layer.attention_head_size
     known = [getattr(layer, n) for n in ("num_heads", "num_attention_heads") if hasattr(layer, n)]
     num_heads = known[0] if known else layer.o_proj.in_features // head_dim
     keys = getattr(layer, "k_proj", None)
     num_kv_heads = num_heads if keys is None else keys.out_features // head_dim
-    like = next(layer.parameters())
+    like = _like(next(layer.parameters(), None), target)
     groups = head_groups(layer, num_heads, num_kv_heads)
     decodes = getattr(layer, "layer_idx", None) is not None
     return backends.attention_backend(num_heads, groups, head_dim, like, decodes=decodes)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import accelerate
 import pytest
 import torch
+from tiny import tiny_inputs
 from transformers import DynamicCache
 
 import interlace as il
@@ -126,6 +127,39 @@ def test_projections_of_quantised_weights_stay_apart(kit: Any) -> None:
     told = [entry for entry in report.entries if "a weight is a _Quantised" in entry.reason]
     assert [entry.module.rpartition(".")[2] for entry in told] == ["self_attn", "mlp"]
     assert type(layer.mlp.up_proj.weight) is _Quantised
+
+
+class _Packed(torch.nn.Module):
+    """Stands for linear layers that hold no floating-point weight."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = (linear.weight.detach(), linear.bias)
+
+    def weight(self) -> torch.Tensor:
+        """Unpack, as torch's dynamically quantised layers do."""
+        return self.packed[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Project."""
+        return torch.nn.functional.linear(x, *self.packed)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl"])
+def test_linear_layers_without_weights_run_as_they_are(kit: Any, family: str) -> None:
+    model = kit.build(family)
+    inputs = tiny_inputs(family, model)
+    for path, linear in list(model.named_modules()):
+        if type(linear) is torch.nn.Linear and "attn" in path:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, _Packed(linear))
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        il.fuse(model)
+        found = model(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(found[real], wanted[real])
 
 
 def test_a_model_whose_modules_accelerate_calls_is_refused(kit: Any) -> None:
