@@ -151,17 +151,15 @@ def terminal_width() -> int:
 
 def say_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Write a table to standard output, no wider than the terminal."""
-    from interlace.report.tables import plain_table
+    from interlace._records.tables import plain_table
 
     say(plain_table(head, rows, width=terminal_width()))
 
 
 def say_result(result: RunResult) -> None:
     """Write what a run made: plan, measurements, stages, what was skipped, and where it is."""
-    from interlace.report.tables import eval_table
-
     say(str(result.plan))
-    say(eval_table(result.result))
+    say(str(result.result))
     if result.progressive is not None:
         for stage in result.progressive.stages:
             end = "" if stage.kept else ", rolled back"

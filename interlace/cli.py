@@ -256,7 +256,6 @@ def evaluate(
     from interlace.data.samples import check_root
     from interlace.evaluate import evaluate as run_evaluate
     from interlace.evaluate.selection import default_tasks
-    from interlace.report.tables import eval_table
 
     check_outputs(output, None, overwrite)
     check_root(data, root)
@@ -278,7 +277,7 @@ def evaluate(
         seed=seed,
         split=split,
     )
-    say(eval_table(report))
+    say(str(report))
     if output is not None:
         save_record(report, output)
 

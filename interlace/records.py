@@ -22,6 +22,7 @@ from interlace._records.plan import Action, Bridge, Plan, PruneRecord, TowerPlan
 from interlace._records.progressive import ProgressiveRecord, StageRecord
 from interlace._records.scores import Scores, TowerScores
 from interlace._records.shape import ModelShape, SiteShape, TowerShape
+from interlace._records.tables import plain_table
 from interlace.errors import CheckpointError, unknown_name
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ __all__ = [
 class EvalReport(Record):
     """What a model measured on tasks, beside a baseline where one was given.
 
+    `print(report)` shows it as a table.
+
     Attributes:
         metrics: task -> metric -> value.
         baseline: the same of the baseline; None without one.
@@ -70,6 +73,23 @@ class EvalReport(Record):
     num_samples: dict[str, int] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     model_name: str = ""
+
+    def __str__(self) -> str:
+        """Lay out the metrics, one a line, with baseline and retention where measured."""
+        rows = []
+        for task, metrics in self.metrics.items():
+            for name, value in metrics.items():
+                row = [task, name, f"{value:.4g}"]
+                if self.baseline is not None:
+                    before = self.baseline.get(task, {}).get(name)
+                    kept = (self.retention or {}).get(task, {}).get(name)
+                    row.append("" if before is None else f"{before:.4g}")
+                    row.append("" if kept is None else f"{100 * kept:.1f} %")
+                rows.append(row)
+        header = ["task", "metric", "value"]
+        if self.baseline is not None:
+            header += ["baseline", "retention"]
+        return plain_table(header, rows)
 
 
 _KINDS: dict[str, type[Record]] = {

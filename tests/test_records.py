@@ -87,6 +87,18 @@ def test_in_memory_keys_are_numbers_and_sequences_tuples():
     assert plan == TowerPlan(num_layers=4, drop=(2,), tune=(1,), layer_scores=(None,) * 4)
 
 
+def test_a_report_of_measurements_prints_as_a_table() -> None:
+    measured = {"fidelity": {"kl": 0.25}, "vqa": {"accuracy": 0.5}}
+    kept = {"vqa": {"accuracy": 2 / 3}}
+    assert str(EvalReport(measured, {"vqa": {"accuracy": 0.75}}, kept)).splitlines() == [
+        "task      metric    value  baseline  retention",
+        "--------  --------  -----  --------  ---------",
+        "fidelity  kl        0.25",
+        "vqa       accuracy  0.5    0.75      66.7 %",
+    ]
+    assert str(EvalReport(measured)).splitlines()[0] == "task      metric    value"
+
+
 def test_numpy_values_become_plain_ones():
     np = pytest.importorskip("numpy")
     made = Scores.from_similarity("text", {1: np.array([0.5, 0.25])}, np.int64(3))

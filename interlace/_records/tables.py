@@ -1,4 +1,4 @@
-"""Tables of measurements as plain text."""
+"""Tables as plain text."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from interlace.records import EvalReport
-
-__all__ = ["eval_table", "plain_table"]
 
 # narrower than this, a wrapped column is harder to read than lines that are too long
 _NARROWEST = 20
@@ -64,21 +60,3 @@ def _wrapped(header: Sequence[str], cells: list[list[str]], width: int) -> list[
         lines.append([*row[:-1], first])
         lines += [[*[""] * (len(row) - 1), other] for other in others]
     return lines
-
-
-def eval_table(report: EvalReport) -> str:
-    """Lay out a report: one line per metric, with baseline and retention where measured."""
-    rows = []
-    for task, metrics in report.metrics.items():
-        for name, value in metrics.items():
-            row = [task, name, f"{value:.4g}"]
-            if report.baseline is not None:
-                before = report.baseline.get(task, {}).get(name)
-                kept = (report.retention or {}).get(task, {}).get(name)
-                row.append("" if before is None else f"{before:.4g}")
-                row.append("" if kept is None else f"{100 * kept:.1f} %")
-            rows.append(row)
-    header = ["task", "metric", "value"]
-    if report.baseline is not None:
-        header += ["baseline", "retention"]
-    return plain_table(header, rows)
