@@ -190,7 +190,7 @@ def _place(tower: _Tower, gap: Gap) -> Projection | str:
     # others that read a layer expect what it gave in the teacher, which is what a refit aims at
     if gap.dropped and not gap.ends:
         behind = layers[gap.position]
-        if read_elsewhere(tower.student, layer, behind, partial(run, batch)):
+        if read_elsewhere(layer, behind, partial(run, batch)):
             return (
                 f"the output of layer {gap.after} is also read by another part of the model, which "
                 "expects it as it is"

@@ -317,14 +317,13 @@ def find_writers(call: Call) -> list[nn.Linear] | None:
     return list(found)
 
 
-def read_elsewhere(model: nn.Module, layer: nn.Module, behind: nn.Module, run: Any) -> bool:
+def read_elsewhere(layer: nn.Module, behind: nn.Module, run: Any) -> bool:
     """Tell whether anything but the next layer reads what a layer gives.
 
     The layer's output is moved and the next layer's input moved back; the predictions stay if
     nobody else looked.
 
     Args:
-        model: the model.
         layer: the layer whose output is in question.
         behind: the layer that runs after it.
         run: runs the model on a batch and gives its output.
