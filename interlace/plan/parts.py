@@ -87,7 +87,7 @@ def _without(
             )
         raise PlanError(
             f"{argument} needs the relevance of the parts of the tower '{tower}', which was not "
-            f"scored. Score with metrics=(..., '{metric}')."
+            f"scored. Score with metrics=(..., '{metric}'), or --metrics similarity,{metric}."
         )
     have = [layer for layer in plan.kept if site.groups[layer]]
     free = sorted((each for each in have if each not in protected), key=lambda i: (values[i], i))

@@ -286,9 +286,10 @@ class _Chooser:
         for metric in _METRICS[self.kind]:
             if metric in scores.importance:
                 return metric
+        wanted = _SCORED[self.kind][0]
         raise PlanError(
             f"The importance of {self.kind} of the tower '{self.tower}' was not scored. Score "
-            f"with metrics=(..., '{_SCORED[self.kind][0]}'), or choose 'random'."
+            f"with metrics=(..., '{wanted}'), or --metrics similarity,{wanted}; or choose 'random'."
         )
 
     def choose(self, plan: TowerPlan, fraction: float) -> dict[str, dict[int, tuple[int, ...]]]:
