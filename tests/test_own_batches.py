@@ -131,7 +131,8 @@ def test_reasons_of_a_second_plan_name_layers_of_the_first_model() -> None:
 
 
 def test_float16_is_not_trained_on_a_cpu() -> None:
-    vlm = il.open_model(copy.deepcopy(with_processor("clip").model).half(), processor=object())
+    whole = with_processor("clip")
+    vlm = il.open_model(copy.deepcopy(whole.model).half(), processor=whole.processor)
     depth = vlm.towers["text"].num_layers
     student = il.prune(vlm, Plan({"text": TowerPlan(depth, drop=(1,), tune=(2,))}))
     data = il.samples("scenes", count=2, tasks=("retrieval",))

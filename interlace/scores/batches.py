@@ -6,7 +6,6 @@ Legend: B samples of a batch, T tokens of a sample.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import torch
 
 from interlace._torch_utils import accepts
 from interlace.data import Collator
+from interlace.data.given import samples_or_batches
 from interlace.data.samples import IMAGE_PLACEHOLDER, Sample
 from interlace.errors import DataError, check_numbers
 from interlace.models.handle import check_compares
@@ -23,7 +23,7 @@ from interlace.scores.metrics import NotFinite, Units
 from interlace.scores.packing import pack, refuse_if_unpackable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from interlace.models.handle import VLM, Tower
 
@@ -101,18 +101,10 @@ class Batches:
 
         Raises:
             ConfigError: a batch size below 1, a model without processor, or no way to pack.
-            DataError: no data, or items that are neither samples nor batches.
+            DataError: no data, or items that are neither all samples nor all batches.
         """
         check_numbers(batch_size=batch_size)
-        given: Any = data
-        if isinstance(given, str) or not isinstance(given, Iterable):
-            raise DataError(
-                f"The calibration data is a {type(given).__name__}; give samples (see "
-                "interlace.samples) or batches of model inputs."
-            )
-        items: Sequence[Any] = data if isinstance(data, Sequence) else list(data)
-        if not items:
-            raise DataError("There is no calibration data: the given data holds no sample.")
+        items = samples_or_batches(data, "calibration data")
         self._vlm = vlm
         self._items = items
         self._collate: Callable[[Sequence[Sample]], dict[str, Any]] | None = None
@@ -124,13 +116,8 @@ class Batches:
         if isinstance(items[0], Sample):
             self._collate = Collator.for_model(vlm, answers=self._answers)
             self._rows = _by_length(items, batch_size)
-        elif isinstance(items[0], Mapping):
-            self._rows = _cut(range(len(items)), batch_size if packed else 1)
         else:
-            raise DataError(
-                f"Calibration data of {type(items[0]).__name__} cannot be used; give samples (see "
-                "interlace.samples) or batches of model inputs."
-            )
+            self._rows = _cut(range(len(items)), batch_size if packed else 1)
         fingerprint = getattr(data, "fingerprint", None)
         self.fingerprints: dict[str, str] = {"data": fingerprint} if fingerprint else {}
 

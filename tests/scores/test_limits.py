@@ -197,6 +197,16 @@ def test_data_without_anything_to_score_is_refused() -> None:
         score(vlm, [], progress=False)
     with pytest.raises(ConfigError, match="processor"):
         score(vlm, [Sample("a", "chat", (), (Turn("user", "Hi"),))], progress=False)
+    ids = {"input_ids": batch["input_ids"].numpy()}
+    said: list[tuple[Any, str]] = [
+        (batch, "is a single dict; give .* a list of batches"),
+        ([batch, Sample("a", "chat", (), ())], "holds samples and batches"),
+        ([batch, ids], "In batch 1 of the calibration data, input_ids is a ndarray; give tensors"),
+        ([batch, 3], "holds a int"),
+    ]
+    for data, words in said:
+        with pytest.raises(DataError, match=words):
+            score(vlm, data, progress=False)
     text = {"input_ids": batch["input_ids"].clamp(max=99)}
     with pytest.raises(DataError, match="tower vision"):
         score(vlm, [text], towers=("vision",), progress=False)

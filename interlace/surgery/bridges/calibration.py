@@ -6,7 +6,6 @@ Legend: N tokens of one run of a tower, padding included.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import torch
 
 from interlace._torch_utils import FORWARD_REFUSALS, accepts
 from interlace.data import Collator
+from interlace.data.given import samples_or_batches
 from interlace.data.samples import Sample, samples, scenes_tasks
 from interlace.errors import ConfigError, DataError, check_numbers
 from interlace.models.fisher import Fisher
@@ -24,6 +24,8 @@ from interlace.surgery.bridges.front import Front, modules_in_front
 from interlace.surgery.bridges.names import BRIDGE_SAMPLES, EVEN, FISHER
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
     from torch import nn
 
     from interlace.models.handle import VLM
@@ -88,23 +90,10 @@ class Calibration:
 
         Raises:
             ConfigError: a bad batch size, or samples for a model without a processor.
-            DataError: no data, or items that are neither samples nor batches.
+            DataError: no data, or items that are neither all samples nor all batches.
         """
         check_numbers(batch_size=batch_size)
-        if isinstance(data, str | Mapping) or not isinstance(data, Iterable):
-            raise DataError(
-                f"The data for bridges is a {type(data).__name__}; give samples (see "
-                "interlace.samples) or a list of batches of model inputs."
-            )
-        items = list(data)
-        kinds = {Sample if isinstance(item, Sample) else Mapping for item in items}
-        odd = next((item for item in items if not isinstance(item, Sample | Mapping)), None)
-        if not items or odd is not None or len(kinds) > 1:
-            found = "nothing" if not items else type(odd or items[0]).__name__
-            raise DataError(
-                f"The data for bridges holds {found}; give samples (see interlace.samples) or "
-                "batches of model inputs, not both."
-            )
+        items = list(samples_or_batches(data, "data for bridges"))
         self._vlm = vlm
         self.fingerprint: str = getattr(data, "fingerprint", "")
         if isinstance(items[0], Sample):
