@@ -12,7 +12,8 @@ the predictions. With the slopes g at the state behind the layer (models/fisher.
 
 the mean of both over samples: the curvature taken apart into that of outputs and that of inputs.
 Half of the weight of a token is the same for all of its modality in a sample, and text and image
-tokens have as much in all; the other half goes by |g|^2 too.
+tokens have as much in all; the other half goes by |g|^2 too. Scores that are merged from parts hold
+the mean of the parts' prices.
 
 Source: Optimal Brain Surgeon (see elimination.py) on the factored curvature of K-FAC (Martens &
 Grosse 2015, arXiv 1503.05671, section 3); both together in "The LLM Surgeon" (van der Ouderaa et

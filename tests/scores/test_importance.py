@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.multiprocessing as mp
-from scores.written_out import every_metric, opened, parts_of_the_whole, score_everything_in_process
+from scores.written_out import (
+    every_metric,
+    in_turn,
+    opened,
+    parts_of_the_whole,
+    score_everything_in_process,
+)
 
 from interlace.errors import ShapeError
 from interlace.records import Scores
@@ -40,6 +46,14 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
         noted = Scores.from_json((tmp_path / f"noted-{rank}.json").read_text())
         assert noted["vision"].notes[0].startswith("no replay")
         assert noted["text"].notes == ()
+    turns = in_turn(parts_of_the_whole())
+    for rank in (0, 1):
+        two = Scores.from_json((tmp_path / f"turns-{rank}.json").read_text())
+        for tower in turns.towers:
+            for metric, sites in turns[tower].importance.items():
+                for site, rows in sites.items():
+                    for row, other in zip(rows, two[tower].importance[metric][site], strict=True):
+                        assert other == pytest.approx(row, rel=1e-2, abs=1e-2 * max(row))
 
 
 def test_one_record_holds_all_and_parts_of_the_samples_merge() -> None:

@@ -142,6 +142,11 @@ def every_metric(parts: Sequence[dict[str, torch.Tensor]]) -> Scores:
     )
 
 
+def in_turn(parts: Sequence[dict[str, torch.Tensor]]) -> Scores:
+    """What heads and neurons of a tiny chat model cost one after the other."""
+    return score(opened("qwen3_vl"), parts, metrics=("head_obs", "ffn_obs"), progress=False)
+
+
 def _join(rank: int, folder: str) -> None:
     """Join the other one of two processes."""
     torch.set_num_threads(1)
@@ -180,4 +185,5 @@ def score_everything_in_process(rank: int, folder: str) -> None:
     noted = score(vlm, parts[:2], metrics=("relevance",), progress=False)
     (Path(folder) / f"noted-{rank}.json").write_text(noted.to_json())
     handle.remove()
+    (Path(folder) / f"turns-{rank}.json").write_text(in_turn(parts).to_json())
     _leave()
