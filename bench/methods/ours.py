@@ -54,6 +54,6 @@ METHODS = {
     OURS_PARTS: Method(compensated_parts, match_states, timed="parts"),
     OURS_SPLIT: Method(compensated_split, match_states, timed="split", together=OURS),
     OURS_OBS: Method(
-        partial(compensated_split, metric="obs"), match_states, timed="split", together=OURS
+        partial(compensated_split, metric="obs"), match_states, timed="split obs", together=OURS
     ),
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from methods import METHODS, Sizes, ablation
 from methods.ablation import VARIANTS
-from methods.rules import OURS, OURS_PARTS, OURS_SPLIT, cut, plan_by
+from methods.rules import OURS, OURS_OBS, OURS_PARTS, OURS_SPLIT, cut, plan_by
 from retention import Bench
 
 if TYPE_CHECKING:
@@ -143,3 +143,10 @@ def test_the_split_with_the_lowest_loss_is_made(bench: Bench) -> None:
     # from the first narrower layer on
     assert {each.after for each in bridges if each.tower == "text"} >= {0, 11}
     assert math.isfinite(case.shared.loss_of(made.student.model))
+
+
+def test_a_split_by_what_units_cost_in_turn_loses_as_much(bench: Bench) -> None:
+    case = bench.case("clip", 0.4, 0)
+    student = METHODS[OURS_OBS].make(case).student
+    assert student.plan.settings["width_metrics"] == {"heads": "head_obs", "ffn": "ffn_obs"}
+    assert gone(case, student) == pytest.approx({"text": 0.4, "vision": 0.4}, abs=0.02)
