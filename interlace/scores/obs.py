@@ -173,10 +173,7 @@ class _Watch:
 
     def widths(self) -> dict[int, int]:
         """Return the states behind layers with sites -> D."""
-        return {position + 1: each.output.out_features for (*_, position), each in self._items()}
-
-    def _items(self) -> Iterator[tuple[_Key, Site]]:
-        yield from self._sites.items()
+        return {place + 1: each.output.out_features for (*_, place), each in self._sites.items()}
 
     @contextlib.contextmanager
     def hooked(
@@ -215,7 +212,7 @@ class _Watch:
 
     def results(self, moments: Mapping[State, Tensor]) -> dict[str, dict[str, Any]]:
         made: dict[str, dict[str, Any]] = {}
-        for (metric, place, position), site in self._items():
+        for (metric, place, position), site in self._sites.items():
             rows = made.setdefault(metric, {}).setdefault(place, [()] * self.tower.num_layers)
             weight = site.output.weight.detach().double()
             moment = moments[self.tower.name, position + 1].to(weight) / self.samples
