@@ -235,7 +235,7 @@ def test_bad_input_ends_with_code_2_and_says_why(
         (("score", "MODEL", "-o", "NEW", "--root", "there"), "root is 'there'"),
         (("eval", "MODEL", "--root", "there"), "root is 'there'"),
         (("heal", "MODEL", "FILE", "-o", "NEW", "--root", "there"), "root is 'there'"),
-        (("prune", "MODEL", "FILE", "-o", "NEW", "--root", "there"), "root is 'there'"),
+        (("prune", "MODEL", "FILE", "-o", "NEW", "--bridges", "fold", "--root", "x"), "root is"),
         (("prune", "MODEL", "FILE", "-o", "NEW", "--data", "x.json"), "only to fit bridges"),
         (("progressive", "MODEL", "-o", "NEW", "--root", "there"), "root is 'there'"),
         (("plan", "FILE", "-o", "NEW", "--picture", "FILE/p.png"), "Cannot create"),
