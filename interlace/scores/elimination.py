@@ -96,7 +96,6 @@ def _whole(
         order.append(unit)
         at = slice(unit * size, (unit + 1) * size)
         root = torch.linalg.cholesky(own[best])
-
         a = _divided(inverse[:, at], root)
         inner = torch.linalg.solve_triangular(root, _divided(of_outputs[best], root), upper=False)
         b = _divided(outputs[:, at], root) - a @ inner / 2

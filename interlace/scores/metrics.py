@@ -67,6 +67,11 @@ class Units:
     num_units: int
 
     @property
+    def num_seen(self) -> int:
+        """Number of units that have tokens which count."""
+        return len(set(self.unit.tolist()) - {-1})
+
+    @property
     def num_bins(self) -> int:
         """Number of (unit, modality) bins."""
         return self.num_units * NUM_MODALITIES

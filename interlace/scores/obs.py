@@ -186,7 +186,7 @@ class _Watch:
             hidden = layer_input(args, kwargs, f"Layer 0 of the tower '{self.tower.name}'")
             units = batch.units(vlm, self.tower, hidden)
             self._weights = {s: _weights(units, each[runs]) for s, each in traces.items()}
-            self.samples += len(set(units.unit.tolist()) - {-1})
+            self.samples += units.num_seen
             runs += 1
 
         def reading(key: _Key) -> Any:

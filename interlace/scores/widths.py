@@ -131,7 +131,7 @@ class _Watch:
             hidden = layer_input(args, kwargs, f"Layer {position} of the tower '{self.tower.name}'")
             if position == 0 and self.describe is not None:
                 self.units = self.describe(hidden)
-                self.samples += len(set(self.units.unit.tolist()) - {-1})
+                self.samples += self.units.num_seen
             flat = hidden.detach().reshape(-1, hidden.shape[-1]).float()
             self.residual = flat.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
 
