@@ -64,7 +64,8 @@ def test_a_price_is_the_divergence_that_is_left_by_the_best_rest(
 ) -> None:
     """The first neuron to go, against a least squares of its own, charged by the model itself."""
     monkeypatch.setattr(fisher, "_DRAWS", 64)
-    vlm, batch = opened("llava"), labelled("llava", 2)
+    # a model of its own: others read the shared one in fp32
+    vlm, batch = copy.deepcopy(opened("llava")), labelled("llava", 2)
     vlm.model.double()
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     values = score(vlm, [batch], metrics=("ffn_obs",), progress=False)["text"]
