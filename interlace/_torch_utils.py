@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from interlace.errors import DataError
+from interlace.errors import DataError, InterlaceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -150,17 +150,27 @@ def union_over_processes(found: Mapping[str, str]) -> dict[str, str]:
     return {key: text for each in reversed(gathered) for key, text in each.items()}
 
 
-def agree_on_failure(message: str) -> None:
-    """Stop all processes where one of them has failed; every process calls it.
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Stop all processes where one of them fails within the block; every process enters it.
 
     Without it the healthy ones would wait for the sums of the failed one for ever.
-
-    Args:
-        message: what failed in this process; empty where nothing did.
 
     Raises:
         DataError: in the processes that are healthy, with the message of one that is not.
     """
+    message = "it broke off"
+    try:
+        yield
+        message = ""
+    except InterlaceError as error:
+        message = str(error)
+        raise
+    finally:
+        _agree_on_failure(message)
+
+
+def _agree_on_failure(message: str) -> None:
     rank, world = process_rank()
     if world == 1:
         return

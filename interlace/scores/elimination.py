@@ -39,13 +39,15 @@ def prices(squares: torch.Tensor, outputs: torch.Tensor, size: int = 1) -> torch
         [U] fp64 on the device of `squares`, in units of the error; the last one to go, which costs
         all that is left, included.
     """
-    squares, outputs = squares.double(), outputs.double()
-    damping = _DAMPING * squares.diagonal().mean()
+    damped = squares.to(torch.float64, copy=True)
+    damping = _DAMPING * damped.diagonal().mean()
     if not damping:
         # nothing was ever read
-        return squares.new_zeros(len(squares) // size)
-    damped = squares + damping * torch.eye(len(squares), dtype=torch.float64, device=squares.device)
+        return damped.new_zeros(len(damped) // size)
+    damped.diagonal().add_(damping)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    del damped
+    outputs = outputs.to(torch.float64, copy=True)
     found, order = _single(inverse, outputs) if size == 1 else _whole(inverse, outputs, size)
     # a unit can be cheaper once another one is gone; it goes after it all the same
     found[order] = found[order].cummax(0).values
@@ -53,6 +55,7 @@ def prices(squares: torch.Tensor, outputs: torch.Tensor, size: int = 1) -> torch
 
 
 def _single(inverse: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the units' own prices, [U], and their order; both matrices are overwritten."""
     count = len(inverse)
     found, order = inverse.new_zeros(count), []
     gone = torch.zeros(count, dtype=torch.bool, device=inverse.device)
@@ -75,14 +78,15 @@ def _single(inverse: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor,
             a[:, step], b[:, step] = new, change
             spread = (spread - new.square()).masked_fill(gone, 1.0)
             weight = weight - 2 * new * change
-        inverse = inverse - a @ a.T
-        outputs = outputs - b @ a.T - a @ b.T
+        inverse.addmm_(a, a.T, alpha=-1)
+        outputs.addmm_(b, a.T, alpha=-1).addmm_(a, b.T, alpha=-1)
     return found, torch.tensor(order, device=inverse.device)
 
 
 def _whole(
     inverse: torch.Tensor, outputs: torch.Tensor, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same of units of several columns; both matrices are overwritten."""
     count = len(inverse) // size
     found, order = inverse.new_zeros(count), []
     left = list(range(count))
@@ -99,8 +103,8 @@ def _whole(
         a = _divided(inverse[:, at], root)
         inner = torch.linalg.solve_triangular(root, _divided(of_outputs[best], root), upper=False)
         b = _divided(outputs[:, at], root) - a @ inner / 2
-        inverse = inverse - a @ a.T
-        outputs = outputs - b @ a.T - a @ b.T
+        inverse.addmm_(a, a.T, alpha=-1)
+        outputs.addmm_(b, a.T, alpha=-1).addmm_(a, b.T, alpha=-1)
     return found, torch.tensor(order, device=inverse.device)
 
 

@@ -23,14 +23,21 @@ al. 2024, arXiv 2312.17244).
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, ClassVar
+import itertools
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
 from interlace._progress import track
-from interlace._torch_utils import accepts, inference, sum_over_processes, without_cache
+from interlace._torch_utils import (
+    accepts,
+    failing_together,
+    inference,
+    sum_over_processes,
+    without_cache,
+)
 from interlace.errors import DataError, ShapeError
-from interlace.models.fisher import Fisher, State
+from interlace.models.fisher import Fisher
 from interlace.models.handle import to_model
 from interlace.models.sites import find_sites
 from interlace.models.states import layer_input
@@ -39,10 +46,11 @@ from interlace.scores.metrics import NUM_MODALITIES
 from interlace.scores.widths import rounded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from interlace.models.fisher import Moments, State, Traces
     from interlace.models.handle import VLM, Tower
     from interlace.models.sites import Site
     from interlace.scores.batches import Batch, Batches
@@ -50,6 +58,8 @@ if TYPE_CHECKING:
 
 # Of the mean over all directions: few samples do not show all that matter.
 _DAMPING = 0.1
+# Bytes that are collected in one pass over the data.
+_LOT = 4 << 30
 
 
 class Obs:
@@ -71,13 +81,15 @@ class FfnObs(Obs):
 
 
 class Eliminations:
-    """Collects A and G of all sites in one go over the data.
+    """Collects A and G of all sites and prices their units.
 
-    Memory: 4 C^2 bytes per site and 4 D^2 per layer on the CPU, and the latter on the device too.
+    Memory: 4 D^2 bytes per layer, on the CPU and on the device; then, on the device alone, 4 C^2
+    per site for as many sites as 4 GiB hold, with one pass over the data for each such lot, and 32
+    C^2 for the site that is being priced.
     """
 
     def __init__(self, vlm: VLM, towers: Sequence[Tower], classes: Mapping[str, type[Obs]]) -> None:
-        """Make empty sums.
+        """Find the sites.
 
         Args:
             vlm: the model; left as it was.
@@ -87,143 +99,190 @@ class Eliminations:
         self._vlm = vlm
         self._names = " and ".join(f"'{name}'" for name in classes)
         metrics = {kind.kind: name for name, kind in classes.items()}
-        self._watches = {tower.name: _Watch(tower, metrics) for tower in towers}
-        self._moments = {
-            (name, state): torch.zeros(width, width)
-            for name, watch in self._watches.items()
-            for state, width in watch.widths().items()
+        self._sites: Sites = {
+            _Key(tower.name, metrics[site.kind], place, position): site
+            for tower in towers
+            for position, layer in enumerate(tower.layers)
+            for place, site in find_sites(layer).items()
+            if site.kind in metrics and site.groups
         }
+        self._samples: dict[str, int] = {}
+        self._found: dict[_Key, tuple[float, ...]] = {}
 
     def run(self, batches: Batches, rank: int, world: int, description: str) -> None:
-        """Measure on this process's share of the data.
+        """Measure on this process's share of the data; every process calls it.
 
         Raises:
             ConfigError: the weights allow no gradients.
-            DataError: a batch without answers, or values that are not finite.
+            DataError: a batch without answers, values that are not finite, or a failed process.
         """
-        instead = "'head_norm' and 'ffn_norm'"
-        fisher = Fisher(self._vlm, self._names, instead)
         part = batches.labelled().part(rank, world)
+        label = f"{description}: {self._names}"
+        moments = {
+            key.state: torch.zeros(site.output.out_features, site.output.out_features)
+            for key, site in self._sites.items()
+        }
         with inference(self._vlm.model), without_cache(self._vlm.model):
-            for batch in track(part, description=f"{description}: {self._names}"):
-                self._add(batch, fisher)
-        for watch in self._watches.values():
-            for squares in watch.squares.values():
-                if not bool(squares.isfinite().all()):
-                    raise DataError(
-                        f"{self._names}: activations of the tower '{watch.tower.name}' are not "
-                        "finite. Open the model in another dtype, or leave out the samples it "
-                        "fails on."
+            with failing_together():
+                traces = self._traces(track(part, description=label), moments)
+            for state in moments:
+                moments[state] = sum_over_processes(moments[state])
+            lots = _lots(self._sites)
+            for number, sites in enumerate(lots, 1):
+                lot = _Lot(sites)
+                with failing_together():
+                    self._read(
+                        track(part, description=f"{label}, {number}/{len(lots)}"), lot, traces
                     )
+                for tower, samples in lot.samples.items():
+                    self._samples[tower] = int(sum_over_processes(torch.tensor(samples)))
+                for key, site in sites.items():
+                    squares = sum_over_processes(lot.squares.pop(key).cpu())
+                    samples = self._samples[key.tower]
+                    if samples:
+                        moment = moments[key.state] / samples
+                        self._found[key] = _priced(site, squares / samples, moment)
 
-    def _add(self, batch: Batch, fisher: Fisher) -> None:
-        inputs = to_model(batch.inputs, self._vlm)
-        traces = fisher.traces(inputs, self._watches, self._moments, seed=batch.number)
-        # logits would be of no use here
-        if accepts(self._vlm.model, "logits_to_keep"):
-            inputs = {k: v for k, v in inputs.items() if k != "labels"} | {"logits_to_keep": 1}
-        with contextlib.ExitStack() as stack:
-            for name, watch in self._watches.items():
-                stack.enter_context(watch.hooked(self._vlm, batch, traces.get(name, {})))
-            self._vlm.model(**inputs)
+    def _traces(self, batches: Iterable[Batch], moments: Moments) -> dict[int, Traces]:
+        """Return what every token of every batch counts for the predictions, and add up G."""
+        fisher = Fisher(self._vlm, self._names, "'head_norm' and 'ffn_norm'")
+        towers = {key.tower for key in self._sites}
+        return {
+            batch.number: fisher.traces(
+                to_model(batch.inputs, self._vlm), towers, moments, seed=batch.number
+            )
+            for batch in batches
+        }
 
-    def share(self) -> None:
-        """Add up what all processes have seen; every process calls it."""
-        for state in self._moments:
-            self._moments[state] = sum_over_processes(self._moments[state])
-        for watch in self._watches.values():
-            for key in watch.squares:
-                watch.squares[key] = sum_over_processes(watch.squares[key])
-            watch.samples = int(sum_over_processes(torch.tensor([watch.samples])))
+    def _read(self, batches: Iterable[Batch], lot: _Lot, traces: Mapping[int, Traces]) -> None:
+        for batch in batches:
+            inputs = to_model(batch.inputs, self._vlm)
+            # logits would be of no use here
+            if accepts(self._vlm.model, "logits_to_keep"):
+                inputs = {k: v for k, v in inputs.items() if k != "labels"} | {"logits_to_keep": 1}
+            with lot.hooked(self._vlm, batch, traces[batch.number]):
+                self._vlm.model(**inputs)
+        for key, squares in lot.squares.items():
+            if not bool(squares.isfinite().all()):
+                raise DataError(
+                    f"{self._names}: activations of the tower '{key.tower}' are not finite. Open "
+                    "the model in another dtype, or leave out the samples it fails on."
+                )
 
     def results(self, tower: str) -> dict[str, Any]:
         """Return fields of `TowerScores`: importance and group_samples."""
-        watch = self._watches[tower]
-        if not watch.samples:
-            return {"importance": {}, "group_samples": {}}
-        importance = watch.results(self._moments)
+        depth = self._vlm.towers[tower].num_layers
+        made: dict[str, dict[str, list[tuple[float, ...]]]] = {}
+        for key, values in self._found.items():
+            if key.tower == tower:
+                rows = made.setdefault(key.metric, {}).setdefault(key.place, [()] * depth)
+                rows[key.position] = values
         return {
-            "importance": importance,
-            "group_samples": dict.fromkeys(importance, watch.samples),
+            "importance": {
+                metric: {place: tuple(rows) for place, rows in places.items()}
+                for metric, places in made.items()
+            },
+            "group_samples": dict.fromkeys(made, self._samples.get(tower, 0)),
         }
 
 
-# metric, place in the layer, position of the layer
-_Key = tuple[str, str, int]
+class _Key(NamedTuple):
+    """A site: its tower, what prices it, its place in a layer and the position of that layer."""
+
+    tower: str
+    metric: str
+    place: str
+    position: int
+
+    @property
+    def state(self) -> State:
+        """The state behind the layer."""
+        return self.tower, self.position + 1
 
 
-class _Watch:
-    """One tower with the sites of all metrics."""
+Sites = dict[_Key, "Site"]
 
-    def __init__(self, tower: Tower, metrics: Mapping[str, str]) -> None:
-        self.tower = tower
-        self._sites: dict[_Key, Site] = {
-            (metrics[site.kind], name, position): site
-            for position, layer in enumerate(tower.layers)
-            for name, site in find_sites(layer).items()
-            if site.kind in metrics and site.groups
-        }
+
+def _lots(sites: Sites) -> list[Sites]:
+    """Part the sites by the memory of what is collected for them; no lot is empty."""
+    lots: list[Sites] = []
+    room = 0
+    for key, site in sites.items():
+        size = 4 * site.output.in_features**2
+        if size > room or not lots:
+            lots.append({})
+            room = _LOT
+        lots[-1][key] = site
+        room -= size
+    return lots
+
+
+class _Lot:
+    """What is collected for some sites in one pass over the data."""
+
+    def __init__(self, sites: Sites) -> None:
+        self._sites = sites
         self.squares = {
-            key: torch.zeros(site.output.in_features, site.output.in_features)
-            for key, site in self._sites.items()
+            key: torch.zeros(
+                site.output.in_features, site.output.in_features, device=site.output.weight.device
+            )
+            for key, site in sites.items()
         }
-        self.samples = 0
-        # of the run that is under way: state -> [N]
-        self._weights: dict[int, Tensor] = {}
-
-    def widths(self) -> dict[int, int]:
-        """Return the states behind layers with sites -> D."""
-        return {place + 1: each.output.out_features for (*_, place), each in self._sites.items()}
+        self.samples = {key.tower: 0 for key in sites}
+        # of the run of a tower that is under way: state -> [N]
+        self._weights: dict[State, Tensor] = {}
 
     @contextlib.contextmanager
-    def hooked(
-        self, vlm: VLM, batch: Batch, traces: Mapping[int, Sequence[Tensor]]
-    ) -> Iterator[None]:
-        runs = 0
-
-        def begin(_: Any, args: Any, kwargs: Any) -> None:
-            nonlocal runs
-            hidden = layer_input(args, kwargs, f"Layer 0 of the tower '{self.tower.name}'")
-            units = batch.units(vlm, self.tower, hidden)
-            self._weights = {s: _weights(units, each[runs]) for s, each in traces.items()}
-            self.samples += units.num_seen
-            runs += 1
-
-        def reading(key: _Key) -> Any:
-            def hook(_: Any, args: Any) -> None:
-                columns = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-                weight = self._weights[key[2] + 1].to(columns)
-                if len(weight) != len(columns):
-                    raise ShapeError(
-                        f"A projection of '{key[1]}' reads {len(columns)} tokens, but its layer "
-                        f"was given {len(weight)}; '{key[0]}' cannot be told."
-                    )
-                weighed = columns * weight.sqrt()[:, None]
-                self.squares[key] += (weighed.T @ weighed).to(self.squares[key])
-
-            return hook
-
+    def hooked(self, vlm: VLM, batch: Batch, traces: Traces) -> Iterator[None]:
+        """Watch one batch."""
         with contextlib.ExitStack() as stack:
-            first = self.tower.layers[0]
-            stack.callback(first.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            for name in self.samples:
+                tower = vlm.towers[name]
+                hook = self._beginning(vlm, tower, batch, traces.get(name, {}))
+                handle = tower.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
             for key, site in self._sites.items():
-                stack.callback(site.output.register_forward_pre_hook(reading(key)).remove)
+                handle = site.output.register_forward_pre_hook(self._reading(key))
+                stack.callback(handle.remove)
             yield
 
-    def results(self, moments: Mapping[State, Tensor]) -> dict[str, dict[str, Any]]:
-        made: dict[str, dict[str, Any]] = {}
-        for (metric, place, position), site in self._sites.items():
-            rows = made.setdefault(metric, {}).setdefault(place, [()] * self.tower.num_layers)
-            weight = site.output.weight.detach().double()
-            moment = moments[self.tower.name, position + 1].to(weight) / self.samples
-            moment.diagonal().add_(_DAMPING * moment.diagonal().mean())
-            squares = self.squares[metric, place, position].to(weight) / self.samples
-            found = prices(squares, weight.T @ moment @ weight, site.head_dim) / 2
-            rows[position] = tuple(rounded(found))
-        return {
-            metric: {place: tuple(rows) for place, rows in places.items()}
-            for metric, places in made.items()
-        }
+    def _beginning(
+        self, vlm: VLM, tower: Tower, batch: Batch, traces: Mapping[int, Sequence[Tensor]]
+    ) -> Any:
+        runs = itertools.count()
+
+        def hook(_: Any, args: Any, kwargs: Any) -> None:
+            hidden = layer_input(args, kwargs, f"Layer 0 of the tower '{tower.name}'")
+            units = batch.units(vlm, tower, hidden)
+            run = next(runs)
+            for state, each in traces.items():
+                self._weights[tower.name, state] = _weights(units, each[run])
+            self.samples[tower.name] += units.num_seen
+
+        return hook
+
+    def _reading(self, key: _Key) -> Any:
+        def hook(_: Any, args: Any) -> None:
+            columns = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+            weight = self._weights[key.state].to(columns)
+            if len(weight) != len(columns):
+                raise ShapeError(
+                    f"A projection of '{key.place}' reads {len(columns)} tokens, but its layer "
+                    f"was given {len(weight)}; '{key.metric}' cannot be told."
+                )
+            weighed = columns * weight.sqrt()[:, None]
+            self.squares[key].addmm_(weighed.T, weighed)
+
+        return hook
+
+
+def _priced(site: Site, squares: Tensor, moment: Tensor) -> tuple[float, ...]:
+    """Return what every unit of a site costs, by the means A and G over samples."""
+    weight = site.output.weight.detach().double()
+    moment = moment.to(weight)
+    moment.diagonal().add_(_DAMPING * moment.diagonal().mean())
+    found = prices(squares.to(weight), weight.T @ moment @ weight, site.head_dim) / 2
+    return tuple(rounded(found))
 
 
 def _weights(units: Units, trace: Tensor) -> Tensor:

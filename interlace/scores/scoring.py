@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from interlace._progress import quiet, track
 from interlace._torch_utils import (
     accepts,
-    agree_on_failure,
+    failing_together,
     inference,
     joined_processes,
     outside_inference_mode,
     sum_over_processes,
     without_cache,
 )
-from interlace.errors import ConfigError, DataError, InterlaceError, check_numbers, unknown_name
+from interlace.errors import ConfigError, DataError, check_numbers, unknown_name
 from interlace.models.handle import check_vlm, to_model
 from interlace.records import Provenance, Scores, TowerScores
 from interlace.scores.alignment import Alignment, meeting_layers
@@ -87,7 +87,8 @@ def score(
     - "head_norm", "ffn_norm", of single heads and neurons: one pass each, on the questions.
     - "head_taylor", of single heads: a forward and a backward pass, about 3.
     - "head_obs", "ffn_obs", of single heads and neurons: two forward and four backward passes for
-      both, about 10; 4 C^2 bytes on the CPU for every output projection that reads C columns.
+      both, about 10, and one for every 4 GiB beyond the first of what they collect: 4 C^2 bytes for
+      every output projection that reads C columns, on its device.
 
     Sensitivity, relevance, "head_taylor" and the two of "obs" run on questions with their answers,
     since they need a loss or predictions: those of the answer tokens, or the contrastive ones.
@@ -145,8 +146,7 @@ def score(
     with joined_processes() as (rank, world), contextlib.ExitStack() as stack:
         if rank or not progress:
             stack.enter_context(quiet())
-        message = "it broke off"
-        try:
+        with failing_together():
             if any(watch.meters for watch in watches):
                 _run(vlm, track(batches.part(rank, world), description=description), watches)
             if probes is not None:
@@ -156,21 +156,13 @@ def score(
                 task.run(rank, world)
             if gauges is not None:
                 gauges.run(batches, rank, world, description)
-            if eliminations is not None:
-                eliminations.run(batches, rank, world, description)
-            message = ""
-        except InterlaceError as error:
-            message = str(error)
-            raise
-        finally:
-            agree_on_failure(message)
         meters = [meter for watch in watches for meter in watch.meters.values()]
         for each in (*meters, *others):
             each.load_totals(sum_over_processes(each.totals()))
         if probes is not None:
             probes.share_notes()
         if eliminations is not None:
-            eliminations.share()
+            eliminations.run(batches, rank, world, description)
     giving = others if eliminations is None else [*others, eliminations]
     scored = {
         watch.tower.name: _collect(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,8 @@ import interlace as il
 from interlace.errors import ConfigError, DataError
 from interlace.models import fisher
 from interlace.models.sites import find_sites
-from interlace.scores import score
+from interlace.scores import obs, score
 from interlace.scores.metrics import Units
-from interlace.scores.obs import _weights
 from interlace.surgery import prune
 
 BOTH = ("head_obs", "ffn_obs")
@@ -90,6 +90,31 @@ def test_a_price_is_the_divergence_that_is_left_by_the_best_rest(
     )
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl", "clip"])
+def test_what_fits_into_memory_at_a_time_changes_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm, batches = opened(name), [labelled(name, 2), labelled(name, 3)]
+    whole = score(vlm, batches, metrics=BOTH, progress=False)
+    # less than a site, and two or three of them
+    for room in (1, 50_000):
+        monkeypatch.setattr(obs, "_LOT", room)
+        parts = score(vlm, batches, metrics=BOTH, progress=False)
+        for tower in whole.towers:
+            assert parts[tower].importance == whole[tower].importance
+            assert parts[tower].group_samples == whole[tower].group_samples
+
+
+def test_lots_hold_what_fits_and_no_less_than_a_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    sites: Any = {
+        number: SimpleNamespace(output=SimpleNamespace(in_features=features))
+        for number, features in enumerate([4, 4, 2, 8, 2, 2, 2])
+    }
+    monkeypatch.setattr(obs, "_LOT", 144)
+    assert [list(lot) for lot in obs._lots(sites)] == [[0, 1, 2], [3], [4, 5, 6]]
+    assert obs._lots({}) == []
+
+
 def test_moments_have_the_traces_of_their_states_and_the_draws_of_their_seed() -> None:
     vlm, batch = opened("qwen3_vl"), labelled("qwen3_vl", 2)
     ask = fisher.Fisher(vlm)
@@ -108,7 +133,7 @@ def test_tokens_of_a_sample_weigh_one_together_half_alike_and_half_by_their_trac
     unit = torch.tensor([0, 0, 0, 1, 1, -1, -1])
     modality = torch.tensor([0, 1, 1, 0, 0, 0, 0])
     trace = torch.tensor([3.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-    found = _weights(Units(unit, modality, 2), trace)
+    found = obs._weights(Units(unit, modality, 2), trace)
     # half of 1/2, 1/4, 1/4, and half of (3 / 2, 1 / 4, 0) / (7 / 4)
     first = [0.25 + 1.5 / 3.5, 0.125 + 0.25 / 3.5, 0.125]
     assert found.tolist() == pytest.approx([*first, 0.5, 0.5, 0.0, 0.0])
