@@ -173,6 +173,7 @@ def heal(
             identity=identity,
             advance=advance,
         )
+        trainer.check_samples([*seen, *(judging or ())])
         trainer.train(resume_from_checkpoint=str(found[0]) if found is not None else None)
         points = trainer.interpolate(student.model.get_parameter, judging) if judging else ()
         trainer.close()

@@ -124,6 +124,22 @@ class HealTrainer(Trainer):  # type: ignore[misc]
                 "this package does not load. Leave out the output folder, or use FSDP2."
             )
 
+    def check_samples(self, samples: Sequence[Sample]) -> None:
+        """Refuse samples of which only some have images where layers are sharded.
+
+        Raises:
+            ConfigError: a process whose batch has no image would wait for the others for ever, as
+                they gather the layers that it leaves out.
+        """
+        pictured = sum(bool(sample.images) for sample in samples)
+        sharded = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        if sharded and 0 < pictured < len(samples):
+            raise ConfigError(
+                f"Under FSDP2 all processes have to run the same layers, but {pictured} of "
+                f"{len(samples)} samples have images and the others have none. Heal on samples of "
+                "one kind, or without sharding."
+            )
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer; gates are apart in it, with a learning rate of their own."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
