@@ -146,9 +146,9 @@ def test_a_recipe_takes_out_a_share_of_the_parameters(tmp_path: Path) -> None:
     text = text.replace("max_steps = 2", "max_steps = 0")
     text = text.replace("drop_fraction = 0.25", "parameters = 0.3\nrule = 'compensated'")
     text += '[prune]\nbridges = "refit"\n'
-    with pytest.raises(ConfigError, match="Add 'head_norm' to metrics"):
+    with pytest.raises(ConfigError, match="Add 'head_obs' to metrics"):
         il.run(_recipe(tmp_path, text), tmp_path / "out")
-    metrics = 'metrics = ["similarity", "head_norm", "ffn_norm"]'
+    metrics = 'metrics = ["similarity", "head_obs", "ffn_obs"]'
     text = text.replace("[score]", f"[score]\n{metrics}")
     with pytest.raises(ConfigError, match="2 stages drop whole layers only"):
         il.run(_recipe(tmp_path, text + "[progressive]\nstages = 2\n"), tmp_path / "out")

@@ -212,8 +212,8 @@ def make_plan(
         spread: how the shares are spread over the layers: "uniform", the same in each; "global",
             whichever groups and neurons of all layers matter least; "ragged", single query heads.
         width_metrics: "heads" or "ffn" -> the metric to judge by, "random" for a draw. Default:
-            the gates that `Scores.with_gates` put in ("head_gate", "ffn_gate"), else "head_norm"
-            where it was scored, else "head_taylor" or "head_obs", and "ffn_norm" or "ffn_obs".
+            the gates that `Scores.with_gates` put in ("head_gate", "ffn_gate"), else what was
+            scored: "head_obs" before "head_norm" before "head_taylor", "ffn_obs" before "ffn_norm".
         graft: share of the KV groups of every dropped layer, the most important ones, that move
             into its tuned neighbour and work there in parallel; rounded down.
         attention_parts: share of the kept layers, 0..1, or a dict per tower, that lose their

@@ -186,8 +186,8 @@ def split_plan(
     are cut.
 
     Args:
-        scores: with the similarity, and the importance of heads and neurons ("head_norm",
-            "ffn_norm").
+        scores: with the similarity, and the importance of heads and neurons ("head_obs" and
+            "ffn_obs"; "head_norm" and "ffn_norm" take fewer passes and keep less).
         parameters: share of what the layers of a tower hold, above 0 and below 1, or one per tower.
             Embeddings are not counted.
         loss: of `interlace.layer_loss(vlm, calibration)`, which judges whole plans. Beside what

@@ -34,10 +34,10 @@ Spread = Literal["uniform", "global", "ragged"]
 Fraction = float | Mapping[str, float] | None
 
 SPREADS = ("uniform", "global", "ragged")
-# The metrics of each kind that are scored.
+# The metrics of each kind that are scored; the first one takes most and pays where bridges repair.
 _SCORED = {
-    "heads": ("head_norm", "head_taylor", "head_obs"),
-    "ffn": ("ffn_norm", "ffn_obs"),
+    "heads": ("head_obs", "head_norm", "head_taylor"),
+    "ffn": ("ffn_obs", "ffn_norm"),
 }
 # The first one that is there is taken; gates are there only where the caller has put them.
 _METRICS = {kind: (GATE_METRICS[kind], *scored) for kind, scored in _SCORED.items()}
@@ -124,7 +124,7 @@ def check_width_settings(settings: PlanSettings, scored: Sequence[str]) -> None:
         if wanted[kind] and named != _RANDOM and not set(enough) & set(scored):
             raise ConfigError(
                 f"The recipe cuts or moves {kind}, but does not score their importance. Add "
-                f"'{enough[0]}' to metrics under [score]."
+                f"'{named or _to_score(kind, settings)}' to metrics under [score]."
             )
     for argument, (_, metric) in PARTS.items():
         if getattr(settings, argument) is not None and metric not in scored:
@@ -132,6 +132,14 @@ def check_width_settings(settings: PlanSettings, scored: Sequence[str]) -> None:
                 f"The recipe sets {argument}, but does not score the parts. Add '{metric}' to "
                 "metrics under [score]."
             )
+
+
+def _to_score(kind: str, settings: PlanSettings) -> str:
+    """Return what judges heads or neurons where the settings name nothing.
+
+    A share of all parameters is chosen repaired, so that the better metric is worth its passes.
+    """
+    return _SCORED[kind][0 if settings.parameters else 1]
 
 
 def needed_metrics(settings: PlanSettings) -> tuple[str, ...]:
@@ -143,7 +151,7 @@ def needed_metrics(settings: PlanSettings) -> tuple[str, ...]:
     named = settings.width_metrics or {}
     shares = {"heads": settings.heads or settings.graft, "ffn": settings.ffn}
     cut = [kind for kind, share in shares.items() if share or settings.parameters]
-    widths = [named.get(kind, _SCORED[kind][0]) for kind in cut]
+    widths = [named.get(kind, _to_score(kind, settings)) for kind in cut]
     parts = [metric for name, (_, metric) in PARTS.items() if getattr(settings, name)]
     unscored = {"similarity", *GATE_METRICS.values(), _RANDOM}
     wanted = dict.fromkeys([*(settings.weights or {}), *widths, *parts])
@@ -286,10 +294,11 @@ class _Chooser:
         for metric in _METRICS[self.kind]:
             if metric in scores.importance:
                 return metric
-        wanted = _SCORED[self.kind][0]
+        best, cheap = _SCORED[self.kind][:2]
         raise PlanError(
             f"The importance of {self.kind} of the tower '{self.tower}' was not scored. Score "
-            f"with metrics=(..., '{wanted}'), or --metrics similarity,{wanted}; or choose 'random'."
+            f"with metrics=(..., '{cheap}'), or --metrics similarity,{cheap} (where bridges repair "
+            f"the cut, '{best}' keeps more for more passes); or choose 'random'."
         )
 
     def choose(self, plan: TowerPlan, fraction: float) -> dict[str, dict[int, tuple[int, ...]]]:

@@ -12,7 +12,7 @@ from interlace.errors import ConfigError, PlanError
 from interlace.plan import make_plan
 from interlace.plan.cost import plan_cost
 from interlace.plan.split import plan_by
-from interlace.plan.widths import add_grafts, check_width_settings
+from interlace.plan.widths import add_grafts, check_width_settings, needed_metrics
 from interlace.records import (
     ModelShape,
     Plan,
@@ -215,6 +215,29 @@ def test_a_recipe_must_score_what_it_cuts() -> None:
         check_width_settings(cut, ("similarity", "ffn_norm"))
     check_width_settings(cut, ("head_taylor",))
     check_width_settings(PlanSettings(ffn=0.25, width_metrics={"ffn": "random"}), ("similarity",))
+
+
+def test_a_share_of_all_parameters_is_scored_by_what_pays_where_it_is_repaired() -> None:
+    assert needed_metrics(PlanSettings(parameters=0.4)) == ("head_obs", "ffn_obs")
+    assert needed_metrics(PlanSettings(heads=0.25, ffn=0.25)) == ("head_norm", "ffn_norm")
+    assert needed_metrics(PlanSettings(drop_fraction=0.25, graft=0.5)) == ("head_norm",)
+    assert needed_metrics(PlanSettings(drop_fraction=0.25)) == ()
+    mixed = PlanSettings(parameters=0.4, width_metrics={"heads": "head_taylor", "ffn": "random"})
+    assert needed_metrics(mixed) == ("head_taylor",)
+    with pytest.raises(ConfigError, match="Add 'ffn_obs' to metrics"):
+        check_width_settings(PlanSettings(parameters=0.4), ("similarity", "head_norm"))
+
+
+def test_of_what_was_scored_the_metric_that_took_most_is_taken() -> None:
+    given = scores()
+    reverse = tuple(tuple(float(8 - unit) for unit in range(8)) for _ in range(LAYERS))
+    importance = {**given["text"].importance, "head_obs": {"attn": reverse}}
+    both = dataclasses.replace(
+        given, towers={"text": dataclasses.replace(given["text"], importance=importance)}
+    )
+    assert make_plan(both, heads=0.25)["text"].cut["attn"][0] == (6, 7)
+    by_norm = make_plan(both, heads=0.25, width_metrics={"heads": "head_norm"})
+    assert by_norm["text"].cut == make_plan(given, heads=0.25)["text"].cut
 
 
 def test_gates_are_judged_by_where_they_are_and_a_recipe_has_none_yet() -> None:

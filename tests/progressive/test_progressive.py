@@ -166,7 +166,7 @@ def test_one_stage_can_take_a_share_of_the_parameters(vlm: Any, tmp_path: Path) 
     with pytest.raises(ConfigError, match="above 0 and below 1, got 1"):
         small(vlm, tmp_path / "much", **{**given, "parameters": 1}, stages=1)
     unscored = {**given, "score": ScoreSettings()}
-    with pytest.raises(ConfigError, match="Add 'head_norm' to metrics"):
+    with pytest.raises(ConfigError, match="Add 'head_obs' to metrics"):
         small(vlm, tmp_path / "unscored", **unscored, stages=1)
     assert not list(tmp_path.iterdir())
     named = {"heads": "head_taylor", "ffn": "random"}
