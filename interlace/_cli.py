@@ -42,7 +42,13 @@ Data = Annotated[
 Root = Annotated[
     str | None, typer.Option(help="Folder that image paths start from. Default: the file's own.")
 ]
-Split = Annotated[str, typer.Option(help="Part of a data set that has several, or of the scenes.")]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        help="Part of a data set that has several, or of the scenes. Default: train, and of what "
+        "is measured test."
+    ),
+]
 MaxBad = Annotated[
     float, typer.Option(help="Share of samples that cannot be used to skip before it is an error.")
 ]
@@ -363,7 +369,7 @@ def open_vlm(model: str, dtype: str | None, device: str | None, remote: bool) ->
 
 
 def read_samples(
-    vlm: VLM, data: str, root: str | None, split: str, count: int, seed: int, max_bad: float
+    vlm: VLM, data: str, root: str | None, split: str | None, count: int, seed: int, max_bad: float
 ) -> Samples:
     """Read samples for a model as the options say."""
     from interlace.data.samples import samples, scenes_tasks

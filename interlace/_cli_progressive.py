@@ -77,7 +77,7 @@ def progressive(
     ] = None,
     data: Data = "scenes",
     root: Root = None,
-    split: Split = "train",
+    split: Split = None,
     calibration_count: Count = 512,
     heal_count: Count = 4096,
     max_bad_fraction: MaxBad = 0.01,

@@ -57,7 +57,7 @@ def prune(
     token_weights: TokenWeights = "even",
     data: Data = "scenes",
     root: Root = None,
-    split: Split = "train",
+    split: Split = None,
     count: Count = BRIDGE_SAMPLES,
     max_bad_fraction: MaxBad = 0.01,
     seed: Seed = 0,
@@ -70,7 +70,7 @@ def prune(
 
     Bridges are fitted on the data; without them no data is read.
     """
-    from interlace.data.samples import check_root
+    from interlace.data.samples import check_source
     from interlace.export import export as run_export
     from interlace.records import Plan
     from interlace.surgery import prune as run_prune
@@ -84,7 +84,7 @@ def prune(
             f"{named} given, but data is read only to fit bridges, and --bridges is {bridges!r}. "
             f"Name a bridge, such as 'refit', or leave {named} out."
         )
-    check_root(data, root)
+    check_source(data, root, split)
     chosen = Plan.load(plan_file)
     dense = open_vlm(model, dtype, device, trust_remote_code)
     calibration = None
@@ -111,7 +111,7 @@ def heal(
     output: Annotated[Path, output_option("Folder of the healed model.")],
     data: Data = "scenes",
     root: Root = None,
-    split: Split = "train",
+    split: Split = None,
     count: Count = 4096,
     max_bad_fraction: MaxBad = 0.01,
     allow_pinned: AllowPinned = False,
@@ -157,7 +157,7 @@ def heal(
     `--overwrite` without it starts anew. Bridges are fitted on the first 512 samples of the data.
     Under torchrun the processes train together, each on batches of its own.
     """
-    from interlace.data.samples import check_root
+    from interlace.data.samples import check_source
     from interlace.export import export as run_export
     from interlace.heal import heal as run_heal
     from interlace.records import Plan
@@ -170,7 +170,7 @@ def heal(
     if replaced:
         _check_replaced(checkpoints, overwrite)
     cut = prune_settings(allow_pinned, bridges, rank, token_weights)
-    check_root(data, root)
+    check_source(data, root, split)
     chosen = Plan.load(plan_file)
     settings = HealSettings(
         epochs=epochs,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from interlace.data.samples import check_root, scenes_split
+from interlace.data.samples import check_source
 from interlace.errors import ConfigError, unknown_name
 from interlace.evaluate.selection import checked_names
 from interlace.plan.rules import find_rule
@@ -31,12 +31,9 @@ def check_names(settings: Recipe) -> None:
     _check_metrics(settings)
     _check_cut(settings)
     checked_names(settings.eval.tasks)
-    check_root(settings.data.source, settings.data.root)
-    check_root(settings.eval.source, settings.eval.root)
-    if settings.data.source == "scenes":
-        scenes_split(settings.data.split)
-    if (settings.eval.source or settings.data.source) == "scenes":
-        scenes_split(settings.eval.split)
+    check_source(settings.data.source, settings.data.root, settings.data.split)
+    measured = settings.eval.source or settings.data.source
+    check_source(measured, settings.eval.root, settings.eval.split)
 
 
 def _check_cut(settings: Recipe) -> None:

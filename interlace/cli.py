@@ -93,7 +93,7 @@ def score(
     output: Annotated[Path, output_option("Where to write the scores.")],
     data: Data = "scenes",
     root: Root = None,
-    split: Split = "train",
+    split: Split = None,
     count: Count = 512,
     max_bad_fraction: MaxBad = 0.01,
     metrics: Metrics = "similarity",
@@ -116,12 +116,12 @@ def score(
     Under torchrun the processes share the samples.
     """
     from interlace.config import ScoreSettings
-    from interlace.data.samples import check_root
+    from interlace.data.samples import check_source
     from interlace.scores import score as run_score
     from interlace.scores.metrics import metric_classes
 
     check_outputs(output, heatmap, overwrite)
-    check_root(data, root)
+    check_source(data, root, split)
     settings = ScoreSettings(
         metrics=split_names(metrics) or (),
         packs="all" if packs.strip() == "all" else whole_numbers(packs, "--packs", "all"),
@@ -239,7 +239,7 @@ def evaluate(
     ] = None,
     data: Data = "scenes",
     root: Root = None,
-    split: Split = "test",
+    split: Split = None,
     count: Count = 256,
     max_bad_fraction: MaxBad = 0.01,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 16,
@@ -253,14 +253,16 @@ def evaluate(
 ) -> None:
     """Measure a model, beside the dense one where given."""
     from interlace._fused_evaluation import evaluate_fused
-    from interlace.data.samples import check_root
+    from interlace.data.samples import check_source, has_splits
     from interlace.evaluate import evaluate as run_evaluate
     from interlace.evaluate.selection import default_tasks
 
     check_outputs(output, None, overwrite)
-    check_root(data, root)
+    check_source(data, root, split)
     vlm = open_vlm(model, dtype, device, trust_remote_code)
     own = None
+    if split is None and has_splits(data):
+        split = "test"
     if data != "scenes":
         own = read_samples(vlm, data, root, split, count, seed, max_bad_fraction)
     tasks = default_tasks(vlm, own) if task is None else split_names(task) or ()
@@ -275,7 +277,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         count=count,
         seed=seed,
-        split=split,
+        split=split or "test",
     )
     say(str(report))
     if output is not None:

@@ -72,7 +72,7 @@ class DataSettings(Settings):
     Attributes:
         source: "scenes", a .json or .jsonl file, a folder, or the name of a data set.
         root: folder that relative image paths start from; images outside are refused.
-        split: part of the data to score and heal with.
+        split: part of the data to score and heal with, where it has several; default: "train".
         tasks: only samples of these tasks; default: all, of the built-in scenes those that the
             model can learn from.
         calibration_count: samples to score with, and to fit bridges on.
@@ -83,7 +83,7 @@ class DataSettings(Settings):
 
     source: str = "scenes"
     root: str | None = None
-    split: str = "train"
+    split: str | None = None
     tasks: tuple[Literal["chat", "vqa", "caption", "retrieval"], ...] | None = None
     calibration_count: int = within(512, 1)
     heal_count: int | None = within(None, 1)
@@ -268,7 +268,7 @@ class EvalSettings(Settings):
         count: samples per task.
         source: other data to measure on; default: the source of [data].
         root: folder that its relative image paths start from.
-        split: part of the data to measure on.
+        split: part of the data to measure on, where it has several; default: "test".
         batch_size: samples per forward pass.
         max_new_tokens: longest answer.
         seed: seed of the choice of samples.
@@ -280,7 +280,7 @@ class EvalSettings(Settings):
     count: int = within(256, 1)
     source: str | None = None
     root: str | None = None
-    split: str = "test"
+    split: str | None = None
     batch_size: int = within(16, 1)
     max_new_tokens: int = within(64, 1)
     seed: int = within(0, 0)

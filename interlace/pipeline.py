@@ -21,7 +21,7 @@ from interlace._recipe_checks import check_names, check_towers
 from interlace._stages import STATE, Stages
 from interlace._torch_utils import default_device
 from interlace.config import DataSettings, EvalSettings, ProgressiveSettings, Recipe
-from interlace.data.samples import Samples, samples, scenes_tasks
+from interlace.data.samples import Samples, has_splits, samples, scenes_tasks
 from interlace.errors import ConfigError, PlanError
 from interlace.evaluate import evaluate
 from interlace.evaluate.selection import check_models
@@ -105,12 +105,13 @@ def _healing(settings: DataSettings, vlm: VLM) -> Samples:
 
 def _measured(data: DataSettings, settings: EvalSettings, vlm: VLM) -> dict[str, Samples] | None:
     place = {} if settings.source is None else {"source": settings.source, "root": settings.root}
-    if place.get("source", data.source) == "scenes":
+    source = settings.source or data.source
+    if source == "scenes":
         return None
     # whatever the layers are chosen by, a task takes the samples that it can measure
     choice = {
         "count": settings.count,
-        "split": settings.split,
+        "split": settings.split or ("test" if has_splits(source) else None),
         "seed": settings.seed,
         "tasks": None,
     }
@@ -130,7 +131,7 @@ def _measure(
         "max_new_tokens": settings.eval.max_new_tokens,
         "count": settings.eval.count,
         "seed": settings.eval.seed,
-        "split": settings.eval.split,
+        "split": settings.eval.split or "test",
     }
     inputs: list[Any] = [settings.eval.to_dict(), settings.data.to_dict()]
     if held_out is not None:
@@ -331,9 +332,12 @@ def _run_progressive(
         guarded = next(iter(held_out.values()))
     else:
         # other scenes than those of the evaluation, which must not choose what is evaluated
-        eval_seed = settings.eval.seed + 1
         guarded = held_out_scenes(
-            vlm, chosen.guard, count=settings.eval.count, seed=eval_seed, split=settings.eval.split
+            vlm,
+            chosen.guard,
+            count=settings.eval.count,
+            seed=settings.eval.seed + 1,
+            split=settings.eval.split or "test",
         )
     made = progressive(
         vlm,

@@ -109,6 +109,13 @@ def is_dataset_folder(folder: Path) -> bool:
     return next(folder.rglob("*.parquet"), None) is not None
 
 
+def has_splits(folder: Path) -> bool:
+    """Whether a folder is a data set of several splits."""
+    if any((folder / name).is_file() for name in _SAVED):
+        return (folder / "dataset_dict.json").is_file()
+    return any(words.intersection(_SPLITS) for words in _parquet_files(folder).values())
+
+
 def open_object(
     dataset: Any, *, split: str, root: Path | None, count: int | None, seed: int, name: str = ""
 ) -> RecordReader:
@@ -208,16 +215,21 @@ def _datasets() -> Any:
     return datasets
 
 
+def _parquet_files(folder: Path) -> dict[Path, set[str]]:
+    """Parquet files in order, with the words of their path."""
+    return {
+        file: set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower()))
+        for file in sorted(folder.rglob("*.parquet"))
+    }
+
+
 def _files_of_split(folder: Path, split: str) -> list[Path]:
     """Parquet files of one split, told by the words of their path; all if no split is named."""
-    files = sorted(folder.rglob("*.parquet"))
-    words = {
-        file: set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())) for file in files
-    }
-    named = sorted({word for found in words.values() for word in found if word in _SPLITS})
+    files = _parquet_files(folder)
+    named = sorted({word for words in files.values() for word in words if word in _SPLITS})
     if not named:
-        return files
-    chosen = [file for file in files if split.lower() in words[file]]
+        return list(files)
+    chosen = [file for file, words in files.items() if split.lower() in words]
     if not chosen:
         raise DataError(
             f"{folder}: no parquet file of split {split!r}. It has {', '.join(named)}; choose one "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -164,7 +164,7 @@ def samples(
     count: int | None = None,
     fraction: float | None = None,
     seed: int = 0,
-    split: str = "train",
+    split: str | None = None,
     tasks: Sequence[str] | None = None,
     root: str | Path | None = None,
     processor: Any = None,
@@ -184,7 +184,7 @@ def samples(
         count: Number of samples; all if neither this nor `fraction` is given.
         fraction: Fraction of the source in 0..1, instead of `count`.
         seed: Seed of the choice.
-        split: Split of a data set that has several; files and image folders have one.
+        split: Split of the scenes or of a data set that has several; default: "train".
         tasks: Wanted tasks (see :data:`TASKS`). Captions serve retrieval and the reverse, a chat of
             one question and one answer serves vqa; records that serve none are passed over.
         root: Folder that image paths start from and may not leave; the folder of the file if not
@@ -207,7 +207,8 @@ def samples(
         raise ConfigError(
             f"processor is a {type(processor).__name__}; give a loaded one, such as vlm.processor."
         )
-    check_root(source, root)
+    check_source(source, root, split)
+    split = split or "train"
     path = Path(source).expanduser() if isinstance(source, str | Path) else None
     if streaming and (source == "scenes" or path is None or path.exists()):
         raise ConfigError(
@@ -232,8 +233,37 @@ def samples(
     )
 
 
-def check_root(source: Any, root: str | Path | None) -> None:
-    """Refuse a root for sources that read no image files of their own. Raises ConfigError."""
+def has_splits(source: Any) -> bool:
+    """Tell whether a source of samples has several splits to choose from."""
+    from interlace.data import hub
+
+    if hub.is_dataset(source):
+        return isinstance(source, Mapping)
+    if not isinstance(source, str | Path):
+        return False
+    path = Path(source).expanduser()
+    if source == "scenes" or not path.exists():
+        return True
+    return path.is_dir() and hub.has_splits(path)
+
+
+def check_source(source: Any, root: str | Path | None, split: str | None) -> None:
+    """Refuse a root or a split for sources that have no use for it.
+
+    Raises:
+        ConfigError: A root for what reads no image files of its own, or a split of what has none.
+        DataError: A split that the built-in scenes lack.
+    """
+    if split is not None:
+        if source == "scenes":
+            scenes_split(split)
+        elif not has_splits(source):
+            named = source if isinstance(source, str | Path) else f"the {type(source).__name__}"
+            raise ConfigError(
+                f"split is {split!r}, but {named} has no splits to choose from: all of it would be "
+                "taken. Give the samples of that split as a source of their own, or leave split "
+                "out."
+            )
     if root is None:
         return
     what = "the built-in scenes are drawn" if source == "scenes" else ""

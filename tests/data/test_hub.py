@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from interlace.data.samples import samples
-from interlace.errors import DataError
+from interlace.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,6 +97,9 @@ def test_finevision(way: str, finevision: Any, tmp_path: Path) -> None:
         assert len(samples(source, split="test")) == 1
         with pytest.raises(DataError, match=r"no .*split 'dev'.*test"):
             samples(source, split="dev")
+    else:
+        with pytest.raises(ConfigError, match=r"'train', but .* has no splits .* leave split out"):
+            samples(source, split="train")
 
 
 def test_image_paths_in_a_parquet_file_stay_inside(
