@@ -153,9 +153,10 @@ def heal(
 ) -> None:
     """Cut the dense model by the plan, train the tuned layers, and save the result.
 
-    Checkpoints go to OUTPUT.healing beside the result; `--resume` goes on from the newest, and
-    `--overwrite` without it starts anew. Bridges are fitted on the first 512 samples of the data.
-    Under torchrun the processes train together, each on batches of its own.
+    Checkpoints go to OUTPUT.healing beside the result; `--resume` goes on from the newest, or
+    starts where there is none, and `--overwrite` without it starts anew. Bridges are fitted on the
+    first 512 samples of the data. Under torchrun the processes train together, each on batches of
+    its own.
     """
     from interlace.data.samples import check_source
     from interlace.export import export as run_export

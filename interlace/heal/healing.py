@@ -84,8 +84,9 @@ def heal(
         settings: default: `HealSettings()`.
         output: folder for checkpoints, made by this call; without it none are written.
         resume: continue from the newest complete checkpoint in `output`, or start where there is
-            none. The student must be the one the run was started with, before healing; what was
-            fitted to it is taken from `output`, since a GPU need not fit the same bits twice.
+            none, which the log says. The student must be the one the run was started with, before
+            healing; what was fitted to it is taken from `output`, since a GPU need not fit the same
+            bits twice.
         collate: makes a batch on the CPU out of samples; default: `Collator` with the student's
             processor.
         overrides: single settings, such as `max_steps=100`.
@@ -157,6 +158,12 @@ def heal(
         if not is_first_process():
             stack.enter_context(quiet())
         if found is None and folder is not None and is_first_process():
+            if resume:
+                logger.warning(
+                    "There is no whole checkpoint in %s to go on from, so healing starts from the "
+                    "beginning.",
+                    folder,
+                )
             start.keep(folder, student)
         extra = _device_arguments(student, names, chosen)
         args = training_arguments(

@@ -66,7 +66,7 @@ def _start(folder: Path, **changes: Any) -> None:
         data=toy_samples(changes.pop("count", 4)),
         collate=toy_collate("llava", teacher.model),
         output=folder,
-        resume=folder.exists(),
+        resume=changes.pop("resume", folder.exists()),
         **{**settings, **changes},
     )
 
@@ -76,6 +76,7 @@ def test_only_complete_checkpoints_of_the_same_run_are_used(
 ) -> None:
     folder = tmp_path / "out"
     _start(folder)
+    assert "starts from the beginning" not in caplog.text
     newest = folder / "checkpoint-4"
     weights = newest / checkpoints.WEIGHTS
     sizes = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
@@ -99,6 +100,15 @@ def test_only_complete_checkpoints_of_the_same_run_are_used(
     (newest / checkpoints.MANIFEST).write_text("{}")
     (folder / "checkpoint-2" / checkpoints.OPTIMIZER).unlink()
     assert checkpoints.newest(folder) is None
+
+    # one command for the first try and all others
+    for nothing in (folder, tmp_path / "elsewhere"):
+        caplog.clear()
+        _start(nothing, resume=True)
+        assert f"no whole checkpoint in {nothing} to go on from" in caplog.text
+        caplog.clear()
+        _start(nothing, resume=True)
+        assert "starts from the beginning" not in caplog.text
 
 
 def test_a_fitted_student_goes_on_from_the_weights_it_started_with(tmp_path: Path) -> None:
