@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from interlace._records.base import Record
+from interlace._records.plan_text import number
+from interlace._records.tables import plain_table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+# Rows of a table of losses that fit a screen.
+_MOST_ROWS = 12
 
 
 @dataclass(frozen=True)
 class HealReport(Record):
     """How healing went.
+
+    `print(report)` shows it in words and tables.
 
     Attributes:
         steps: optimiser steps.
@@ -54,3 +64,29 @@ class HealReport(Record):
     def share(self) -> float:
         """How much of the way to the trained student was kept, 0..1; 1 without validation."""
         return self.validation[0]["share"] if self.validation else 1.0
+
+    def __str__(self) -> str:
+        """Say how much was trained on what, with tables of the losses and of the validation."""
+        parts = [
+            f"Healed for {self.steps} steps on {self.num_samples} samples ({number(self.tokens)} "
+            f"tokens) in {self.seconds:.0f} s; trained {number(self.trainable_parameters)} of "
+            f"{number(self.total_parameters)} parameters"
+        ]
+        if self.losses:
+            last = len(self.losses) - 1
+            shown = min(last + 1, _MOST_ROWS)
+            places = [round(last * row / max(shown - 1, 1)) for row in range(shown)]
+            parts.append(_table([self.losses[place] for place in places]))
+        for kind, gates in (("branches", self.gates), ("heads and neurons", self.unit_gates)):
+            for tower, layers in gates.items():
+                parts.append(f"Gates of {kind} in {len(layers)} layers of {tower}")
+        if self.validation:
+            parts.append(f"The validation samples keep {self.share:.0%} of the way")
+            parts.append(_table(self.validation))
+        return "\n\n".join(parts)
+
+
+def _table(entries: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for entry in entries for name in entry))
+    rows = [[f"{entry[name]:.4g}" if name in entry else "" for name in names] for entry in entries]
+    return plain_table(names, rows)
