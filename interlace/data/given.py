@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from interlace.data.samples import Sample
+from interlace.data.samples import Sample, Samples
 from interlace.errors import DataError
 
 # what every batch is made of, if it holds it at all
@@ -25,16 +25,7 @@ def samples_or_batches(data: Any, what: str) -> Sequence[Any]:
         DataError: it is something else, a single batch, empty, mixed, or not of tensors.
     """
     wanted = "give samples (see interlace.samples) or a list of batches of model inputs."
-    if isinstance(data, Mapping):
-        raise DataError(f"The {what} is a single {type(data).__name__}; {wanted}")
-    if isinstance(data, str) or not isinstance(data, Iterable):
-        raise DataError(f"The {what} is a {type(data).__name__}; {wanted}")
-    items = data if isinstance(data, Sequence) else list(data)
-    if not items:
-        raise DataError(f"The {what} holds no sample; {wanted}")
-    odd = next((item for item in items if not isinstance(item, Sample | Mapping)), None)
-    if odd is not None:
-        raise DataError(f"The {what} holds a {type(odd).__name__}; {wanted}")
+    items = _items(data, what, Sample | Mapping, wanted)
     if len({isinstance(item, Sample) for item in items}) > 1:
         raise DataError(f"The {what} holds samples and batches; give one of the two.")
     if isinstance(items[0], Mapping):
@@ -45,4 +36,34 @@ def samples_or_batches(data: Any, what: str) -> Sequence[Any]:
                         f"In batch {number} of the {what}, {name} is a "
                         f"{type(batch[name]).__name__}; give tensors (return_tensors='pt')."
                     )
+    return items
+
+
+def as_samples(data: Any, what: str, *, empty: bool = False) -> Samples:
+    """Give data as samples.
+
+    Args:
+        data: samples, or any other sequence or iterator of them.
+        what: what the data is called, such as "calibration data".
+        empty: whether there may be none.
+
+    Raises:
+        DataError: it is something else, or empty.
+    """
+    wanted = "give samples (see interlace.samples)."
+    items = _items(data, what, Sample, wanted, empty=empty)
+    return items if isinstance(items, Samples) else Samples(items)
+
+
+def _items(data: Any, what: str, kinds: Any, wanted: str, *, empty: bool = False) -> Sequence[Any]:
+    if isinstance(data, Mapping):
+        raise DataError(f"The {what} is a single {type(data).__name__}; {wanted}")
+    if isinstance(data, str) or not isinstance(data, Iterable):
+        raise DataError(f"The {what} is a {type(data).__name__}; {wanted}")
+    items = data if isinstance(data, Sequence) else list(data)
+    if not items and not empty:
+        raise DataError(f"The {what} holds no sample; {wanted}")
+    odd = next((item for item in items if not isinstance(item, kinds)), None)
+    if odd is not None:
+        raise DataError(f"The {what} holds a {type(odd).__name__}; {wanted}")
     return items

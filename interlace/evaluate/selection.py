@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from interlace.data.collate import processor_of
-from interlace.data.samples import Sample, Samples, samples, scenes_tasks
+from interlace.data.given import as_samples
+from interlace.data.samples import Sample, samples, scenes_tasks
 from interlace.data.schemas import as_task
 from interlace.errors import ConfigError, DataError, unknown_name
 from interlace.evaluate import caption, retrieval, speed, vqa
@@ -17,6 +18,7 @@ from interlace.models.handle import check_one_device, check_vlm
 from interlace.records import EvalReport
 
 if TYPE_CHECKING:
+    from interlace.data.samples import Samples
     from interlace.evaluate._common import Options
     from interlace.models.handle import VLM
 
@@ -124,24 +126,13 @@ def _serving(name: str, objective: str) -> tuple[str, ...] | None:
 def given_samples(
     data: Sequence[Sample] | Mapping[str, Sequence[Sample]] | None,
 ) -> Samples | dict[str, Samples] | None:
-    """Give what to measure on as `Samples`; ConfigError for anything else than samples."""
+    """Give what to measure on as `Samples`; an error for unknown tasks and all but samples."""
     if isinstance(data, Mapping):
         for name in data:
             if name not in TASK_TABLE:
                 raise ConfigError(unknown_name("evaluation task in data", name, TASKS))
-        return {name: _as_samples(each) for name, each in data.items()}
-    return None if data is None else _as_samples(data)
-
-
-def _as_samples(data: Any) -> Samples:
-    if isinstance(data, Samples):
-        return data
-    if isinstance(data, Sequence) and data and all(isinstance(each, Sample) for each in data):
-        return Samples(data)
-    raise ConfigError(
-        f"data is a {type(data).__name__}; give samples (from interlace.samples), a dict of "
-        "task -> samples, or None for the built-in scenes."
-    )
+        return {name: as_samples(each, f"data for {name}") for name, each in data.items()}
+    return None if data is None else as_samples(data, "data to measure on")
 
 
 def choose(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ import torch
 from interlace._files import check_place, sha256_of
 from interlace._launch import is_first_process, world_size
 from interlace.data.sample_texts import check_learnable
-from interlace.data.samples import Samples
 from interlace.errors import ConfigError, DataError
 from interlace.models.handle import check_compares
 
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
     import os
 
     from interlace.config import HealSettings
+    from interlace.data.samples import Samples
     from interlace.models import VLM
     from interlace.records import Plan
 
@@ -95,25 +94,6 @@ def check_teacher(student: VLM, teacher: VLM) -> None:
             f"'{student.family.name}'. Give the model that the student was pruned from as the "
             "teacher."
         )
-
-
-def as_samples(name: str, given: Any) -> Samples:
-    """Return what a user gave as samples.
-
-    Args:
-        name: of the argument.
-        given: samples, or a sequence of them.
-
-    Raises:
-        DataError: it is neither.
-    """
-    if isinstance(given, Samples):
-        return given
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        raise DataError(
-            f"{name} is a {type(given).__name__}; give samples, such as those of interlace.samples."
-        )
-    return Samples(given, source="a sequence")
 
 
 def check_learnable_data(vlm: VLM, batch_size: int, data: Samples) -> None:

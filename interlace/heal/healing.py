@@ -13,7 +13,8 @@ from interlace._launch import is_first_process, world_size
 from interlace._progress import bar, quiet
 from interlace.config import HealSettings
 from interlace.data.collate import Collator
-from interlace.errors import ConfigError, DataError
+from interlace.data.given import as_samples
+from interlace.errors import ConfigError
 from interlace.heal import checkpoints, checks, start
 from interlace.heal.anchors import find_anchors, plan_of, tuned_parameters
 from interlace.heal.arguments import count_steps, total_samples, training_arguments
@@ -110,15 +111,13 @@ def heal(
             f"settings is a {type(settings).__name__}; give HealSettings, or single settings by "
             "name, such as max_steps=100."
         )
-    samples = checks.as_samples("data", data)
-    validation = checks.as_samples("validation", validation)
+    samples = as_samples(data, "healing data")
+    validation = as_samples(validation, "validation data", empty=True)
     chosen = (settings or HealSettings()).replace(**overrides)
     plan = plan_of(student)
     names = tuned_parameters(student, plan)
     units = chosen.gate_units if chosen.gates != "none" else ()
     gated = find_gated(student, plan.towers, units)
-    if len(samples) == 0:
-        raise DataError("There are no samples to heal with. Give at least one.")
     if collate is None:
         checks.check_learnable_data(student, chosen.batch_size, samples)
     else:

@@ -5,13 +5,13 @@ Legend: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from interlace.config import HealSettings
 from interlace.data.collate import Collator
+from interlace.data.given import as_samples
 from interlace.errors import ConfigError, DataError, PlanError, check_numbers, unknown_name
 from interlace.heal.model import HealModel, mean_terms
 from interlace.heal.shell import make_shell
@@ -32,7 +32,7 @@ from interlace.surgery.bridges.names import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -85,8 +85,6 @@ class _Measure:
 
 
 def _batched(vlm: VLM, data: Sequence[Sample], batch_size: int) -> Batches:
-    if not len(data):
-        raise DataError("There are no samples to judge layers by. Give at least one.")
     collate = Collator.for_model(vlm)
     starts = range(0, len(data), batch_size)
     return [collate(data[start : start + batch_size]) for start in starts]
@@ -270,14 +268,10 @@ def layer_loss(
 
     Raises:
         ConfigError: the rule asks for no loss, or the bridges or token weights are not known.
-        DataError: no samples.
+        DataError: no samples, or something else.
     """
     check_vlm(vlm, "model")
-    if not isinstance(data, Sequence):
-        raise DataError(
-            f"The data to judge layers by is a {type(data).__name__}; give samples, such as those "
-            "of interlace.samples."
-        )
+    data = as_samples(data, "data to judge layers by")
     check_numbers(batch_size=batch_size)
     if rule not in USE_LOSS:
         raise ConfigError(

@@ -17,8 +17,8 @@ from interlace.config import (
     PruneSettings,
     ScoreSettings,
 )
-from interlace.data.samples import Samples
-from interlace.errors import ConfigError, DataError
+from interlace.data.given import as_samples
+from interlace.errors import ConfigError
 from interlace.heal.checks import check_device, check_half, check_learnable_data
 from interlace.models.handle import check_vlm
 from interlace.plan.rules import check_use, find_rule
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
+    from interlace.data.samples import Sample
     from interlace.models import VLM
     from interlace.records import Record
 
@@ -75,10 +76,10 @@ class ProgressiveResult:
 def progressive(
     vlm: VLM,
     *,
-    calibration: Samples,
-    healing: Samples,
+    calibration: Sequence[Sample],
+    healing: Sequence[Sample],
     output: str | os.PathLike[str],
-    held_out: Samples | None = None,
+    held_out: Sequence[Sample] | None = None,
     drop_fraction: float | dict[str, float] | None = None,
     parameters: float | dict[str, float] | None = None,
     rule: str | None = None,
@@ -151,8 +152,8 @@ def progressive(
     """
     check_single_process("progressive")
     check_vlm(vlm, "model")
-    for name, data in (("calibration", calibration), ("healing", healing)):
-        _check_samples(name, data)
+    calibration = as_samples(calibration, "calibration data")
+    healing = as_samples(healing, "healing data")
     chosen = _given(settings or ProgressiveSettings(), stages=stages, min_retention=min_retention)
     planned = plan or RECOMMENDED_PLAN
     if drop_fraction is not None:
@@ -175,7 +176,7 @@ def progressive(
         check_learnable_data(vlm, healed.batch_size, healing)
     if held_out is None:
         held_out = held_out_scenes(vlm, chosen.guard, count=HELD_OUT, seed=1, split="test")
-    _check_samples("held_out", held_out)
+    held_out = as_samples(held_out, "held-out data")
     folder = Path(output)
     if folder.is_file():
         raise ConfigError(f"The output {folder} is a file; name a folder.")
@@ -260,15 +261,6 @@ def check_amounts(settings: PlanSettings, stages: int, scored: Sequence[str]) ->
                 f"{name} is set in the plan, but {stages} stages drop whole layers only: the share "
                 "would be cut anew in every stage. Take stages=1, or leave it out."
             )
-
-
-def _check_samples(name: str, data: Any) -> None:
-    if not isinstance(data, Samples):
-        raise DataError(
-            f"{name} is a {type(data).__name__}; give Samples, such as those of interlace.samples."
-        )
-    if not len(data):
-        raise DataError(f"{name} holds no samples. Give at least one.")
 
 
 def _check_prune(settings: PruneSettings) -> None:

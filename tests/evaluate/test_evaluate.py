@@ -122,8 +122,12 @@ def test_unknown_names_and_numbers(tiny_vlm: Callable[..., VLM]) -> None:
         for wrong in (0, 1.5, True):
             with pytest.raises(ConfigError, match=f"{name} is"):
                 evaluate(vlm, tasks=("vqa",), **{name: wrong})  # type: ignore[arg-type]
-    for data in ([1], [], {"vqa": [1]}):
-        with pytest.raises(ConfigError, match="data is a list"):
+    for data, what in (
+        ([1], "data to measure on holds a int"),
+        ([], "data to measure on holds no sample"),
+        ({"vqa": [1]}, "data for vqa holds a int"),
+    ):
+        with pytest.raises(DataError, match=what):
             evaluate(vlm, tasks=("vqa",), data=data)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="tasks is None"):
         evaluate(vlm, tasks=None)  # type: ignore[arg-type]

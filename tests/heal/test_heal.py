@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 def test_bad_input_is_refused_in_words(tmp_path: Path) -> None:
     teacher, student = toy("llava")
     assert student.plan is not None
-    with pytest.raises(DataError, match="no samples"):
+    with pytest.raises(DataError, match="healing data holds no sample"):
         _heal("llava", student, teacher, count=0)
     with pytest.raises(ConfigError, match="max_steps"):
         _heal("llava", student, teacher, max_stepz=3)

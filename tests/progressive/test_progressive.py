@@ -225,6 +225,14 @@ def test_bridges_are_folded_in_every_stage(vlm: Any, tmp_path: Path) -> None:
         assert torch.equal(value, kept.get_parameter(name)), name
 
 
+def test_samples_may_be_plain_sequences_and_iterators(vlm: Any, tmp_path: Path) -> None:
+    data = il.samples("scenes", count=8, tasks=("retrieval",), processor=vlm.processor)
+    given = {"calibration": list(data), "healing": iter(data), "held_out": tuple(data)}
+    nothing = {"max_steps": 0, "gates": "none"}
+    made = small(vlm, tmp_path / "run", **given, heal=nothing, stages=1)
+    assert {made.record.inputs[name] for name in given} == {data.fingerprint}
+
+
 def test_what_cannot_work_is_refused_before_anything_is_made(vlm: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for changes, error, says in (
@@ -235,7 +243,9 @@ def test_what_cannot_work_is_refused_before_anything_is_made(vlm: Any, tmp_path:
         ({"guard_metric": "vqa/accuracy"}, ConfigError, "task for the guard"),
         ({"min_retention": 1.5}, ConfigError, r"within 0\.\.1"),
         ({"stages": 0}, ConfigError, "at least 1"),
-        ({"calibration": ["a"]}, DataError, "calibration is a list"),
+        ({"calibration": ["a"]}, DataError, "calibration data holds a str"),
+        ({"healing": "scenes"}, DataError, "healing data is a str; give samples"),
+        ({"held_out": iter(())}, DataError, "held-out data holds no sample"),
         (
             {"settings": ProgressiveSettings(gate_importance=1.0), "heal": {"gates": "none"}},
             ConfigError,
