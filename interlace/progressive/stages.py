@@ -147,6 +147,8 @@ class Run:
         """
         setup, limit = self.setup, self.setup.progressive.min_retention
         before = _Before(setup.vlm, self.dense, None, {})
+        # first, since the guard may name a metric that these samples do not have
+        base = self._measured("dense", setup.vlm, self.dense, None)
         scores = self._scores(1, before)
         # a single stage cuts as the plan says; several share what it drops
         gone: list[dict[str, int]] = [{}]
@@ -157,7 +159,6 @@ class Run:
                 find_gated(setup.vlm, counts, setup.heal.gate_units)
         self._check_gates(len(gone))
         slices = split_healing(self.training, setup.heal, len(gone))
-        base = self._measured("dense", setup.vlm, self.dense, None)
         done: list[Stage] = []
         for number, goal in enumerate(gone, start=1):
             had = gone[number - 2] if number > 1 else {}

@@ -225,6 +225,14 @@ def test_bridges_are_folded_in_every_stage(vlm: Any, tmp_path: Path) -> None:
         assert torch.equal(value, kept.get_parameter(name)), name
 
 
+def test_a_metric_of_the_guard_that_is_not_known_is_refused_before_scoring(
+    vlm: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="Unknown metric of retrieval 'text_to_image_r'"):
+        small(vlm, tmp_path, guard_metric="retrieval/text_to_image_r")
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def test_samples_may_be_plain_sequences_and_iterators(vlm: Any, tmp_path: Path) -> None:
     data = il.samples("scenes", count=8, tasks=("retrieval",), processor=vlm.processor)
     given = {"calibration": list(data), "healing": iter(data), "held_out": tuple(data)}
