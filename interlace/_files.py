@@ -122,6 +122,13 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
     return atomic_write_bytes(path, text.encode("utf-8"))
 
 
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """Return an output that a caller named as a path. Raises ConfigError for anything else."""
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"The output is {path!r}; give the path of a folder.")
+    return Path(path)
+
+
 def check_place(path: str | os.PathLike[str]) -> None:
     """Find out whether a file or folder could be made, before any work is spent on its content.
 
@@ -181,11 +188,11 @@ def check_new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -
         The path.
 
     Raises:
-        ConfigError: the folder exists and `overwrite` is off, a file is in its place, or
-            replacing it would remove the working folder.
+        ConfigError: no path is given, the folder exists and `overwrite` is off, a file is in its
+            place, or replacing it would remove the working folder.
         CheckpointError: see `check_place`.
     """
-    target = Path(path)
+    target = as_path(path)
     if not target.exists() and not target.is_symlink():
         check_place(target)
         return target

@@ -11,10 +11,9 @@ import functools
 import logging
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interlace._files import check_new_folder, check_place, remove_parts, sha256_of
+from interlace._files import as_path, check_new_folder, check_place, remove_parts, sha256_of
 from interlace._fused_evaluation import evaluate_fused
 from interlace._launch import check_single_process
 from interlace._recipe_checks import check_names, check_towers
@@ -42,6 +41,7 @@ from interlace.surgery.bridges.names import has_bridges
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 __all__ = ["RunResult", "run"]
 
@@ -182,7 +182,7 @@ def run(
     check_single_process("A recipe")
     settings = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     check_names(settings)
-    folder = Path(output)
+    folder = as_path(output)
     if folder.is_file():
         raise ConfigError(f"The output {folder} is a file; name a folder.")
     check_place(folder / STATE)

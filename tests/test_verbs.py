@@ -63,6 +63,34 @@ def test_a_recipe_that_is_none_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("output", [None, 5])
+def test_an_output_that_is_no_path_is_told(dense: VLM, output: Any) -> None:
+    student = il.prune(dense, PLAN)
+    with pytest.raises(ConfigError, match=f"output is {output}; give the path of a folder"):
+        il.export(student, output)
+    if output is not None:
+        data = il.samples("scenes", count=2, tasks=("retrieval",))
+        with pytest.raises(ConfigError, match="give the path of a folder"):
+            il.heal(student, data=data, output=output)
+
+
+def test_records_that_are_none_are_told(dense: VLM, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"records takes Scores, .* got int"):
+        il.export(il.prune(dense, PLAN), tmp_path / "out", records=5)  # type: ignore[arg-type]
+    scores = il.Scores.from_similarity("text", {1: [0.5]}, 2)
+    for wrong in ("scores.json", [scores]):
+        with pytest.raises(ConfigError, match=f"was given a {type(wrong).__name__}; give every"):
+            il.Scores.merge(scores, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="with_gates was given a Scores; give the HealReport"):
+        scores.with_gates(scores)  # type: ignore[arg-type]
+
+
+def test_tasks_of_samples_are_a_sequence() -> None:
+    for tasks in (5, "vqa", ()):
+        with pytest.raises(ConfigError, match=r"tasks is .*; give a sequence of chat"):
+            il.samples("scenes", count=1, tasks=tasks)  # type: ignore[arg-type]
+
+
 def test_counts_of_samples_are_whole_numbers() -> None:
     for count in ("8", 2.5):
         with pytest.raises(ConfigError, match="count is"):

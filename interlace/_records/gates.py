@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from interlace._records.healing import HealReport
 from interlace._records.shape import FFN_MULTIPLE
 from interlace.errors import ConfigError, ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from interlace._records.healing import HealReport
     from interlace._records.scores import Scores
     from interlace._records.shape import TowerShape
 
@@ -25,6 +25,11 @@ GATE_METRICS = {"heads": "head_gate", "ffn": "ffn_gate"}
 
 def add_gates(scores: Scores, report: HealReport) -> Scores:
     """Do what `Scores.with_gates` says."""
+    if not isinstance(report, HealReport):
+        raise ConfigError(
+            f"with_gates was given a {type(report).__name__}; give the HealReport of healing with "
+            "gate_units."
+        )
     shapes = scores.shape.towers if scores.shape is not None else {}
     common = [name for name in report.unit_gates if name in scores.towers and name in shapes]
     if not common:

@@ -283,7 +283,7 @@ class Scores(Record):
             report: of healing with `gate_units`; these are the scores of the student it left.
 
         Raises:
-            ConfigError: it has no such gates in a tower that is scored.
+            ConfigError: it is no such report, or has no such gates in a tower that is scored.
             ShapeError: the student has other widths than the model scored.
         """
         return add_gates(self, report)
@@ -296,11 +296,17 @@ class Scores(Record):
         scores of the parts of a data set gives the scores of the whole.
 
         Raises:
-            ConfigError: nothing to merge, or averaging without known numbers of samples.
+            ConfigError: nothing to merge, no scores, or averaging without known numbers of samples.
             ShapeError: the scores are of different models.
         """
         if not scores:
             raise ConfigError("Scores.merge needs at least one Scores, got none.")
+        odd = next((each for each in scores if not isinstance(each, Scores)), None)
+        if odd is not None:
+            raise ConfigError(
+                f"Scores.merge was given a {type(odd).__name__}; give every Scores as an argument "
+                "of its own (Scores.load reads a file)."
+            )
         first = scores[0]
         towers: dict[str, TowerScores] = {}
         for each in scores:

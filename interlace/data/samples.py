@@ -201,7 +201,8 @@ def samples(
         ConfigError: An argument out of range, or one that the source has no use for.
         DataError: The source is missing, empty, not understood, or holds too many bad records.
     """
-    tasks = tasks if tasks is None or isinstance(tasks, str) else tuple(tasks)
+    if isinstance(tasks, Iterable) and not isinstance(tasks, str):
+        tasks = tuple(tasks)
     _check_arguments(count, fraction, seed, tasks, max_bad_fraction)
     if processor is not None and not callable(processor):
         raise ConfigError(
@@ -296,7 +297,7 @@ def _check_arguments(
         raise ConfigError(f"fraction is {fraction!r}; give a number above 0 and at most 1.")
     if not (isinstance(max_bad_fraction, numbers.Real) and 0 <= float(max_bad_fraction) <= 1):
         raise ConfigError(f"max_bad_fraction is {max_bad_fraction!r}; give a number in 0..1.")
-    if tasks is not None and (isinstance(tasks, str) or not tasks):
+    if tasks is not None and not (isinstance(tasks, tuple) and tasks):
         raise ConfigError(f"tasks is {tasks!r}; give a sequence of {', '.join(TASKS)}.")
     for task in tasks or ():
         if task not in TASKS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -20,7 +20,8 @@ from interlace.records import Plan, PruneRecord, Record
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
+    from pathlib import Path
 
     import torch
     from transformers import PreTrainedConfig
@@ -72,9 +73,9 @@ def export(
             its verification. Nothing is left behind.
     """
     check_vlm(vlm, "model")
-    if isinstance(records, Record):
+    if isinstance(records, Record) or not isinstance(records, Iterable):
         records = (records,)
-    target = check_new_folder(Path(folder), overwrite=overwrite)
+    target = check_new_folder(folder, overwrite=overwrite)
     named = _file_names(_complete(vlm, records))
     try:
         with atomic_folder(target, overwrite=overwrite) as made:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from interlace._files import check_place, sha256_of
+from interlace._files import as_path, check_place, sha256_of
 from interlace._launch import is_first_process, world_size
 from interlace.data.sample_texts import check_learnable
 from interlace.errors import ConfigError, DataError
@@ -15,6 +14,7 @@ from interlace.models.handle import check_compares
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
     from interlace.config import HealSettings
     from interlace.data.samples import Samples
@@ -37,7 +37,7 @@ def output_folder(output: str | os.PathLike[str] | None, *, resume: bool) -> Pat
         if resume:
             raise ConfigError("To resume, give the output folder that holds the checkpoints.")
         return None
-    folder = Path(output)
+    folder = as_path(output)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder. Give a folder for the checkpoints.")
     # The first process makes the folder, so no other can tell whether it was there before.

@@ -71,6 +71,11 @@ def _device(device: str | torch.device | None) -> torch.device | None:
         raise ConfigError(
             f"device={device!r} is no device; expected such as 'cpu' or 'cuda:0'."
         ) from error
+    if wanted.type == "meta":
+        raise ConfigError(
+            "device='meta' holds shapes without values, so nothing can be run there. Use 'cpu' or "
+            "'cuda'."
+        )
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(
             f"device='{device}' was asked for, but torch {torch.__version__} sees no CUDA device "

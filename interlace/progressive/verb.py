@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interlace._files import check_place
+from interlace._files import as_path, check_place
 from interlace._launch import check_single_process
 from interlace._recommended import RECOMMENDED_HEAL, RECOMMENDED_PLAN, RECOMMENDED_PRUNE
 from interlace._stages import STATE, Stages
@@ -18,7 +17,7 @@ from interlace.config import (
     ScoreSettings,
 )
 from interlace.data.given import as_samples
-from interlace.errors import ConfigError
+from interlace.errors import ConfigError, check_numbers
 from interlace.heal.checks import check_device, check_half, check_learnable_data
 from interlace.models.handle import check_vlm
 from interlace.plan.rules import check_use, find_rule
@@ -154,6 +153,19 @@ def progressive(
     check_vlm(vlm, "model")
     calibration = as_samples(calibration, "calibration data")
     healing = as_samples(healing, "healing data")
+    for given, kind in (
+        (settings, ProgressiveSettings),
+        (score, ScoreSettings),
+        (plan, PlanSettings),
+        (prune, PruneSettings),
+        (heal, HealSettings),
+    ):
+        if given is not None and not isinstance(given, kind):
+            raise ConfigError(
+                f"A {type(given).__name__} was given for {kind.__name__}; give such settings, or "
+                "leave them out."
+            )
+    check_numbers(max_new_tokens=max_new_tokens)
     chosen = _given(settings or ProgressiveSettings(), stages=stages, min_retention=min_retention)
     planned = plan or RECOMMENDED_PLAN
     if drop_fraction is not None:
@@ -177,7 +189,7 @@ def progressive(
     if held_out is None:
         held_out = held_out_scenes(vlm, chosen.guard, count=HELD_OUT, seed=1, split="test")
     held_out = as_samples(held_out, "held-out data")
-    folder = Path(output)
+    folder = as_path(output)
     if folder.is_file():
         raise ConfigError(f"The output {folder} is a file; name a folder.")
     check_place(folder / STATE)

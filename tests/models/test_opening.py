@@ -53,6 +53,8 @@ def test_device(folder: Path) -> None:
         open_model(folder, device="quantum")
     with pytest.raises(ConfigError, match="is no device"):
         open_model(folder, device={"": 0})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="'meta' holds shapes without values"):
+        open_model(folder, device="meta")
     with pytest.raises(BackendError, match="device='maia' was asked for, but torch"):
         open_model(folder, device="maia")
     if not torch.cuda.is_available():

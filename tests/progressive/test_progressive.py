@@ -251,6 +251,9 @@ def test_what_cannot_work_is_refused_before_anything_is_made(vlm: Any, tmp_path:
         ({"guard_metric": "vqa/accuracy"}, ConfigError, "task for the guard"),
         ({"min_retention": 1.5}, ConfigError, r"within 0\.\.1"),
         ({"stages": 0}, ConfigError, "at least 1"),
+        ({"plan": {"num_drop": 3}}, ConfigError, "A dict was given for PlanSettings"),
+        ({"settings": 2}, ConfigError, "A int was given for ProgressiveSettings"),
+        ({"max_new_tokens": 0}, ConfigError, "max_new_tokens is 0"),
         ({"calibration": ["a"]}, DataError, "calibration data holds a str"),
         ({"healing": "scenes"}, DataError, "healing data is a str; give samples"),
         ({"held_out": iter(())}, DataError, "held-out data holds no sample"),
@@ -263,6 +266,8 @@ def test_what_cannot_work_is_refused_before_anything_is_made(vlm: Any, tmp_path:
         with pytest.raises(error, match=says):
             small(vlm, out, **changes)
         assert not out.exists()
+    with pytest.raises(ConfigError, match="output is None; give the path"):
+        small(vlm, None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="The last stage learns no gates"):
         small(vlm, out, stages=1)
     with pytest.raises(ConfigError, match="1 optimiser steps in all, fewer than the 2 stages"):
