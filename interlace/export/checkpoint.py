@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 
 from interlace._files import atomic_folder, check_new_folder, is_disk_full
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    import torch
     from transformers import PreTrainedConfig
 
     from interlace.models.handle import VLM
@@ -68,13 +68,15 @@ def export(
         The folder.
 
     Raises:
-        ConfigError: the folder exists; a record is none, or of another cut or model.
+        ConfigError: the folder exists; a record is none, or of another cut or model; weights that
+            are no tensors (quantised by torch).
         CheckpointError: the disk is full, the folder cannot be written, or the checkpoint failed
             its verification. Nothing is left behind.
     """
     check_vlm(vlm, "model")
     if isinstance(records, Record) or not isinstance(records, Iterable):
         records = (records,)
+    _check_weights(vlm)
     target = check_new_folder(folder, overwrite=overwrite)
     named = _file_names(_complete(vlm, records))
     try:
@@ -158,6 +160,17 @@ def _file_names(records: Iterable[Record]) -> dict[str, Record]:
         number = sum(1 for other in named.values() if other.kind == record.kind) + 1
         named[f"{record.kind}{'' if number == 1 else f'_{number}'}.json"] = record
     return named
+
+
+def _check_weights(vlm: VLM) -> None:
+    """Refuse weights that are no tensors."""
+    for name, value in vlm.model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise ConfigError(
+                f"{vlm.name or type(vlm.model).__name__} cannot be written as a checkpoint: "
+                f"{name} is a {type(value).__name__}, not a tensor, as torch's own quantisation "
+                "leaves it. Export the model as it was before, and quantise what is loaded."
+            )
 
 
 def _save(vlm: VLM, folder: Path) -> None:

@@ -42,6 +42,22 @@ MEASURED = EvalReport(
 )
 
 
+class _Packed(torch.nn.Linear):
+    """Stands for layers of torch's dynamic quantisation, which keep more than tensors."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}_packed_params.dtype"] = self.weight.dtype
+
+
+def test_a_quantised_model_is_refused_in_words(tmp_path: Path) -> None:
+    model = TINY["clip"](text=4, vision=4)
+    whole = model.text_projection
+    model.text_projection = _Packed(whole.in_features, whole.out_features, bias=False)
+    with pytest.raises(ConfigError, match=r"_packed_params.dtype is a dtype, not a tensor.*Export"):
+        export(open_model(model), tmp_path / "out", verify=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_folder_holds_everything_and_is_verified(student: VLM, tmp_path: Path) -> None:
     records = (None, HEALED, MEASURED, student.record, dataclasses.replace(MEASURED, baseline=None))
     folder = export(student, tmp_path / "out", records=records)
