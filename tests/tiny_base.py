@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+class Quantised(torch.nn.Parameter):
+    """Stands for tensors of other kinds that torchao puts into an nn.Linear."""
+
+
 def randomise(model: nn.Module, seed: int) -> nn.Module:
     """Fill every parameter: matrices by fan-in, norm weights around 1, biases small, none zero."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ import accelerate
 import pytest
 import torch
 from tiny import tiny_inputs
+from tiny_base import Quantised
 from transformers import DynamicCache
 
 import interlace as il
@@ -113,20 +114,16 @@ def test_fusing_twice_and_unfusing_twice_are_refused(kit: Any) -> None:
         il.fuse(model, attention=False, norms=False, mlp=False)
 
 
-class _Quantised(torch.nn.Parameter):
-    """Stands for tensors of other kinds that torchao puts into an nn.Linear."""
-
-
 def test_projections_of_quantised_weights_stay_apart(kit: Any) -> None:
     model = kit.build("llava")
     layer = model.model.language_model.layers[1]
     for linear in (layer.self_attn.k_proj, layer.mlp.up_proj):
-        linear.weight = _Quantised(linear.weight.detach())
+        linear.weight = Quantised(linear.weight.detach())
     report = il.fuse(model)
     assert layer.self_attn.interlace_state.merged is None
-    told = [entry for entry in report.entries if "a weight is a _Quantised" in entry.reason]
+    told = [entry for entry in report.entries if "a weight is a Quantised" in entry.reason]
     assert [entry.module.rpartition(".")[2] for entry in told] == ["self_attn", "mlp"]
-    assert type(layer.mlp.up_proj.weight) is _Quantised
+    assert type(layer.mlp.up_proj.weight) is Quantised
 
 
 class _Packed(torch.nn.Module):

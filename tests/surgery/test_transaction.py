@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny_base import Quantised
 from torch import nn
 
 from interlace.errors import PlanError
@@ -96,10 +97,6 @@ def test_a_plan_in_a_students_own_numbers_is_translated(llava: Any, kit: Any) ->
         prune(student, Plan({"text": TowerPlan(8, drop=(4,))}))
 
 
-class _Quantised(nn.Parameter):
-    pass
-
-
 def test_a_model_that_was_changed_at_run_time_is_refused() -> None:
     model = tiny.clip()
     vlm = VLM(model, family_of(model))
@@ -108,9 +105,8 @@ def test_a_model_that_was_changed_at_run_time_is_refused() -> None:
         prune(vlm, Plan({}))
     model = tiny.clip()
     vlm = VLM(model, family_of(model))
-    # as torchao puts tensors of its own into an nn.Linear
-    model.text_projection.weight = _Quantised(model.text_projection.weight.detach())
-    with pytest.raises(PlanError, match=r"text_projection.weight is a _Quantised of shape"):
+    model.text_projection.weight = Quantised(model.text_projection.weight.detach())
+    with pytest.raises(PlanError, match=r"text_projection.weight is a Quantised of shape"):
         prune(vlm, Plan({}))
     model = tiny.clip()
     vlm = VLM(model, family_of(model))
