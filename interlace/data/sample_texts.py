@@ -9,7 +9,7 @@ from interlace.data.samples import IMAGE_PLACEHOLDER, Sample
 from interlace.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from PIL import Image
 
@@ -68,8 +68,20 @@ def check_single_image(sample: Sample) -> None:
     """Refuse another number of images than one, with a DataError."""
     if len(sample.images) != 1:
         raise DataError(
-            f"Sample {sample.id!r} has {len(sample.images)} images; this model takes exactly one."
+            f"Sample {sample.id!r} has {len(sample.images)} images, but this model takes exactly "
+            "one. Give it one image, or leave the sample out."
         )
+
+
+def check_num_images(samples: Iterable[Sample], objective: str) -> None:
+    """Refuse samples with another number of images than a model of this objective can take.
+
+    Raises:
+        DataError: a sample has another number than the one that all models but those of chats take.
+    """
+    if objective != "chat":
+        for sample in samples:
+            check_single_image(sample)
 
 
 def single_images(samples: Sequence[Sample]) -> list[Image.Image]:
@@ -86,8 +98,7 @@ def check_learnable(sample: Sample, objective: str) -> None:
         DataError: it has no answer or caption, or another number of images than the one that all
             models but those of chats take.
     """
-    if objective != "chat":
-        check_single_image(sample)
+    check_num_images((sample,), objective)
     if objective in ("chat", "vqa"):
         answer(sample)
     else:

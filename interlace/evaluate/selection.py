@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from interlace.data.collate import processor_of
 from interlace.data.given import as_samples
+from interlace.data.sample_texts import check_num_images
 from interlace.data.samples import Sample, samples, scenes_tasks
 from interlace.data.schemas import as_task
 from interlace.errors import ConfigError, DataError, unknown_name
@@ -181,6 +182,8 @@ def check_before_work(
     options: Options,
 ) -> None:
     """Find what would fail after an hour before that hour is spent."""
+    for items, _ in chosen.values():
+        check_num_images(items, vlm.family.objective)
     models = [vlm] if baseline is None or isinstance(baseline, EvalReport) else [vlm, baseline]
     if any(TASK_TABLE[name].generates for name in names):
         for each in models:

@@ -15,6 +15,7 @@ import torch
 from interlace._torch_utils import accepts
 from interlace.data import Collator
 from interlace.data.given import samples_or_batches
+from interlace.data.sample_texts import check_num_images
 from interlace.data.samples import IMAGE_PLACEHOLDER, Sample
 from interlace.errors import DataError, check_numbers
 from interlace.models.handle import check_compares
@@ -101,7 +102,8 @@ class Batches:
 
         Raises:
             ConfigError: a batch size below 1, a model without processor, or no way to pack.
-            DataError: no data, or items that are neither all samples nor all batches.
+            DataError: no data, items that are neither all samples nor all batches, or a sample
+                with more or fewer images than the model takes.
         """
         check_numbers(batch_size=batch_size)
         items = samples_or_batches(data, "calibration data")
@@ -115,6 +117,8 @@ class Batches:
             refuse_if_unpackable(vlm)
         if isinstance(items[0], Sample):
             self._collate = Collator.for_model(vlm, answers=self._answers)
+            # those without an image come last, when all others are scored
+            check_num_images(map(self._fed, items), vlm.family.objective)
             self._rows = _by_length(items, batch_size)
         else:
             self._rows = _cut(range(len(items)), batch_size if packed else 1)
@@ -154,15 +158,16 @@ class Batches:
         rows = self._rows[number]
         if self._collate is None:
             return self._from_ready(number, [dict(self._items[row]) for row in rows])
-        samples = [self._items[row] for row in rows]
-        if not self._answers:
-            samples = [_question_only(sample) for sample in samples]
+        samples = [self._fed(self._items[row]) for row in rows]
         ids = tuple(sample.id for sample in samples)
         images = tuple(sample.id for sample in samples for _ in sample.images)
         if not self._packed:
             return Batch(number, ids, images, self._ready(self._collate(samples)))
         singles = tuple(_without_labels(self._vlm, self._collate([sample])) for sample in samples)
         return Batch(number, ids, images, pack(self._vlm, singles), singles)
+
+    def _fed(self, sample: Sample) -> Sample:
+        return sample if self._answers else _question_only(sample)
 
     def _ready(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs if self._labels else _without_labels(self._vlm, inputs)

@@ -184,7 +184,7 @@ def test_bad_input_is_refused_in_words(tmp_path: Path) -> None:
     ("name", "change", "says"),
     [
         ("internvl", {"turns": (Turn("user", "<image>what?"),)}, "no assistant turn"),
-        ("clip", {"images": ()}, "has 0 images; this model takes exactly one"),
+        ("clip", {"images": ()}, "has 0 images, but this model takes exactly one"),
         ("clip", {"turns": (), "references": ()}, "has no caption"),
         ("blip_vqa", {"turns": (Turn("user", "what?"),)}, "no assistant turn"),
     ],

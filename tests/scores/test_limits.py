@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from scores.written_out import TOLERANCE, batch_of, one_by_one, opened
+from tiny_processors import with_processor
 from torch import nn
 
+import interlace as il
 import interlace.scores.batches
 import interlace.scores.similarity
 from interlace.data import Sample, Turn
+from interlace.data.samples import scenes_tasks
 from interlace.errors import ConfigError, DataError, ShapeError
 from interlace.models import VLM
 from interlace.scores import score
@@ -213,6 +217,28 @@ def test_data_without_anything_to_score_is_refused() -> None:
     assert set(score(vlm, [text], progress=False).towers) == {"text"}
     with pytest.raises(DataError, match="packed"):
         score(vlm, [batch], packed=True, progress=False)
+
+
+@pytest.mark.parametrize("name", ["clip", "blip_vqa", "blip2_opt"])
+def test_a_sample_of_another_number_of_images_is_told_before_the_model_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = with_processor(name)
+    tasks = scenes_tasks(vlm.family.objective)
+    whole = il.samples("scenes", count=3, tasks=tasks)
+    monkeypatch.setattr(vlm.model, "forward", _ran)
+    for images in ((), whole[0].images * 2):
+        asked = Turn("user", "<image>" * len(images) + "what?")
+        odd = replace(whole[2], images=images, turns=(asked, *whole[2].turns[1:]))
+        says = f"'{odd.id}' has {len(images)} images, but .* exactly one. Give it one image"
+        with pytest.raises(DataError, match=says):
+            score(vlm, [*whole[:2], odd], batch_size=1, progress=False)
+        with pytest.raises(DataError, match=says):
+            il.evaluate(vlm, tasks=tasks, data=[*whole[:2], odd], batch_size=1)
+
+
+def _ran(**_: Any) -> None:
+    raise AssertionError("the model ran")
 
 
 def test_samples_are_asked_their_first_question_alone_and_batched_by_length(
