@@ -163,9 +163,10 @@ def _load(
 ) -> PreTrainedModel:
     uneven = record is not None and bool(record.widths)
     model_class, config = _model_class(path, trust_remote_code, uneven)
+    built: Any = model_class
     if record is not None:
-        model_class = bridged_class(model_class, record.bridges)
-    built: Any = with_widths(model_class, record) if record is not None and uneven else model_class
+        built = bridged_class(built, record.bridges)
+        built = with_widths(built, record) if uneven else built
     try:
         model, report = built.from_pretrained(
             path,
@@ -181,8 +182,8 @@ def _load(
         raise CheckpointError(
             f"{path}: the weights cannot be loaded: {_first_line(error)}"
         ) from error
-    if uneven:
-        # the widths are in the modules by now
+    if built is not model_class:
+        # widths and bridges are in the modules by now
         model.__class__ = model_class
     wrong = sorted(report["mismatched_keys"])
     if wrong:

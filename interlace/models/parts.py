@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
 
@@ -36,6 +38,19 @@ class Absent:
         # T5 hands its position bias on from layer to layer
         given = (nothing, others.get("position_bias"), None)
         return given[: self.packed] if self.packed else nothing
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let copies and files name the class that this one is made of."""
+        return blank, (_absent, type(self).__bases__[-1]), vars(self)
+
+
+def blank(make: Callable[[Any], Any], kind: Any) -> Any:
+    """Return an object of the class that `make` makes of `kind`, for pickle to fill.
+
+    pickle finds classes by their names, and there are none for classes made at run time.
+    """
+    made: Any = make(kind)
+    return made.__new__(made)
 
 
 @functools.cache
