@@ -65,6 +65,29 @@ class Merged:
     @torch.no_grad()
     def lay_out(self) -> None:
         """Move the weights side by side, where they do not lie so already."""
+        if not self._is_side_by_side():
+            self._join()
+        self._laid = [(each.weight, each.bias) for each in self._projections]
+        self._addresses = [_addresses(*each) for each in self._laid]
+
+    def _is_side_by_side(self) -> bool:
+        """Tell whether all parameters are their parts of the merged ones, wherever these went.
+
+        Memory that is moved as a whole takes all of its views along, as when processes share it.
+        """
+        if not hasattr(self, "weight"):
+            return False
+        names = ("weight",) if self.bias is None else ("weight", "bias")
+        pairs = [
+            (getattr(each, name), part)
+            for name in names
+            for each, part in zip(
+                self._projections, torch.split(getattr(self, name), self.sizes), strict=True
+            )
+        ]
+        return all(_place(parameter) == _place(part) for parameter, part in pairs)
+
+    def _join(self) -> None:
         weights: list[Tensor] = [each.weight for each in self._projections]
         biases: list[Tensor] = [each.bias for each in self._projections if each.bias is not None]
         # memory may run out here, so nothing is moved before
@@ -75,8 +98,6 @@ class Merged:
                 parts = torch.split(joined, self.sizes)
                 for parameter, part in zip(parameters, parts, strict=True):
                     parameter.data = part
-        self._laid = [(each.weight, each.bias) for each in self._projections]
-        self._addresses = [_addresses(*each) for each in self._laid]
 
     @torch.no_grad()
     def separate(self) -> None:
@@ -119,6 +140,10 @@ class Merged:
     def __call__(self, x: Tensor) -> Tensor:
         """Project: [..., inputs] -> [..., sum of outputs]."""
         return project(x, self.weight, self.bias)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.dtype, tensor.shape, tensor.data_ptr()
 
 
 def _addresses(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:

@@ -141,3 +141,18 @@ def test_a_change_counts_before_and_after_compiling(
         late_compiled = torch.compile(late, backend="eager", fullgraph=True)
         for module in (fused.model.language_model, late_compiled):
             torch.testing.assert_close(run(module), after, rtol=1e-3, atol=1e-3)
+
+
+def test_memory_that_processes_share_stays_shared(kit: Any) -> None:
+    # its layers have biases
+    model = kit.build("qwen2_vl")
+    inputs = kit.inputs("qwen2_vl", model)
+    il.fuse(model)
+    plain = kit.forward(model, inputs)
+    model.share_memory()
+    assert all(parameter.is_shared() for parameter in model.parameters())
+    attention = model.model.language_model.layers[1].self_attn
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    with torch.no_grad():
+        assert attention.interlace_state.merged.serves(projections)
+    torch.testing.assert_close(kit.forward(model, inputs), plain, rtol=0, atol=0)
