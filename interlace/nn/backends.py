@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,32 @@ from interlace.ops.ragged_attention import OP as RAGGED_ATTENTION
 from interlace.ops.ragged_decode import OP as RAGGED_DECODE
 
 _LONG = 64
+# projections whose size tells the number of query heads, and the side of them that does
+_SIDES = (("o_proj", "in_features"), ("out_proj", "in_features"), ("q_proj", "out_features"))
+
+
+def head_counts(layer: Any, head_dim: int) -> tuple[int, int]:
+    """Count query and key-value heads of an attention layer that may differ from its config.
+
+    What stands in the place of a projection, such as an adapter, need not say its size.
+
+    Args:
+        layer: an attention layer.
+        head_dim: size of a head.
+    """
+    sizes = [getattr(getattr(layer, name, None), side, None) for name, side in _SIDES]
+    counts = [size // head_dim for size in sizes if isinstance(size, int)]
+    kv_map = getattr(layer, "kv_map", None)
+    if kv_map is not None:
+        counts.append(len(kv_map))
+    counts += [getattr(layer, n) for n in ("num_heads", "num_attention_heads") if hasattr(layer, n)]
+    num_heads = counts[0] if counts else int(layer.config.num_attention_heads)
+    keys = getattr(getattr(layer, "k_proj", None), "out_features", None)
+    if isinstance(keys, int):
+        return num_heads, keys // head_dim
+    if kv_map is not None:
+        return num_heads, max(kv_map) + 1
+    return num_heads, num_heads // getattr(layer, "num_key_value_groups", 1)
 
 
 def attention_backend(

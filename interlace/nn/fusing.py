@@ -265,15 +265,12 @@ def _fuse_attention(target: nn.Module, names: dict[int, str], *, rope: bool) -> 
             reason = Merged.why_not(projections) or ""
             if not reason:
                 state.merged = Merged(projections)
-            num_heads, num_kv_heads = (
-                each.out_features // layer.head_dim for each in projections[:2]
-            )
-            weight = layer.q_proj.weight
-            decodes = hasattr(layer, "layer_idx")
+            num_heads, num_kv_heads = backends.head_counts(layer, layer.head_dim)
+            first, decodes = layer.q_proj, hasattr(layer, "layer_idx")
         else:
             num_heads = num_kv_heads = layer.num_heads
-            weight, decodes = layer.qkv.weight, False
-        like = _like(weight, target)
+            first, decodes = layer.qkv, False
+        like = _like(getattr(first, "weight", None), target)
         swap(module, mixin, state)
         groups = head_groups(layer, num_heads, num_kv_heads)
         backend, limits = backends.attention_backend(
@@ -302,10 +299,7 @@ def _like(weight: Any, target: nn.Module) -> Tensor:
 def _interface_backend(layer: Any, target: nn.Module) -> tuple[str, str]:
     """What computes attention of a layer that is not swapped and calls our attention by itself."""
     head_dim = getattr(layer, "head_dim", None) or layer.attention_head_size
-    known = [getattr(layer, n) for n in ("num_heads", "num_attention_heads") if hasattr(layer, n)]
-    num_heads = known[0] if known else layer.o_proj.in_features // head_dim
-    keys = getattr(layer, "k_proj", None)
-    num_kv_heads = num_heads if keys is None else keys.out_features // head_dim
+    num_heads, num_kv_heads = backends.head_counts(layer, head_dim)
     like = _like(next(layer.parameters(), None), target)
     groups = head_groups(layer, num_heads, num_kv_heads)
     decodes = getattr(layer, "layer_idx", None) is not None

@@ -69,6 +69,25 @@ class _Adapted(nn.Module):
         return self.base(x) + self.beside(x)
 
 
+@pytest.mark.parametrize("family", ["clip", "gemma3", "internvl", "qwen3_vl"])
+def test_adapters_may_be_there_before_fusing(family: str, kit: Any) -> None:
+    model = kit.build(family)
+    torch.manual_seed(1)
+    for path, linear in list(model.named_modules()):
+        owner, _, name = path.rpartition(".")
+        if type(linear) is nn.Linear and ("attn" in owner or "attention" in owner):
+            # which says nothing of sizes, and has no weight of its own
+            setattr(model.get_submodule(owner), name, _Adapted(linear))
+    inputs = kit.inputs(family, model)
+    plain = kit.forward(model, inputs)
+    report = il.fuse(model)
+    found = kit.forward(model, inputs)
+    torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-3)
+    assert any(each.part == "attention" for each in report.fused)
+    il.unfuse(model)
+    torch.testing.assert_close(kit.forward(model, inputs), plain, rtol=0, atol=0)
+
+
 def _adapt(layer: Any) -> None:
     torch.manual_seed(1)
     layer.self_attn.q_proj = _Adapted(layer.self_attn.q_proj)
