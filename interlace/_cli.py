@@ -44,10 +44,7 @@ Root = Annotated[
 ]
 Split = Annotated[
     str | None,
-    typer.Option(
-        help="Part of a data set that has several, or of the scenes. Default: train, and of what "
-        "is measured test."
-    ),
+    typer.Option(help="Split of a data set or the scenes. Default: train (test to measure on)."),
 ]
 MaxBad = Annotated[
     float, typer.Option(help="Share of samples that cannot be used to skip before it is an error.")
