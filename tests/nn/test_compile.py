@@ -124,3 +124,34 @@ def test_training_compiles_without_graph_breaks(kit: Any) -> None:
             assert mine is None or not mine.any()
         else:
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+class _Decoder(torch.nn.Module):
+    """A text decoder from words to hidden states."""
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Run it on words [B, T]."""
+        hidden: torch.Tensor = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_decoder_takes_texts_of_any_length(strict: bool, kit: Any) -> None:
+    model = kit.build("llava", text=2)
+    ids = torch.randint(5, 100, (2, 33))
+    with torch.no_grad():
+        decoder = _Decoder(model.model.language_model)
+        plain = decoder(ids)
+        il.fuse(model)
+        length = torch.export.Dim("length", min=2, max=64)
+        # as many words as single projections serve, and as one product serves, outside of exports
+        exported = torch.export.export(
+            decoder, (ids[:, :9].clone(),), dynamic_shapes=({1: length},), strict=strict
+        ).module()
+        torch.testing.assert_close(exported(ids), plain, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(exported(ids[:, :3].clone()), plain[:, :3], rtol=1e-4, atol=1e-4)
