@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from interlace.errors import ShapeError, unknown_name
+from interlace.errors import BackendError, ShapeError, unknown_name
 from interlace.models.parts import blank, is_absent
 from interlace.models.sites import KV_MAP, find_sites, resize
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     Widths = Mapping[int, Mapping[str, Sequence[int]]]
 
 NAME = "sdpa_kv_map"
+# those that read the map: this one, and that of interlace.nn
+_KNOWING = (NAME, "interlace")
 _INDEX = "layer_idx"
 
 
@@ -66,6 +68,24 @@ def mapped_attention(
     attended: tuple[torch.Tensor, None]
     attended = sdpa_attention_forward(module, query, key, value, *args, **settings)
     return attended
+
+
+def check_implementation(module: Any, _: Any) -> None:
+    """Refuse attention that knows no map; a hook before every call of a module that has one.
+
+    Some implementations take equal groups for granted wherever the numbers of heads divide.
+
+    Raises:
+        BackendError: another implementation was chosen since.
+    """
+    chosen = module.config._attn_implementation
+    if hasattr(module, KV_MAP) and chosen not in _KNOWING:
+        raise BackendError(
+            f"The key-value heads of this {type(module).__name__} serve unequal numbers of query "
+            f"heads, and the attention implementation '{chosen}' knows equal ones only. Choose "
+            f"model.set_attn_implementation('{NAME}'), or 'interlace' after import interlace.nn, "
+            "which gives attention weights too."
+        )
 
 
 class _CountedHeads:
@@ -106,6 +126,8 @@ def adapt(layers: nn.ModuleList) -> None:
                 AttentionInterface.register(NAME, mapped_attention)
                 AttentionMaskInterface.register(NAME, sdpa_mask)
                 module.config._attn_implementation = NAME
+                if check_implementation not in module._forward_pre_hooks.values():
+                    module.register_forward_pre_hook(check_implementation)
             divides = type(module).__name__ in ("BlipAttention", "Blip2Attention")
             kind: Any = type(module)
             if divides and site.num_units * site.head_dim != module.embed_dim:

@@ -13,12 +13,15 @@ import torch
 from torch import nn
 from transformers.utils import output_capturing
 
+from interlace.models.attention import check_implementation
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from torch import Tensor
 
-_COLLECTS = output_capturing.__name__
+# hooks that hear nothing: unless outputs are collected; and one that only looks at a config
+_SILENT = (output_capturing.__name__, check_implementation.__module__)
 STATE = "interlace_state"
 
 
@@ -89,7 +92,7 @@ def listened_to(modules: Iterable[nn.Module]) -> bool:
         or (
             (module._forward_hooks or module._forward_pre_hooks)
             and any(
-                hook.__module__ != _COLLECTS
+                hook.__module__ not in _SILENT
                 for hooks in (module._forward_hooks, module._forward_pre_hooks)
                 for hook in hooks.values()
             )

@@ -11,11 +11,13 @@ import torch
 from tiny import GENERATIVE, TINY, generation_inputs, internvl, qwen3_vl, tiny_inputs
 from transformers import AttentionInterface, AutoConfig
 
-from interlace.errors import CheckpointError, PlanError
+import interlace as il
+from interlace.errors import BackendError, CheckpointError, PlanError
 from interlace.export import export, model_card
 from interlace.models import VLM, family_of, open_model
 from interlace.models.attention import NAME
 from interlace.models.sites import find_sites
+from interlace.nn.swap import listened_to
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
 
@@ -270,6 +272,28 @@ def test_ragged_heads_equal_attention_with_mapped_keys(kit: Any) -> None:
         query, keys[:, index], values[:, index], is_causal=True
     )
     assert torch.equal(found, expected.transpose(1, 2))
+
+
+def test_attention_that_knows_no_uneven_heads_is_refused(kit: Any) -> None:
+    dense = kit.opened("llava")
+    plan = Plan({"text": TowerPlan(8, cut={"self_attn": {3: (1,)}})}, standard=False)
+    model: Any = prune(dense.vlm, plan).model
+    inputs = {"input_ids": torch.arange(5, 14)[None], "use_cache": False}
+    assert not listened_to(model.modules())
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        for change in (lambda: None, lambda: il.fuse(model)):
+            change()
+            for other in ("eager", "sdpa"):
+                model.set_attn_implementation(other)
+                with pytest.raises(BackendError, match=f"'{other}' knows equal ones only.*{NAME}"):
+                    model(**inputs)
+            model.set_attn_implementation("interlace")
+            out = model(**inputs, output_attentions=True)
+            torch.testing.assert_close(out.logits, wanted, rtol=1e-4, atol=1e-4)
+            assert [each.shape[1] for each in out.attentions] == [4, 4, 4, 3, 4, 4, 4, 4]
+            model.set_attn_implementation(NAME)
+            torch.testing.assert_close(model(**inputs).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
