@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from methods import ABLATION, COMPARED
 from methods.case import Sizes
-from methods.rules import OTHERS, OURS, OURS_OBS, OURS_SPLIT, PUBLISHED
+from methods.rules import OTHERS, OURS, OURS_NORM, OURS_SPLIT, PUBLISHED
 from subjects import BUNDLED, CROWDED_SUBJECTS
 
 from interlace._recommended import RECOMMENDED_HEAL
@@ -49,7 +49,7 @@ PRESETS = {
     "full": Preset(tuple(COMPARED), (0.10, 0.15, 0.20, 0.25, 0.334, 0.50), (0, 1, 2), FULL),
     "ablation": Preset(ABLATION, (0.25, 0.50), (0, 1, 2), FULL, against=OURS),
     "parameters": Preset(
-        (OURS_SPLIT, OURS, "width", "magnitude"), (0.30, 0.40, 0.50), (0, 1, 2), FULL, exact=True
+        (OURS_NORM, OURS, "width", "magnitude"), (0.30, 0.40, 0.50), (0, 1, 2), FULL, exact=True
     ),
     # the published budget: one percent of the training samples, one epoch; more samples to fit on
     # and more steps than in `full`
@@ -62,7 +62,7 @@ PRESETS = {
     # the same on models and scenes that tell the methods apart; all go only as far as a few of the
     # samples approve of
     "crowded": Preset(
-        (OURS, OURS_SPLIT, OURS_OBS, *PERCENT, "uidl", "replaceme", "magnitude_per_matrix"),
+        (OURS, OURS_SPLIT, OURS_NORM, *PERCENT, "uidl", "replaceme", "magnitude_per_matrix"),
         (0.10, 0.15, 0.20, 0.25, 0.334, 0.50, 0.667),
         (0, 1, 2),
         Sizes(

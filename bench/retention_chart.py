@@ -29,8 +29,8 @@ _OTHERS = "#BBBBBB"
 _LINES = {
     "compensated": ("compensated, ours", "#D55E00", "o"),
     "compensated_parts": ("compensated_parts, ours", "#882255", "p"),
-    "compensated_split": ("compensated_split, ours", "#AA4499", "d"),
-    "compensated_split_obs": ("compensated_split_obs, ours", "#CC3311", "H"),
+    "compensated_split": ("compensated_split, ours", "#CC3311", "H"),
+    "compensated_split_norm": ("compensated_split_norm, ours", "#AA4499", "d"),
     "interlace": ("INTERLACE, as published", "#0072B2", "s"),
     "shortgpt": ("ShortGPT", "#56B4E9", "^"),
     "uidl": ("UIDL", "#CC79A7", "v"),

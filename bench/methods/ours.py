@@ -8,7 +8,7 @@ from typing import Any
 import interlace as il
 from interlace._recommended import RECOMMENDED_HEAL, RECOMMENDED_PRUNE
 from methods.case import Case, Made, Method, heal
-from methods.rules import OURS, OURS_OBS, OURS_PARTS, OURS_SPLIT, cut, plan_by
+from methods.rules import OURS, OURS_NORM, OURS_PARTS, OURS_SPLIT, cut, plan_by
 
 REPAIR, WEIGHED = str(RECOMMENDED_PRUNE.bridges), RECOMMENDED_PRUNE.token_weights
 
@@ -34,7 +34,7 @@ def compensated_parts(case: Case) -> Made:
     return Made(student, "; ".join(f"{name} {layers}" for name, layers in parts.items()))
 
 
-def compensated_split(case: Case, metric: str = "norm") -> Made:
+def compensated_split(case: Case, metric: str = "obs") -> Made:
     """Do so with layers, heads and neurons together, of as many parameters."""
     shared = case.shared
     judged = {"heads": f"head_{metric}", "ffn": f"ffn_{metric}"}
@@ -53,7 +53,7 @@ METHODS = {
     OURS: Method(compensated, match_states, together=OURS),
     OURS_PARTS: Method(compensated_parts, match_states, timed="parts"),
     OURS_SPLIT: Method(compensated_split, match_states, timed="split", together=OURS),
-    OURS_OBS: Method(
-        partial(compensated_split, metric="obs"), match_states, timed="split obs", together=OURS
+    OURS_NORM: Method(
+        partial(compensated_split, metric="norm"), match_states, timed="split norm", together=OURS
     ),
 }

@@ -17,8 +17,8 @@ OTHERS = ("triplet_optimal", "shortgpt", "uidl", "last", "uniform", "sleb")
 
 # the rules of the package's own methods, of parts instead of layers, and of widths beside them
 OURS, OURS_PARTS, OURS_SPLIT = "compensated", "compensated_parts", "compensated_split"
-# the same with heads and neurons judged in another way
-OURS_OBS = "compensated_split_obs"
+# the same with heads and neurons judged by what they add to the stream
+OURS_NORM = "compensated_split_norm"
 
 
 def plan_by(

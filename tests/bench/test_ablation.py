@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from methods import METHODS, Sizes, ablation
 from methods.ablation import VARIANTS
-from methods.rules import OURS, OURS_OBS, OURS_PARTS, OURS_SPLIT, cut, plan_by
+from methods.rules import OURS, OURS_NORM, OURS_PARTS, OURS_SPLIT, cut, plan_by
 from retention import Bench
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def test_stages_spend_the_samples_of_one_healing(
 
 def test_the_split_with_the_lowest_loss_is_made(bench: Bench) -> None:
     case = bench.case("clip", 0.4, 0)
-    made = METHODS[OURS_SPLIT].make(case)
+    made = METHODS[OURS_NORM].make(case)
     for name, tower in made.student.plan.towers.items():
         assert len(tower.drop) == 2
         assert tower.cut
@@ -147,6 +147,6 @@ def test_the_split_with_the_lowest_loss_is_made(bench: Bench) -> None:
 
 def test_a_split_by_what_units_cost_in_turn_loses_as_much(bench: Bench) -> None:
     case = bench.case("clip", 0.4, 0)
-    student = METHODS[OURS_OBS].make(case).student
+    student = METHODS[OURS_SPLIT].make(case).student
     assert student.plan.settings["width_metrics"] == {"heads": "head_obs", "ffn": "ffn_obs"}
     assert gone(case, student) == pytest.approx({"text": 0.4, "vision": 0.4}, abs=0.02)
