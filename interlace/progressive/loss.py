@@ -271,17 +271,17 @@ def layer_loss(
         DataError: no samples, or something else.
     """
     check_vlm(vlm, "model")
-    data = as_samples(data, "data to judge layers by")
     check_numbers(batch_size=batch_size)
     if rule not in USE_LOSS:
         raise ConfigError(
             f"The rule {rule!r} asks for no loss. The rules that do are "
             f"{', '.join(sorted(USE_LOSS))}; leave loss out for the others."
         )
-    check_one_device(vlm, f"the rule {rule!r}")
-    check_compares(vlm, batch_size, len(data))
     check_bridges(bridges)
     check_token_weights(token_weights, bridges)
+    check_one_device(vlm, f"the rule {rule!r}")
+    data = as_samples(data, "data to judge layers by")
+    check_compares(vlm, batch_size, len(data))
     if rule in (COMPENSATED, COMPENSATED_PARTS):
         return CompensatedLoss(vlm, data, batch_size, bridges, token_weights)
     return TaskLoss(vlm, data, batch_size)
