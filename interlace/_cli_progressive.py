@@ -20,6 +20,8 @@ from interlace._cli import (
     Remote,
     Root,
     Split,
+    WidthMetrics,
+    judges,
     output_option,
     read_bridges,
     say_result,
@@ -45,6 +47,7 @@ def progressive(
             "in a single stage. Keeps most."
         ),
     ] = None,
+    width_metrics: WidthMetrics = None,
     stages: Annotated[int, typer.Option(min=1, help="Number of stages.")] = 1,
     rule: Annotated[
         str, typer.Option(help=f"How layers are chosen: {', '.join(rule_names())}.")
@@ -147,6 +150,7 @@ def progressive(
             "parameters": parameters,
             "rule": rule,
             "towers": split_names(tower),
+            "width_metrics": judges(width_metrics),
         },
         "prune": {"bridges": wanted, "token_weights": token_weights},
         "heal": {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from interlace.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,3 +105,26 @@ def test_parts_of_layers_are_planned_and_taken_out(interlace, tmp_path: Path) ->
     assert [set(tower["parts"]) for tower in towers] == [{"self_attn", "mlp"}] * 2
     assert interlace("prune", "bundled:clip", plan, "-o", student)[0] == 0
     assert not json.loads((student / "interlace.json").read_text())["standard"]
+
+
+def test_progressive_scores_what_a_split_is_to_be_judged_by(
+    interlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def run(recipe: Any, _: Path) -> None:
+        asked.append(recipe)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("interlace.pipeline.run", run)
+    call = ("progressive", "bundled:clip", "-o", tmp_path / "out", "--parameters", 0.4)
+    named = "heads=head_norm,ffn=ffn_norm"
+    for more in ((), ("--width-metrics", named)):
+        assert "enough" in interlace(*call, *more)[2]
+    default, other = asked
+    assert default.score.metrics == ("similarity", "head_obs", "ffn_obs")
+    assert other.score.metrics == ("similarity", "head_norm", "ffn_norm")
+    assert other.plan.width_metrics == {"heads": "head_norm", "ffn": "ffn_norm"}
+    monkeypatch.undo()
+    told = interlace("progressive", "bundled:clip", "-o", tmp_path / "o", "--width-metrics", named)
+    assert "judges heads, but none are cut" in told[2]
