@@ -253,7 +253,7 @@ def evaluate(
 ) -> None:
     """Measure a model, beside the dense one where given."""
     from interlace._fused_evaluation import evaluate_fused
-    from interlace.data.samples import check_source, has_splits
+    from interlace.data.samples import check_source, split_to_measure
     from interlace.evaluate import evaluate as run_evaluate
     from interlace.evaluate.selection import default_tasks
 
@@ -261,8 +261,7 @@ def evaluate(
     check_source(data, root, split)
     vlm = open_vlm(model, dtype, device, trust_remote_code)
     own = None
-    if split is None and has_splits(data):
-        split = "test"
+    split = split_to_measure(data, split)
     if data != "scenes":
         own = read_samples(vlm, data, root, split, count, seed, max_bad_fraction)
     tasks = default_tasks(vlm, own) if task is None else split_names(task) or ()

@@ -20,7 +20,7 @@ from interlace._recipe_checks import check_names, check_towers
 from interlace._stages import STATE, Stages
 from interlace._torch_utils import default_device
 from interlace.config import DataSettings, EvalSettings, ProgressiveSettings, Recipe
-from interlace.data.samples import Samples, has_splits, samples, scenes_tasks
+from interlace.data.samples import Samples, samples, scenes_tasks, split_to_measure
 from interlace.errors import ConfigError, PlanError
 from interlace.evaluate import evaluate
 from interlace.evaluate.selection import check_models
@@ -111,7 +111,7 @@ def _measured(data: DataSettings, settings: EvalSettings, vlm: VLM) -> dict[str,
     # whatever the layers are chosen by, a task takes the samples that it can measure
     choice = {
         "count": settings.count,
-        "split": settings.split or ("test" if has_splits(source) else None),
+        "split": split_to_measure(source, settings.split),
         "seed": settings.seed,
         "tasks": None,
     }

@@ -74,6 +74,21 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def recipes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The recipes that commands would run; each such command ends with the error "opened"."""
+    from interlace.errors import InterlaceError
+
+    given: list[Any] = []
+
+    def run(recipe: Any, _: object) -> None:
+        given.append(recipe)
+        raise InterlaceError("opened")
+
+    monkeypatch.setattr("interlace.pipeline.run", run)
+    return given
+
+
+@pytest.fixture
 def interlace(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:

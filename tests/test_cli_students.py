@@ -52,19 +52,12 @@ def test_without_bridges_no_option_says_which_data(
 
 
 def test_the_seed_of_progressive_is_that_of_all_its_draws(
-    interlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    interlace, recipes: list[Recipe], tmp_path: Path
 ) -> None:
-    given: list[Recipe] = []
-
-    def run(recipe: Recipe, _: object) -> None:
-        given.append(recipe)
-        raise _OpenedError("opened")
-
-    monkeypatch.setattr("interlace.pipeline.run", run)
     call = ("progressive", "bundled:clip", "-o", tmp_path / "out")
     for options in ((), ("--seed", 7)):
         assert interlace(*call, *options)[2] == "Error: opened\n"
-    seeds = [(each.data.seed, each.plan.seed, each.heal.seed, each.eval.seed) for each in given]
+    seeds = [(each.data.seed, each.plan.seed, each.heal.seed, each.eval.seed) for each in recipes]
     assert seeds == [(0, 42, 42, 0), (7, 7, 7, 0)]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from interlace.errors import ConfigError
-
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from interlace.config import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -108,23 +108,19 @@ def test_parts_of_layers_are_planned_and_taken_out(interlace, tmp_path: Path) ->
 
 
 def test_progressive_scores_what_a_split_is_to_be_judged_by(
-    interlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    interlace, recipes: list[Recipe], tmp_path: Path
 ) -> None:
-    asked: list[Any] = []
-
-    def run(recipe: Any, _: Path) -> None:
-        asked.append(recipe)
-        raise ConfigError("enough")
-
-    monkeypatch.setattr("interlace.pipeline.run", run)
     call = ("progressive", "bundled:clip", "-o", tmp_path / "out", "--parameters", 0.4)
     named = "heads=head_norm,ffn=ffn_norm"
     for more in ((), ("--width-metrics", named)):
-        assert "enough" in interlace(*call, *more)[2]
-    default, other = asked
+        assert interlace(*call, *more)[2] == "Error: opened\n"
+    default, other = recipes
     assert default.score.metrics == ("similarity", "head_obs", "ffn_obs")
     assert other.score.metrics == ("similarity", "head_norm", "ffn_norm")
     assert other.plan.width_metrics == {"heads": "head_norm", "ffn": "ffn_norm"}
-    monkeypatch.undo()
-    told = interlace("progressive", "bundled:clip", "-o", tmp_path / "o", "--width-metrics", named)
+
+
+def test_progressive_refuses_a_judge_of_what_it_does_not_cut(interlace, tmp_path: Path) -> None:
+    named = ("--width-metrics", "heads=head_norm,ffn=ffn_norm")
+    told = interlace("progressive", "bundled:clip", "-o", tmp_path / "out", *named)
     assert "judges heads, but none are cut" in told[2]

@@ -248,6 +248,11 @@ def has_splits(source: Any) -> bool:
     return path.is_dir() and hub.has_splits(path)
 
 
+def split_to_measure(source: Any, split: str | None) -> str | None:
+    """Return which split of a source is measured: the one named, else "test" if it has several."""
+    return split or ("test" if has_splits(source) else None)
+
+
 def check_source(source: Any, root: str | Path | None, split: str | None) -> None:
     """Refuse a root or a split for sources that have no use for it.
 
