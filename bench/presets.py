@@ -22,10 +22,11 @@ class Preset:
         seeds: of the samples and draws.
         sizes: numbers of samples.
         models: names of subjects.
-        rounds: timed runs per model.
+        rounds: timed runs per model; 0 to time nothing.
         exact: take out the fractions themselves where a method can, instead of as much as whole
             layers come to.
         against: method whose difference from the others is shown; default: shares of the dense.
+        divergence: measure how far predictions are from the dense model's, not what they are worth.
     """
 
     methods: tuple[str, ...]
@@ -36,11 +37,15 @@ class Preset:
     rounds: int = 7
     exact: bool = False
     against: str = ""
+    divergence: bool = False
 
 
 FULL = Sizes(128, 1024, 32, 256)
 PERCENT = ("interlace", "sleb", "last", "shortgpt", "linearpatch", "width", "magnitude")
 # 0.334, since a third of 12 layers is to be 4
+CROWDED = Sizes(
+    512, 0.01, 8, 256, contrastive_batch=32, validation=RECOMMENDED_HEAL.validation_fraction
+)
 PRESETS = {
     "bridges": Preset(("interlace", "sleb"), (0.25, 0.334), (0,), Sizes(128, 0, 0, 128)),
     # CLIP is the fastest: every method in about a minute, but for parts, which take some five
@@ -65,10 +70,18 @@ PRESETS = {
         (OURS, OURS_SPLIT, OURS_NORM, *PERCENT, "uidl", "replaceme", "magnitude_per_matrix"),
         (0.10, 0.15, 0.20, 0.25, 0.334, 0.50, 0.667),
         (0, 1, 2),
-        Sizes(
-            512, 0.01, 8, 256, contrastive_batch=32, validation=RECOMMENDED_HEAL.validation_fraction
-        ),
+        CROWDED,
         tuple(each.name for each in CROWDED_SUBJECTS),
         rounds=15,
+    ),
+    # the same students, measured where scores of tasks are at their ceiling
+    "divergence": Preset(
+        (OURS, OURS_SPLIT, "width", "magnitude", "magnitude_per_matrix", "sleb", "shortgpt"),
+        (0.10, 0.15, 0.20, 0.25, 0.334, 0.50),
+        (0, 1, 2),
+        CROWDED,
+        tuple(each.name for each in CROWDED_SUBJECTS),
+        rounds=0,
+        divergence=True,
     ),
 }

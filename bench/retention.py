@@ -4,7 +4,8 @@ For each seed, bundled model, fraction and method (`bench/methods`): make the st
 heal, measure again. Methods that take bridges do so for each of `--bridges none,fold`. The preset
 `bridges` compares bridges and does not heal; `ablation` shows how our own method differs without
 each of its parts and with optional ones; in `parameters` a fraction is one of all parameters of the
-layers, where a method can be held to it; `crowded` has harder scenes, and models trained on them.
+layers, where a method can be held to it; `crowded` has harder scenes, and models trained on them;
+`divergence` measures the same students by the distance of their predictions from the dense model's.
 Every method is given the same calibration samples, the same healing samples, batches and steps, and
 trains what it says. The seed changes the calibration samples, the healing samples and what methods
 draw; the held-out samples stay the same.
@@ -35,6 +36,8 @@ from retention_chart import plot
 from retention_report import summary, table
 from subjects import (
     SUBJECTS,
+    answers,
+    diverge,
     measure,
     open_subject,
     test_samples,
@@ -77,24 +80,33 @@ class Bench:
     """Opens models and measures cells; what several cells need is made once."""
 
     def __init__(
-        self, sizes: Sizes, device: str | None = None, rounds: int = 7, *, exact: bool = False
+        self,
+        sizes: Sizes,
+        device: str | None = None,
+        rounds: int = 7,
+        *,
+        exact: bool = False,
+        divergence: bool = False,
     ) -> None:
-        """Say how much is measured, and where; `rounds` is of the timing, `exact` of `Case`."""
-        self.sizes, self.rounds, self.exact = sizes, rounds, exact
+        """Say how much is measured, and where; the rest is as in `Preset`."""
+        self.sizes, self.rounds, self.exact, self.divergence = sizes, rounds, exact, divergence
         self.model = functools.cache(lambda name: open_subject(name, device))
         self._test = functools.cache(self._make_test)
         self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
         # of one seed at a time
         self._shared = functools.lru_cache(maxsize=len(SUBJECTS))(self._make_shared)
 
-    def _make_test(self, name: str) -> dict[str, Any]:
+    def _make_test(self, name: str) -> Any:
         subject = SUBJECTS[name]
-        return test_samples(subject, self.model(name), subject.held_out or self.sizes.held_out)
+        draw = answers if self.divergence else test_samples
+        return draw(subject, self.model(name), subject.held_out or self.sizes.held_out)
 
     def _make_shared(self, name: str, seed: int) -> Shared:
         return Shared(SUBJECTS[name], self.model(name), seed, self.sizes)
 
     def _measure(self, name: str, vlm: Any) -> dict[str, float]:
+        if self.divergence:
+            return diverge(vlm, self.model(name), self._test(name))
         return measure(SUBJECTS[name], vlm, self._test(name))
 
     def case(self, name: str, fraction: float, seed: int, bridges: str = "none") -> Case:
@@ -194,7 +206,7 @@ def jobs_of(bench: Bench, preset: Preset, bridges: list[str], *, speed: str) -> 
     """
     for name in preset.models:
         yield Job([name, "dense"], (name, "dense"), partial(bench.dense, name))
-        if speed != "no" and preset.sizes.heal_samples:
+        if speed != "no" and preset.sizes.heal_samples and preset.rounds:
             for group, (method, fractions) in _timed(preset).items():
                 for fraction in fractions:
                     # the first ones had no group in their name
@@ -330,7 +342,13 @@ def main(arguments: list[str] | None = None) -> None:
         bridges = [each.strip() for each in given.bridges.split(",")]
         for each in bridges:
             check_bridges(each)
-        bench = Bench(preset.sizes, given.device, preset.rounds, exact=preset.exact)
+        bench = Bench(
+            preset.sizes,
+            given.device,
+            preset.rounds,
+            exact=preset.exact,
+            divergence=preset.divergence,
+        )
         jobs = jobs_of(bench, preset, bridges, speed=given.speed)
         measure_all(jobs, cells, given.shard)
     if given.plot:

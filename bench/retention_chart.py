@@ -82,13 +82,15 @@ def points(rows: list[Row]) -> dict[tuple[str, str], list[tuple[float, float]]]:
     for (fraction, label, name), cells in sorted(by_method(rows).items()):
         group = METHODS[cells[0]["cell"][1]].timed if cells[0]["cell"][1] in METHODS else "layers"
         speed = speeds.get((name, fraction) if group == "layers" else (name, fraction, group))
+        if speed is None:
+            continue
         kept = [
             100 * row.get("healed", row["raw"])[metric] / value
             for row in cells
             if "raw" in row
             for metric, value in dense[name].items()
         ]
-        if kept and speed is not None:
+        if kept:
             found.setdefault((name, label), []).append((speed, statistics.fmean(kept)))
     return found
 

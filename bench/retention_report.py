@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -14,6 +15,10 @@ _TITLES = {
     ("blip", "caption/exact_match"): "BLIP exact caption",
     ("qwen3-vl", "vqa/accuracy"): "Qwen3-VL questions",
     ("qwen3-vl", "caption/cider"): "Qwen3-VL CIDEr",
+    ("clip", "fidelity/image_to_text_kl"): "CLIP, image to text",
+    ("clip", "fidelity/text_to_image_kl"): "CLIP, text to image",
+    ("blip", "fidelity/kl"): "BLIP",
+    ("qwen3-vl", "fidelity/kl"): "Qwen3-VL",
 }
 _HARDER = {"clip": "clip-2048", "blip": "blip-crowded", "qwen3-vl": "qwen3-vl-crowded"}
 _MODELS = {"clip-2048": "CLIP", "blip-crowded": "BLIP", "qwen3-vl-crowded": "Qwen3-VL"}
@@ -43,19 +48,32 @@ def by_method(rows: list[Row]) -> dict[Key, list[Row]]:
 
 
 def _retention(rows: list[Row], metric: str, dense: float) -> str:
-    """Percent of the dense model: mean before -> mean after healing, half the range over seeds."""
+    """Percent of the dense model: mean before -> mean after healing, half the range over seeds.
+
+    Distances, which are 0 for the dense model, are shown in thousandths instead.
+    """
     if not rows:
         return "-"
+    unit = dense / 100 or 1e-3
     # a student that is healed while it is made has no figures before
     before, after = (
-        [100 * row[stage][metric] / dense for row in rows if stage in row]
-        for stage in ("raw", "healed")
+        [row[stage][metric] / unit for row in rows if stage in row] for stage in ("raw", "healed")
     )
     if not before and not after:
         return "refused"
-    kept = " → ".join(f"{statistics.fmean(each):.1f}" for each in (before, after) if each)
+    shown = _percent if dense else _three_digits
+    kept = " → ".join(shown(statistics.fmean(each)) for each in (before, after) if each)
     # one seed has no spread
-    return kept if len(after) < 2 else f"{kept} ± {(max(after) - min(after)) / 2:.1f}"
+    return kept if len(after) < 2 else f"{kept} ± {shown((max(after) - min(after)) / 2)}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _three_digits(value: float) -> str:
+    """Write what may differ by powers of ten, without their exponents."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value else "0"
 
 
 def _difference(rows: list[Row], usual: list[Row], metric: str, dense: float) -> str:
@@ -126,7 +144,8 @@ def table(rows: list[Row], against: str = "", *, sizes: bool = False) -> str:
 def summary(rows: list[Row], fractions: list[float] | None = None) -> str:
     """Markdown, one table: a line per method, the best first, a column per model and fraction.
 
-    Every cell is the mean over the metrics of the model, in percent of the dense model.
+    Every cell is the mean over the metrics of the model, in percent of the dense model; of
+    distances from it in thousandths.
 
     Args:
         rows: cells of a results file.
@@ -144,24 +163,33 @@ def summary(rows: list[Row], fractions: list[float] | None = None) -> str:
         label: [_means(cells.get((share, label, name), []), dense[name]) for name, share in columns]
         for label in dict.fromkeys(label for at, label, _ in cells if at in shares)
     }
-    for label in sorted(kept, key=lambda each: _rank(kept[each]), reverse=True):
-        found = (_retention(rows, "mean", 100.0) for rows in kept[label])
+    whole = 100.0 if any(value for metrics in dense.values() for value in metrics.values()) else 0.0
+    for label in sorted(kept, key=lambda each: _rank(kept[each], whole), reverse=True):
+        found = (_retention(rows, "mean", whole) for rows in kept[label])
         lines.append(f"| {label} | {' | '.join(found)} |")
     return "\n".join(lines)
 
 
-def _rank(columns: list[list[Row]]) -> tuple[int, float]:
-    """What methods are sorted by: those with more columns first, then by what is kept."""
+def _rank(columns: list[list[Row]], whole: float) -> tuple[int, float]:
+    """What methods are sorted by: those with more columns first, then the nearest to `whole`."""
     healed = [row["healed"]["mean"] for rows in columns for row in rows if "healed" in row]
     there = sum(any("healed" in row for row in rows) for rows in columns)
-    return there, statistics.fmean(healed) if healed else 0.0
+    kept = statistics.fmean(healed) if healed else 0.0
+    return there, kept if whole else -kept
 
 
 def _means(rows: list[Row], dense: dict[str, float]) -> list[Row]:
-    """Return rows that hold the mean over the metrics alone, in percent of the dense model."""
+    """Return rows that hold the mean over the metrics alone, in percent of the dense model.
+
+    Distances from it, where its own are 0, stay as they are.
+    """
 
     def mean(found: dict[str, float]) -> dict[str, float]:
-        return {"mean": statistics.fmean(100 * found[name] / dense[name] for name in dense)}
+        return {
+            "mean": statistics.fmean(
+                100 * found[name] / value if value else found[name] for name, value in dense.items()
+            )
+        }
 
     return [
         {stage: mean(row[stage]) for stage in ("raw", "healed") if stage in row} for row in rows

@@ -136,6 +136,11 @@ def test_samples(subject: Subject, vlm: Any, count: int) -> dict[str, Any]:
     return {task: _scenes(subject, vlm, count, (task,), "test") for task in subject.tasks}
 
 
+def answers(subject: Subject, vlm: Any, count: int) -> Samples:
+    """Return held-out scenes of the form it was trained on, for `diverge`; the same for all."""
+    return _scenes(subject, vlm, count, subject.chat_tasks, "test")
+
+
 def _scenes(
     subject: Subject,
     vlm: Any,
@@ -161,3 +166,14 @@ def measure(subject: Subject, vlm: Any, test: dict[str, Any]) -> dict[str, float
         )
         found |= {f"{task}/{name}": report.metrics[task][name] for name in names}
     return found
+
+
+def diverge(vlm: Any, dense: Any, samples: Samples) -> dict[str, float]:
+    """Return "fidelity/metric" -> how far the predictions of a model are from the dense model's.
+
+    In nats of KL(dense || model): per answer token, or per image and per caption of those that are
+    compared with each other. 0 for the dense model.
+    """
+    report = il.evaluate(vlm, tasks=("fidelity",), data=samples, baseline=dense, batch_size=256)
+    found = report.metrics["fidelity"]
+    return {f"fidelity/{name}": value for name, value in found.items() if name.endswith("kl")}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import retention
+import torch
 from cells import Cells, read
 from methods import COMPARED
 from PIL import Image
@@ -20,6 +21,7 @@ from retention_report import summary, table
 from subjects import (
     CROWDED_SUBJECTS,
     SUBJECTS,
+    answers,
     measure,
     open_subject,
     train_samples,
@@ -27,6 +29,7 @@ from subjects import (
 )
 from subjects import test_samples as held_out
 
+from interlace.data.collate import Collator
 from interlace.errors import DataError, PlanError
 
 if TYPE_CHECKING:
@@ -233,6 +236,38 @@ def test_a_summary_is_the_mean_of_all_metrics_the_best_method_first() -> None:
         "| `sleb` | - | 100.0 |",
     }
     assert "50%" not in summary(rows(), [0.25])
+
+
+def test_distances_are_thousandths_and_the_nearest_comes_first(tmp_path: Path) -> None:
+    cells = [{"cell": ["m", "dense"], "raw": {"fidelity/kl": 0.0}}]
+    for method, raw, healed in (("last", 5.25, 0.0181), ("width", 0.05, 0.00026)):
+        for seed, factor in enumerate((1, 3)):
+            found = ({"fidelity/kl": raw * factor}, {"fidelity/kl": healed * factor})
+            cell = {"cell": ["m", method, 0.25, seed], "raw": found[0], "healed": found[1]}
+            cells.append(cell)
+    lines = ["| `last` | 10500 → 36.2 ± 18.1 |", "| `width` | 100 → 0.520 ± 0.260 |"]
+    assert table(cells).splitlines()[3:] == lines
+    assert summary(cells).splitlines()[2:] == lines[::-1]
+    with pytest.raises(DataError, match="was both measured and timed"):
+        plot(cells, tmp_path / "chart.png")
+
+
+def test_distances_are_of_predictions_on_held_out_answers() -> None:
+    bench = Bench(replace(PRESETS["divergence"].sizes, held_out=4), divergence=True)
+    dense, other = (open_subject("blip-crowded") for _ in range(2))
+    bench.model = lambda _: dense
+    assert bench.dense("blip-crowded")["raw"] == {"fidelity/kl": 0.0}
+    layers = other.towers["text"].layers
+    layers[3].load_state_dict(layers[4].state_dict())
+    collate = Collator(dense.processor, "caption")
+    batch = collate(list(answers(SUBJECTS["blip-crowded"], dense, 4)))
+    with torch.no_grad():
+        own, its = (each.model(**batch).logits[:, :-1].log_softmax(-1) for each in (dense, other))
+    counted = batch["labels"][:, 1:] != -100
+    expected = (own.exp() * (own - its)).sum(-1)[counted].mean()
+    assert bench._measure("blip-crowded", other) == {
+        "fidelity/kl": pytest.approx(float(expected), rel=1e-4)
+    }
 
 
 def test_a_table_of_parameters_says_how_many_are_gone() -> None:
