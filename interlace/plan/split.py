@@ -1,8 +1,8 @@
 """A share of a tower's parameters, taken out as layers, heads and neurons together.
 
-How much goes by what is decided by a loss: for some numbers of dropped layers, beside none, and all
-numbers of KV groups, as many neurons go as make up the rest, and the student that comes nearest to
-the whole model wins.
+How much goes by what is decided by a loss: for some numbers of dropped layers, beside none, and
+growing numbers of KV groups, as many neurons go as make up the rest, and the student that comes
+nearest to the whole model wins.
 
 Source: Minitron (arXiv 2407.14679) compares candidates of depth and width by their loss; here they
 are compared repaired, as the rule `compensated` compares layers.
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 RULE = "compensated"
 # How many numbers of dropped layers are tried, beside none.
 _DEPTHS = 4
+# How many numbers of KV groups are tried at most, none among them; towers have up to 32 groups.
+_HEADS = 8
 # Shares are rounded down to whole groups and bundles; a hair more gives the number that was meant.
 _HAIR = 1e-6
 _SHARE_HINT = "0.4 takes out two fifths of what the layers hold."
@@ -89,8 +91,8 @@ class Split:
 def widths_for(shape: TowerShape, wanted: int, layers: Sequence[int]) -> list[Widths]:
     """List the widths at which some layers of a tower lose so many parameters.
 
-    For every number of KV groups, the bundles of neurons with which the loss comes nearest to it;
-    what stays further away than one bundle is left out, unless nothing comes nearer.
+    For growing numbers of KV groups, the bundles of neurons with which the loss comes nearest to
+    it; what stays further away than one bundle is left out, unless nothing comes nearer.
 
     Args:
         shape: of the tower.
@@ -110,7 +112,7 @@ def widths_for(shape: TowerShape, wanted: int, layers: Sequence[int]) -> list[Wi
     per_group = sum(site.parameters(layer) for site in heads for layer in layers) // groups
     per_bundle = sum(site.parameters(layer) for site in neurons for layer in layers) // bundles
     found = []
-    for group in range(groups):
+    for group in range(0, groups, math.ceil(groups / _HEADS)):
         bundle = min(max(0, round((wanted - group * per_group) / per_bundle)), bundles - 1)
         gone = group * per_group + bundle * per_bundle
         found.append(Widths(group / groups, bundle / bundles, gone))
@@ -181,9 +183,9 @@ def split_plan(
     """Plan to take out a share of the parameters, as layers, heads and neurons together.
 
     Layers are chosen by the rule `compensated`, heads and neurons by their importance, in every
-    layer alike. Of the best split they are then also chosen over all layers, which end in different
-    widths if that is better and need not be standard. All layers that stay are tuned where widths
-    are cut.
+    layer alike. Beside each number of dropped layers more heads go as long as that is better. Of
+    the best split they are then also chosen over all layers, which end in different widths if that
+    is better and need not be standard. All layers that stay are tuned where widths are cut.
 
     Args:
         scores: with the similarity, and the importance of heads and neurons ("head_obs" and
@@ -191,8 +193,8 @@ def split_plan(
         parameters: share of what the layers of a tower hold, above 0 and below 1, or one per tower.
             Embeddings are not counted.
         loss: of `interlace.layer_loss(vlm, calibration)`, which judges whole plans. Beside what
-            `compensated` asks, it is asked once per split: at most five numbers of dropped layers
-            times the KV groups of a layer, and once more.
+            `compensated` asks, it is asked about twice for each of at most five numbers of dropped
+            layers, more often where heads are better cut than neurons, and once more.
         towers: as of `make_plan`, like those that follow.
         protect: likewise.
         seed: likewise.
@@ -342,12 +344,20 @@ def _best(
         found[split] = (math.inf if math.isnan(value) else value, plan)
 
     refused: PlanError | None = None
+    last: dict[int, float] = {}
+    enough: set[int] = set()
     for split in track(ways, description=f"splits, {tower}"):
+        if split.drop in enough:
+            continue
         try:
             look(split)
         except PlanError as error:
             # not every depth and width has a place in a model or its config
             refused = error
+            continue
+        if found[split][0] > last.get(split.drop, math.inf):
+            enough.add(split.drop)
+        last[split.drop] = found[split][0]
     if not found:
         wanted = "a standard checkpoint" if standard else "a model that can be built"
         looser = "Give standard=False, or cut" if standard else "Cut"

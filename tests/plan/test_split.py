@@ -117,6 +117,32 @@ def test_the_split_with_the_lowest_loss_is_taken(drop: int) -> None:
     assert Plan.from_json(plan.to_json()) == plan
 
 
+def test_more_heads_go_as_long_as_that_is_better() -> None:
+    def heads(plan: Plan) -> int:
+        return len(plan["text"].cut.get("attn", {0: ()})[0]) // 2
+
+    loss = Loss(lambda plan: abs(heads(plan) - 1) + 0.1 * len(plan["text"].drop))
+    plan = split_plan(scores(), parameters=0.4, loss=loss)
+    assert heads(plan) == 1
+    by_depth: dict[int, list[int]] = {}
+    for asked in loss.asked[:-1]:
+        by_depth.setdefault(len(asked["text"].drop), []).append(heads(asked))
+    # the third is worse than the second, so the fourth is not asked for
+    assert by_depth[0] == [0, 1, 2]
+    assert len(by_depth) == 5
+
+
+def test_towers_of_many_heads_are_not_asked_head_by_head() -> None:
+    sites = {
+        "attn": SiteShape("heads", ((1,) * 32,) * LAYERS, 20, 0),
+        "mlp": SiteShape("ffn", ((NEURONS,),) * LAYERS, PER_NEURON),
+    }
+    shape = TowerShape(32, 32, 4, 4, (LAYER,) * LAYERS, causal=True, sites=sites)
+    tried = [split.widths.heads for split in splits(shape, int(0.2 * LAYERS * LAYER), 0)]
+    assert tried == [each / 8 for each in range(len(tried))]
+    assert len(tried) > 4
+
+
 def test_of_the_best_split_widths_are_also_spread_over_all_layers() -> None:
     def even(plan: Plan) -> bool:
         return len({len(units) for units in plan["text"].cut.get("mlp", {}).values()}) < 2
