@@ -98,8 +98,8 @@ def test_heads_and_neurons_are_planned(interlace, tmp_path: Path) -> None:
 def test_parts_of_layers_are_planned_and_taken_out(interlace, tmp_path: Path) -> None:
     scores, plan, student = tmp_path / "s.json", tmp_path / "p.json", tmp_path / "out"
     shares = ("--attention-parts", "text=0.4,vision=0.4", "--ffn-parts", 0.4)
-    metrics = "similarity,attention_relevance,mlp_relevance"
-    assert interlace("score", "bundled:clip", "-o", scores, "--metrics", metrics)[0] == 0
+    metrics = ("--metrics", "similarity,attention_relevance,mlp_relevance", "--count", 32)
+    assert interlace("score", "bundled:clip", "-o", scores, *metrics)[0] == 0
     assert interlace("plan", scores, "-o", plan, *shares)[0] == 0
     towers = json.loads(plan.read_text())["towers"].values()
     assert [set(tower["parts"]) for tower in towers] == [{"self_attn", "mlp"}] * 2
