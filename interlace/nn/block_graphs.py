@@ -79,10 +79,9 @@ class Shelf:
         self._copied[key] = weakref.ref(source), version
         return place
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shelf:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Give the copy of a model memory of its own."""
-        memo[id(self)] = copied = Shelf(self.recorder)
-        return copied
+        return Shelf, (self.recorder,)
 
 
 @dataclass
@@ -129,10 +128,15 @@ class BlockGraph:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockGraph:
         """Let a copy of the block record for itself."""
-        shelf = memo.get(id(self._shelf)) or self._shelf.__deepcopy__(memo)
+        shelf = copy.deepcopy(self._shelf, memo)
         # of a block that is copied alone, anything may read the result
         stack = None if self._stack is None else memo.get(id(self._stack()))
         return BlockGraph(shelf, stack, self._following)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a block that is read from a file record for itself."""
+        stack = None if self._stack is None else self._stack()
+        return BlockGraph, (self._shelf, stack, self._following)
 
     def __call__(
         self, block: Any, run: Callable[..., Tensor], hidden: Tensor, others: dict[str, Any]

@@ -158,10 +158,10 @@ class GraphedForward:
         """As many places of a cache are filled by a prompt."""
         return sum(isinstance(each, FusedAttention) for each in self._decoder.modules())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Let a copy of the decoder record for itself."""
-        decoder = memo.get(id(self._decoder), self._decoder)
-        return GraphedForward(decoder, self._recorder, overlap=self._overlap)
+        made = functools.partial(GraphedForward, overlap=self._overlap)
+        return made, (self._decoder, self._recorder)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder; arguments and result are those of its class."""

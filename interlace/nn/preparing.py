@@ -40,6 +40,10 @@ class Preparation:
         self._given: weakref.ref[Tensor] | None = None
         self._grown: weakref.ref[Tensor] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a copy of the model start with no text."""
+        return Preparation, (self._target, self._forward)
+
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """Do what the model does, but hand the recorded step its own mask."""
         mask, masks = kwargs.get("attention_mask"), None

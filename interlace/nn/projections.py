@@ -7,7 +7,6 @@ into them or trained is what the merged matrix holds.
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,9 +38,9 @@ class Merged:
         self.sizes = [each.out_features for each in projections]
         self.lay_out()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Merged:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Merge the projections of a copied module anew, since copied parameters are no views."""
-        return Merged(copy.deepcopy(self._projections, memo))
+        return Merged, (self._projections,)
 
     @staticmethod
     def why_not(projections: Sequence[nn.Module]) -> str | None:

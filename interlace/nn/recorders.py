@@ -34,6 +34,10 @@ class CudaRecorder:
         self._device = device
         self._pool: Any = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let copies have memory of their own, which other processes do not know."""
+        return CudaRecorder, (self._device,)
+
     def warm_up(self, step: Callable[[], Tensor]) -> None:
         """Run a function on a stream of its own, as capturing asks for."""
         with torch.cuda.device(self._device):

@@ -38,6 +38,15 @@ class Fused(nn.Module):
             merged.lay_out()
         return result
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let copies and files name the classes that this one is made of.
+
+        pickle finds classes by their names, and there are none for classes made at run time; the
+        stock one may be such a class as well, and says how it is made by an empty object.
+        """
+        original = stock_class(self)
+        return _blank, (type(self).__bases__[0], original.__new__(original)), vars(self)
+
 
 _CLASSES: dict[tuple[type, type], type] = {}
 
@@ -47,6 +56,12 @@ def _fused_class(mixin: type[Fused], original: type) -> Any:
     if bases not in _CLASSES:
         _CLASSES[bases] = type(f"Fused{original.__name__}", bases, {"__module__": __name__})
     return _CLASSES[bases]
+
+
+def _blank(mixin: type[Fused], original: nn.Module) -> nn.Module:
+    """Return an empty object of a fused class, for pickle to fill."""
+    original.__class__ = _fused_class(mixin, type(original))
+    return original
 
 
 def stock_class(module: nn.Module) -> Any:

@@ -245,6 +245,20 @@ def pruned(name: str) -> Any:
     return model.requires_grad_(True)
 
 
+def narrowed(name: str) -> Any:
+    """A student that lacks a query head and some neurons in one layer of every tower."""
+    model = TINY[name]()
+    vlm = VLM(model, family_of(model), name=name)
+    towers = {}
+    for tower, shape in vlm.shape().towers.items():
+        cut = {}
+        for site, widths in shape.sites.items():
+            first = next(layer for layer, groups in enumerate(widths.groups) if groups)
+            cut[site] = {first: (1,) if widths.kind == "heads" else tuple(range(7))}
+        towers[tower] = TowerPlan(shape.num_layers, cut=cut)
+    return prune(vlm, Plan(towers, standard=False)).model
+
+
 def ragged(name: str, *, maps: bool = True) -> Any:
     """A model whose layers have query and key-value heads of their own, unevenly grouped.
 
@@ -335,5 +349,6 @@ def kit() -> SimpleNamespace:
         generate=generate,
         variant=variant,
         pruned=pruned,
+        narrowed=narrowed,
         ragged=ragged,
     )

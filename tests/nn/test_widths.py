@@ -6,31 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import GENERATIVE, TINY
+from tiny import GENERATIVE
 
 import interlace as il
-from interlace.models import VLM, family_of
-from interlace.records import Plan, TowerPlan
-from interlace.surgery import prune
-
-
-def narrowed(name: str) -> Any:
-    """A student that lacks a query head and some neurons in one layer of every tower."""
-    model = TINY[name]()
-    vlm = VLM(model, family_of(model), name=name)
-    towers = {}
-    for tower, shape in vlm.shape().towers.items():
-        cut = {}
-        for site, widths in shape.sites.items():
-            first = next(layer for layer, groups in enumerate(widths.groups) if groups)
-            cut[site] = {first: (1,) if widths.kind == "heads" else tuple(range(7))}
-        towers[tower] = TowerPlan(shape.num_layers, cut=cut)
-    return prune(vlm, Plan(towers, standard=False)).model
 
 
 @pytest.mark.parametrize("name", ["blip_caption", "blip2_opt", "clip", "llava", "qwen3_vl"])
 def test_fused_students_compute_what_they_did(name: str, kit: Any, route: Any) -> None:
-    model = narrowed(name)
+    model = kit.narrowed(name)
     inputs = kit.inputs(name, model)
     plain = kit.forward(model, inputs)
     truth = kit.forward(kit.in_fp64(model), kit.cast(inputs, torch.float64))
