@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class Replayer:
     """Records a function by keeping it."""
 
+    device = torch.device("cpu")
+
     def warm_up(self, step: Callable[[], torch.Tensor]) -> None:
         step()
 

@@ -151,7 +151,8 @@ class BlockGraph:
         """
         if torch.compiler.is_compiling():
             return run(hidden, **others)
-        if self._shelf.reason or not _may_record(block, hidden):
+        moved = hidden.device != self._shelf.recorder.device
+        if self._shelf.reason or moved or not _may_record(block, hidden):
             return _run(run, hidden, others)
         inputs = _Inputs(block, others)
         if inputs.unknown:

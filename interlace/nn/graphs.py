@@ -211,7 +211,9 @@ class GraphedForward:
             return False
         first = kwargs.get("inputs_embeds")
         first = kwargs.get("input_ids") if first is None else first
-        if first is None or first.shape[1] != 1 or len(memory_of(cache)) != self._num_attentions:
+        if first is None or first.shape[1] != 1 or first.device != self._recorder.device:
+            return False
+        if len(memory_of(cache)) != self._num_attentions:
             return False
         config = self._decoder.config
         asked = ("output_hidden_states", "output_attentions")

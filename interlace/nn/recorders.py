@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
 
 class Recorder(Protocol):
-    """Records a function once and replays it, on the memory it was recorded with."""
+    """Records a function once and replays it, on the memory it was recorded with.
+
+    Attributes:
+        device: where this works; what runs on another one cannot be replayed.
+    """
+
+    device: torch.device
 
     def warm_up(self, step: Callable[[], Tensor]) -> None:
         """Run a function as it will be recorded."""
@@ -31,16 +37,16 @@ class CudaRecorder:
         Args:
             device: of the model; a graph captures nothing of another one.
         """
-        self._device = device
+        self.device = device
         self._pool: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let copies have memory of their own, which other processes do not know."""
-        return CudaRecorder, (self._device,)
+        return CudaRecorder, (self.device,)
 
     def warm_up(self, step: Callable[[], Tensor]) -> None:
         """Run a function on a stream of its own, as capturing asks for."""
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -49,7 +55,7 @@ class CudaRecorder:
 
     def record(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Capture a graph; nothing runs yet."""
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()

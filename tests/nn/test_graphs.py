@@ -15,7 +15,7 @@ from interlace.errors import ConfigError
 from interlace.nn import graphs, masks
 from interlace.nn.blocks import FusedBlock
 from interlace.nn.cache_memory import CACHE
-from interlace.nn.recording import text_decoders
+from interlace.nn.recording import record_blocks, text_decoders
 from interlace.ops import _overlap
 
 if TYPE_CHECKING:
@@ -122,6 +122,25 @@ def test_what_is_not_recorded_runs_as_before(kit: Any, caplog: pytest.LogCapture
     assert torch.equal(kit.generate(model, "llava", cache_implementation="static"), plain)
     assert len(heard) == 6
     assert forward.num_recordings == 0
+
+
+class _Elsewhere(Replayer):
+    """Stands for a graph, which captures nothing of another device and so replays nothing."""
+
+    device = torch.device("cuda:0")
+
+    def record(self, step: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor]:
+        return (lambda: None), step()
+
+
+def test_a_model_that_was_moved_runs_without_graphs(kit: Any) -> None:
+    model = kit.build("llava")
+    plain = kit.generate(model, "llava", cache_implementation="static")
+    forward = _recorded(model, _Elsewhere())
+    blocks = record_blocks(model, _Elsewhere())
+    for _ in range(3):
+        assert torch.equal(kit.generate(model, "llava", cache_implementation="static"), plain)
+    assert [each.num_recordings for each in (forward, *blocks)] == [0] * (1 + len(blocks))
 
 
 def test_copies_record_for_themselves(kit: Any) -> None:
