@@ -16,7 +16,7 @@ from interlace.export.card import model_card
 from interlace.export.verify import verify_checkpoint
 from interlace.models.checkpoint import MANIFEST
 from interlace.models.handle import check_vlm
-from interlace.models.widths import PER_LAYER, per_layer_settings
+from interlace.models.widths import PER_LAYER, per_layer_settings, with_widths
 from interlace.records import Plan, PruneRecord, Record
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def export(
 
     Raises:
         ConfigError: the folder exists; a record is none, or of another cut or model; weights that
-            are no tensors (quantised by torch).
+            are no tensors (quantised by torch), or lie elsewhere than in a model of this class
+            (adapters that are not merged).
         CheckpointError: the disk is full, the folder cannot be written, or the checkpoint failed
             its verification. Nothing is left behind.
     """
@@ -77,6 +78,7 @@ def export(
     if isinstance(records, Record) or not isinstance(records, Iterable):
         records = (records,)
     _check_weights(vlm)
+    _check_names(vlm)
     target = check_new_folder(folder, overwrite=overwrite)
     named = _file_names(_complete(vlm, records))
     try:
@@ -171,6 +173,30 @@ def _check_weights(vlm: VLM) -> None:
                 f"{name} is a {type(value).__name__}, not a tensor, as torch's own quantisation "
                 "leaves it. Export the model as it was before, and quantise what is loaded."
             )
+
+
+def _check_names(vlm: VLM) -> None:
+    """Refuse a model in which something else stands in the place of a layer of its class."""
+    model: Any = vlm.model
+    if getattr(model, "hf_quantizer", None) is not None:
+        # transformers puts layers of another kind into such models, and again when it loads them
+        return
+    built: Any = type(model)
+    if vlm.record is not None and vlm.record.widths:
+        built = with_widths(built, vlm.record)
+    with torch.device("meta"):
+        names = built(copy.deepcopy(model.config)).state_dict().keys()
+    missing = sorted(names - model.state_dict().keys())
+    if missing:
+        place, _, weight = missing[0].rpartition(".")
+        stands = dict(model.named_modules()).get(place)
+        raise ConfigError(
+            f"{vlm.name} cannot be written as a checkpoint: it lacks {len(missing)} weights of a "
+            f"{type(model).__name__}, such as '{weight}' of {place or 'the model'}, where "
+            f"{'nothing stands' if stands is None else f'a {type(stands).__name__} stands'}. Merge "
+            "adapters into the weights (merge_and_unload of peft) or take them out, and export "
+            "again."
+        )
 
 
 def _save(vlm: VLM, folder: Path) -> None:

@@ -58,6 +58,35 @@ def test_a_quantised_model_is_refused_in_words(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+class _Adapted(torch.nn.Module):
+    """A projection with a low-rank one beside it, as adapters put it."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Linear(base.in_features, 1, bias=False)
+        self.up = torch.nn.Linear(1, base.out_features, bias=False)
+
+
+def test_adapters_that_are_not_merged_are_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    vlm = open_model(TINY["clip"](text=4, vision=4))
+    plan = Plan({"text": TowerPlan(4, parts={"self_attn": (1,)})}, standard=False)
+    student = il.prune(vlm, plan)
+    whole = student.model.text_projection
+    student.model.text_projection = _Adapted(whole)
+    with pytest.raises(
+        ConfigError,
+        match=r"lacks 1 weights of a CLIPModel, such as 'weight' of text_projection, where a "
+        r"_Adapted stands. Merge adapters",
+    ):
+        export(student, tmp_path / "out", verify=False)
+    assert list(tmp_path.iterdir()) == []
+    student.model.text_projection = whole
+    assert export(student, tmp_path / "out", verify=False).exists()
+
+
 def test_the_folder_holds_everything_and_is_verified(student: VLM, tmp_path: Path) -> None:
     records = (None, HEALED, MEASURED, student.record, dataclasses.replace(MEASURED, baseline=None))
     folder = export(student, tmp_path / "out", records=records)
