@@ -14,9 +14,10 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import nn
 
@@ -34,10 +35,30 @@ class Absent:
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **others: Any) -> Any:
         """Return zeros [B, T, W] for [B, T, ...]."""
+        self.hold_place(hidden_states, others)
         nothing = hidden_states.new_zeros(()).expand(*hidden_states.shape[:-1], self.width)
         # T5 hands its position bias on from layer to layer
         given = (nothing, others.get("position_bias"), None)
         return given[: self.packed] if self.packed else nothing
+
+    def hold_place(self, hidden_states: torch.Tensor, given: Mapping[str, Any]) -> None:
+        """Let the place of an attention in a cache hold no tokens, where it would hold nothing.
+
+        Assisted decoding takes tokens back from all places, and transformers fails at one with a
+        window that was never filled.
+
+        Args:
+            hidden_states: [B, T, ...].
+            given: what the attention is called with by name, perhaps a cache.
+        """
+        place: int | None = getattr(self, "layer_idx", None)
+        for cache in given.values():
+            if place is None or not isinstance(cache, Cache):
+                continue
+            for layer in getattr(cache, "layers", ())[place : place + 1]:
+                if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
+                    nothing = hidden_states.new_zeros(len(hidden_states), 1, 0, 1)
+                    layer.update(nothing, nothing)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let copies and files name the class that this one is made of."""

@@ -77,6 +77,7 @@ class FusedBlock(Fused):
         attention, following = getattr(self, state.attention), state.next_norm
         left_out = _left_out(mlp)
         if _left_out(attention):
+            attention.hold_place(hidden_states, others)
             if left_out:
                 # a recording must not give its input away
                 return hidden_states.clone()

@@ -14,6 +14,7 @@ from interlace.export import export, model_card
 from interlace.models import VLM, family_of, open_model
 from interlace.models.parts import is_absent
 from interlace.models.sites import find_sites
+from interlace.nn import fuse
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
 
@@ -139,7 +140,8 @@ def test_a_static_cache_serves_what_is_left(name: str, first: int, kit: Any) -> 
     assert torch.equal(static, plain)
 
 
-def test_places_in_the_cache_keep_their_window() -> None:
+def windowed() -> VLM:
+    """A model in which every other layer, the first included, attends in a window."""
     model = TINY["llava_onevision"]()
     text = model.config.text_config
     count = text.num_hidden_layers
@@ -149,7 +151,33 @@ def test_places_in_the_cache_keep_their_window() -> None:
     weights = model.state_dict()
     model = type(model)(model.config).eval()
     model.load_state_dict(weights)
-    vlm = VLM(model, family_of(model))
+    return VLM(model, family_of(model))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_assisted_decoding_takes_tokens_back_from_every_place(fused: bool) -> None:
+    vlm = windowed()
+    count = vlm.towers["text"].num_layers
+    student = prune(
+        vlm, Plan({"text": TowerPlan(count, parts={"self_attn": (0,)})}, standard=False)
+    )
+    if fused:
+        fuse(student)
+    ids = torch.randint(5, 100, (1, 9), generator=torch.Generator().manual_seed(1))
+    settings = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "num_beams": 1}
+    with torch.no_grad():
+        plain = student.model.generate(ids, **settings, use_cache=False)
+        assisted = student.model.generate(ids, **settings, assistant_model=vlm.model)
+        assert torch.equal(assisted, plain)
+        # another model is assisted by the student
+        whole = vlm.model.generate(ids, **settings, use_cache=False)
+        assisted = vlm.model.generate(ids, **settings, assistant_model=student.model)
+        assert torch.equal(assisted, whole)
+
+
+def test_places_in_the_cache_keep_their_window() -> None:
+    vlm = windowed()
+    model, count = vlm.model, vlm.towers["text"].num_layers
     plan = Plan({"text": TowerPlan(count, parts={"self_attn": (0, 1)})}, standard=False)
     student = prune(vlm, plan)
     places = [layer.self_attn.layer_idx for layer in student.towers["text"].layers]
@@ -161,8 +189,8 @@ def test_places_in_the_cache_keep_their_window() -> None:
     with torch.no_grad():
         plain = student.model.generate(**inputs, **settings, use_cache=False)
         assert torch.equal(student.model.generate(**inputs, **settings), plain)
-    windowed = tuple(range(0, count, 2))
-    plan = Plan({"text": TowerPlan(count, parts={"self_attn": windowed})}, standard=False)
+    every = tuple(range(0, count, 2))
+    plan = Plan({"text": TowerPlan(count, parts={"self_attn": every})}, standard=False)
     with pytest.raises(PlanError, match="window of the first layer"):
         prune(vlm, plan)
 
