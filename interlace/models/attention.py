@@ -60,7 +60,11 @@ def mapped_attention(
 
     Returns:
         [B, T, H, D], and None in place of the weights.
+
+    Raises:
+        BackendError: continuous batching.
     """
+    check_batching(module, args[0] if args else settings.get("attention_mask"), settings)
     heads = getattr(module, KV_MAP, None)
     if heads is not None:
         # an index would be copied to the device in every call
@@ -85,6 +89,28 @@ def check_implementation(module: Any, _: Any) -> None:
             f"heads, and the attention implementation '{chosen}' knows equal ones only. Choose "
             f"model.set_attn_implementation('{NAME}'), or 'interlace' after import interlace.nn, "
             "which gives attention weights too."
+        )
+
+
+def check_batching(module: Any, mask: torch.Tensor | None, given: Mapping[str, Any]) -> None:
+    """Refuse continuous batching without a mask, where every token would see those of other texts.
+
+    transformers makes the mask for the implementations that it knows by name.
+
+    Args:
+        module: the attention module.
+        mask: of the call.
+        given: further arguments of the call; `read_index` is of continuous batching alone.
+
+    Raises:
+        BackendError: it is such a call.
+    """
+    if mask is None and "read_index" in given:
+        raise BackendError(
+            "Continuous batching (generate_batch) makes no mask for the attention implementation "
+            f"'{module.config._attn_implementation}' of this {type(module).__name__}, so texts "
+            "would see each other. Use generate, or choose model.set_attn_implementation('sdpa') "
+            "before it, which serves unless heads are uneven."
         )
 
 

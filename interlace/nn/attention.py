@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from interlace import ops
 from interlace.errors import BackendError, ShapeError
+from interlace.models.attention import check_batching
 from interlace.nn.masks import interlace_mask, pattern_of
 from interlace.nn.routes import decode_op_serves, prefill_op_serves
 
@@ -75,7 +76,8 @@ def interlace_attention(
 
     Raises:
         ShapeError: the heads do not fit, or `kv_map` does not describe them.
-        BackendError: the model changes scores in a way that this implementation does not know.
+        BackendError: the model changes scores in a way that this implementation does not know, or
+            it is continuous batching.
     """
     for name in _UNKNOWN:
         if others.get(name) is not None:
@@ -84,6 +86,7 @@ def interlace_attention(
                 f"implementation '{NAME}' does not compute. Load the model with "
                 "attn_implementation='eager'."
             )
+    check_batching(module, attention_mask, others)
     q_start = head_groups(module, query.shape[1], key.shape[1])
     if any(others.get(name) is not None for name in _ONLY_SDPA):
         return _by_transformers(

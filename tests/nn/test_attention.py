@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import interlace.nn
 from interlace.nn.masks import pattern_of
@@ -87,3 +88,31 @@ def test_a_mask_that_is_copied_loses_its_lengths_and_stays_right(kit: Any, route
             found = model(ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(found[0, 2:], plain[0, 2:], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[1], plain[1], rtol=1e-5, atol=1e-5)
+
+
+def _batched(model: Any) -> tuple[list[list[int]], set[str | None]]:
+    """Tokens that continuous batching gives, and what it reports as errors."""
+    settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=8, block_size=32, max_batch_tokens=32)
+    found = model.generate_batch(
+        [[5, 6, 7, 8], [9, 10, 11]],
+        generation_config=settings,
+        continuous_batching_config=small,
+        progress_bar=False,
+    )
+    return [each.generated_tokens for each in found.values()], {e.error for e in found.values()}
+
+
+def test_continuous_batching_without_a_mask_is_refused(kit: Any) -> None:
+    model = kit.build("llava", text=2)
+    plain, errors = _batched(model)
+    assert errors == {None}
+    interlace.nn.fuse(model)
+    for refused, name in ((model, "interlace"), (kit.narrowed("llava"), "sdpa_kv_map")):
+        tokens, errors = _batched(refused)
+        assert tokens == [[], []]
+        (words,) = errors
+        assert words is not None
+        assert f"no mask for the attention implementation '{name}'" in words
+    model.set_attn_implementation("sdpa")
+    assert _batched(model) == (plain, {None})
