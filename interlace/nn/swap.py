@@ -136,4 +136,6 @@ def collected() -> set[str]:
 
 def autocasting(x: Tensor) -> bool:
     """Tell whether torch.autocast chooses dtypes, which our ops do not take part in."""
-    return torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    # torch refuses the question for devices that it has no autocast for, such as meta
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

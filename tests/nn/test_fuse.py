@@ -274,6 +274,8 @@ def test_moving_copying_and_replacing_keep_it_right(kit: Any) -> None:
     with torch.no_grad():
         assert merged.serves((layer.mlp.gate_proj, layer.mlp.up_proj))
     torch.testing.assert_close(kit.forward(moved, inputs), plain, rtol=0, atol=0)
+    words = torch.ones(2, 5, dtype=torch.long, device="meta")
+    assert copy.deepcopy(twin).to("meta")(words).logits.shape == (2, 5, 128)
     # a projection of another kind takes the place of one of the merged
     layer.mlp.up_proj = torch.nn.Linear(32, 48, bias=False)
     assert not torch.allclose(kit.forward(twin, inputs)[".logits"], plain[".logits"])
