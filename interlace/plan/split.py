@@ -23,7 +23,7 @@ from interlace.plan.parts import PARTS
 from interlace.plan.planner import arguments_of, make_plan, tower_names
 from interlace.plan.protection import protected_layers, resolve
 from interlace.plan.shares import check_share, shape_of
-from interlace.plan.widths import check_scored
+from interlace.plan.widths import check_scored, check_widths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -221,7 +221,10 @@ def split_plan(
         tower_names(scores, towers, shares)
     else:
         shares = dict.fromkeys(tower_names(scores, towers, None), parameters)
+    judges = width_metrics or {}
+    check_widths(heads=shares, ffn=shares, spread="uniform", metrics=judges, graft=None, drops=True)
     guards = resolve(protect, scores)
+    order: dict[str, Any] = {"weights": weights, "group": group}
     chosen: dict[str, Plan] = {}
     notes: dict[str, Any] = {}
     for tower, share in shares.items():
@@ -234,10 +237,9 @@ def split_plan(
 
         def make(split: Split, tower: str = tower) -> Plan:
             amounts: dict[str, Any] = split.widths.arguments(tower)
-            judged = {kind: by for kind, by in (width_metrics or {}).items() if kind in amounts}
+            judged = {kind: by for kind, by in judges.items() if kind in amounts}
             if split.drop:
-                chosen_by = {"rule": RULE, "loss": loss, "weights": weights, "group": group}
-                amounts |= {"num_drop": {tower: split.drop}, **chosen_by}
+                amounts |= {"num_drop": {tower: split.drop}, "rule": RULE, "loss": loss, **order}
             if split.widths.gone:
                 amounts |= {"spread": split.spread, "width_metrics": judged}
             plan = make_plan(
@@ -255,7 +257,11 @@ def split_plan(
             return replace(plan, towers={tower: replace(own, tune=own.kept, freeze=())})
 
         ways = splits(shape, int(sum(shape.layer_parameters) * share), most)
-        check_scored(scores, tower, width_metrics or {})
+        check_scored(scores, tower, judges)
+        if any(split.drop for split in ways):
+            # a split that has no plan is passed over, so what no layer can be chosen by is told
+            # here, by the cheapest rule that looks at the same
+            make_plan(scores, num_drop=1, rule="shortgpt", towers=[tower], **order)
         chosen[tower], notes[tower] = _best(tower, ways, make, judge, standard=standard)
     first = next(iter(chosen.values()))
     return replace(

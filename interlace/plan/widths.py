@@ -78,6 +78,11 @@ def check_widths(
             f"graft={graft!r} moves heads of dropped layers, but no layer is dropped. Give "
             "drop_fraction or num_drop too, or leave graft out."
         )
+    if not isinstance(metrics, Mapping):
+        raise ConfigError(
+            f"width_metrics is {metrics!r}; give what judges heads and neurons, such as "
+            "{'heads': 'head_norm', 'ffn': 'ffn_norm'}."
+        )
     used = {"heads": heads is not None or graft is not None, "ffn": ffn is not None}
     for kind, metric in metrics.items():
         if kind not in _METRICS:

@@ -192,22 +192,35 @@ def test_what_a_config_cannot_state_is_no_candidate_for_a_standard_checkpoint() 
         ({"loss": Loss(lambda _: math.nan)}, PlanError, "no split leaves a finite loss"),
         ({"group": "txt"}, ConfigError, "Did you mean 'text'"),
         ({"width_metrics": {"ffn": "head_norm"}}, ConfigError, "metric of ffn"),
+        ({"width_metrics": {"heads": "ffn_norm"}}, ConfigError, "metric of heads"),
+        ({"width_metrics": {"head": "head_norm"}}, ConfigError, "Did you mean 'heads'"),
+        ({"weights": {"similarty": 1.0}}, PlanError, "Unknown metric 'similarty'"),
+        ({"group": "vision"}, PlanError, "Unknown token group 'vision'"),
     ],
 )
 def test_what_cannot_be_split_is_refused_in_words(
     arguments: Any, error: type[Exception], words: str
 ) -> None:
-    given = {"parameters": 0.4, "loss": Loss(lambda plan: near(plan, 2))}
+    loss = Loss(lambda plan: near(plan, 2))
     with pytest.raises(error, match=words):
-        split_plan(scores(), **{**given, **arguments})
+        split_plan(scores(), **{"parameters": 0.4, "loss": loss, **arguments})
+    # nothing is judged before it is refused
+    assert not loss.asked
 
 
-def test_heads_and_neurons_must_be_scored() -> None:
-    text = scores()["text"]
-    half = replace(scores(), towers={"text": replace(text, importance={})})
+@pytest.mark.parametrize(
+    ("lacking", "words"),
+    [
+        ("importance", "The importance of heads of the tower 'text' was"),
+        # without it no layer could go, and splits without layers would be all that is tried
+        ("similarity", "similarity"),
+    ],
+)
+def test_heads_neurons_and_layers_must_be_scored(lacking: str, words: str) -> None:
+    text: Any = replace(scores()["text"], **{lacking: {}})
     loss = Loss(lambda _: 0.0)
-    with pytest.raises(PlanError, match="The importance of heads of the tower 'text' was"):
-        split_plan(half, parameters=0.4, loss=loss)
+    with pytest.raises(PlanError, match=words):
+        split_plan(replace(scores(), towers={"text": text}), parameters=0.4, loss=loss)
     assert not loss.asked
 
 

@@ -134,6 +134,7 @@ def test_cost_follows_the_widths() -> None:
         ({"ffn": 0.2, "spread": "globally"}, ConfigError, "Did you mean 'global'"),
         ({"heads": 0.5, "width_metrics": {"heads": "head_taylor"}}, PlanError, "head_taylor"),
         ({"heads": 0.5, "width_metrics": {"head": "random"}}, ConfigError, "Did you mean 'heads'"),
+        ({"heads": 0.5, "width_metrics": "heads=random"}, ConfigError, "give what judges heads"),
         ({"graft": 2.0, "num_drop": 1}, ConfigError, "at most 1"),
         ({"graft": 0.5, "heads": 0.25}, ConfigError, "no layer is dropped"),
         ({"num_drop": 1, "spread": "ragged"}, ConfigError, "Give heads or ffn, or leave spread"),
