@@ -198,8 +198,8 @@ def check_new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -
         return target
     if not overwrite:
         raise ConfigError(
-            f"The output folder {target} exists already. Choose another one, remove it, "
-            "or allow overwriting (overwrite=True, --overwrite)."
+            f"The output folder {target} exists already. Choose another one, remove it, or allow "
+            "overwriting (overwrite=True, --overwrite, or overwrite = true under [export])."
         )
     if target.is_symlink() or not target.is_dir():
         raise ConfigError(f"{target} is not a folder, so it cannot be replaced by one.")

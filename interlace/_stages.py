@@ -53,7 +53,8 @@ class Stages:
                 self.keys = {name: {**key} for name, key in found.items()}
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 raise CheckpointError(
-                    f"{path} is damaged ({error}). Remove it to run every stage again."
+                    f"{path} is damaged ({error}), so nothing tells what the rest of {folder} was "
+                    "made from. Remove the folder, or name another one, to run every stage again."
                 ) from error
 
     def is_done(self, name: str, key: str) -> bool:
@@ -69,7 +70,12 @@ class Stages:
         """Load the record of a stage if it still fits `key`, else make and save it."""
         path = self.folder / f"{name}.json"
         if self.is_done(name, key) and path.exists():
-            record = kind.load(path)
+            try:
+                record = kind.load(path)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error} It is of an earlier run in this folder: remove {path} and run again."
+                ) from error
             if record.fingerprint == self.keys[name].get("fingerprint"):
                 log.info("%s: unchanged, taken from %s", name, path)
                 self.skipped.append(name)

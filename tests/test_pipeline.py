@@ -249,7 +249,7 @@ def test_a_damaged_state_is_told(tmp_path: Path, text: str) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "run.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged.*Remove the folder"):
         il.run(_recipe(tmp_path), out)
 
 
