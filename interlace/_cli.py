@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from interlace._files import check_new_file
+from interlace._files import check_new_file, home_path
 from interlace._launch import is_first_process
 from interlace.config import PruneSettings
 from interlace.errors import ConfigError
@@ -16,6 +15,7 @@ from interlace.surgery.bridges.names import BRIDGES, TOKEN_WEIGHTS, check_bridge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from matplotlib.figure import Figure
 
@@ -307,29 +307,14 @@ def prune_settings(
     )
 
 
-def path(text: str) -> Path:
-    """Read a path; a shell leaves the ~ of a home folder alone in quotes and behind "=".
-
-    Raises:
-        ConfigError: there is no such home folder.
-    """
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(
-            f"There is no home folder for {text!r}. Check the name behind ~, or write ./{text} for "
-            "a file or folder that is called so."
-        ) from error
-
-
 def path_option(text: str, *names: str) -> Any:
     """An option that is a path."""
-    return typer.Option(*names, parser=path, help=text)
+    return typer.Option(*names, parser=home_path, help=text)
 
 
 def path_argument(text: str, metavar: str | None = None) -> Any:
     """An argument that is a path."""
-    return typer.Argument(parser=path, metavar=metavar, help=text)
+    return typer.Argument(parser=home_path, metavar=metavar, help=text)
 
 
 def output_option(text: str) -> Any:

@@ -129,6 +129,21 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+def home_path(text: str | os.PathLike[str]) -> Path:
+    """Read a path that may begin with ~; a shell leaves it alone in quotes and behind "=".
+
+    Raises:
+        ConfigError: there is no such home folder.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"There is no home folder for {os.fspath(text)!r}. Check the name behind ~, or write "
+            f"./{os.fspath(text)} for a file or folder that is called so."
+        ) from error
+
+
 def check_place(path: str | os.PathLike[str]) -> None:
     """Find out whether a file or folder could be made, before any work is spent on its content.
 

@@ -41,11 +41,27 @@ def test_what_is_read_and_written_may_lie_at_home(interlace, home: Path) -> None
     code, told, error = interlace(*call)
     assert code == 0, error
     assert f"Wrote {home / 'deep/plan.json'}" in told
-    assert {path.name for path in home.iterdir()} == {"scores.json", "deep", "plan.png"}
+    # what draws may keep a cache at home
+    made = {path.name for path in home.iterdir() if not path.name.startswith(".")}
+    assert made == {"scores.json", "deep", "plan.png"}
     assert not list(Path.cwd().iterdir())
-    code, _, error = interlace("plan", "~nobody-of-that-name/s.json", "-o", "plan.json")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("plan", "NOWHERE", "-o", "plan.json"),
+        ("score", "NOWHERE", "-o", "scores.json"),
+        ("score", "bundled:clip", "--data", "NOWHERE", "-o", "scores.json"),
+        ("score", "bundled:clip", "--data", "FILE", "--root", "NOWHERE", "-o", "scores.json"),
+    ],
+)
+def test_a_home_folder_that_does_not_exist_is_told(interlace, tmp_path: Path, call) -> None:
+    known = {"NOWHERE": "~nobody-of-that-name/s", "FILE": str(tmp_path / "data.json")}
+    (tmp_path / "data.json").write_text("[]")
+    code, _, error = interlace(*(known.get(word, word) for word in call))
     assert code == 2
-    assert "no home folder for '~nobody-of-that-name/s.json'" in error
+    assert "no home folder for '~nobody-of-that-name/s'" in error
 
 
 def test_help_names_paths(interlace, monkeypatch: pytest.MonkeyPatch) -> None:

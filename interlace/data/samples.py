@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
+from interlace._files import home_path
 from interlace.errors import ConfigError, DataError, unknown_name
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def samples(
         )
     check_source(source, root, split)
     split = split or "train"
-    path = Path(source).expanduser() if isinstance(source, str | Path) else None
+    path = home_path(source) if isinstance(source, str | Path) else None
     if streaming and (source == "scenes" or path is None or path.exists()):
         raise ConfigError(
             f"streaming is for data sets of the hub, but the source is {source!r}. Leave it out; "
@@ -222,7 +223,7 @@ def samples(
     # The readers and the choice make samples, and so import this module.
     from interlace.data.sampling import take
 
-    base = None if root is None else Path(root).expanduser()
+    base = None if root is None else home_path(root)
     if base is not None and not base.is_dir():
         raise DataError(f"{base}: no such folder to look for images in; check root.")
     reader = _open(source, split, base, count, seed, streaming)
@@ -242,7 +243,7 @@ def has_splits(source: Any) -> bool:
         return isinstance(source, Mapping)
     if not isinstance(source, str | Path):
         return False
-    path = Path(source).expanduser()
+    path = home_path(source)
     if source == "scenes" or not path.exists():
         return True
     return path.is_dir() and hub.has_splits(path)
@@ -347,7 +348,7 @@ def _open(
             f"A {type(source).__name__} is no source of samples; give 'scenes', a file, a folder, "
             "a data set or a sequence of Sample."
         )
-    path = Path(source).expanduser()
+    path = home_path(source)
     kind = path.suffix.lower()
     if path.is_dir():
         if hub.is_dataset_folder(path):

@@ -13,6 +13,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
+from interlace._files import home_path
 from interlace._torch_utils import outside_inference_mode
 from interlace.bundled import PREFIX, resolve
 from interlace.errors import (
@@ -258,7 +259,7 @@ def open_model(
         if not given.strip():
             raise ConfigError("The name of the model is empty. Give a folder or a hub name.")
         name = resolve(given)
-        folder = Path(name).expanduser()
+        folder = home_path(name)
         local = folder.exists()
         if local:
             name = str(folder)
