@@ -81,6 +81,14 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _check_plain(path: Path) -> None:
+    # a rename would put a file in its place, for everybody
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ConfigError(
+            f"{path} is a device or a pipe, which is not written to but replaced. Name a file."
+        )
+
+
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write a file so that readers see either the old content or the new, never a part.
 
@@ -93,8 +101,10 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
 
     Raises:
         CheckpointError: the file cannot be written; an older file is untouched then.
+        ConfigError: it is a device or a pipe.
     """
     target = Path(path)
+    _check_plain(target)
     _make_parent(target)
     temporary = _sibling(target)
     try:
@@ -178,12 +188,14 @@ def check_new_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
         The path.
 
     Raises:
-        ConfigError: the file exists and `overwrite` is off, or a folder is in its place.
+        ConfigError: the file exists and `overwrite` is off, or a folder, device or pipe is in its
+            place.
         CheckpointError: see `check_place`.
     """
     target = Path(path)
     if target.is_dir():
         raise ConfigError(f"{target} is a folder. Name a file to write.")
+    _check_plain(target)
     if target.exists() and not overwrite:
         raise ConfigError(
             f"{target} exists already. Choose another name, or allow overwriting (--overwrite)."

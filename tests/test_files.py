@@ -10,7 +10,13 @@ import sys
 import pytest
 
 from interlace import _progress
-from interlace._files import atomic_folder, atomic_write_bytes, atomic_write_text, sha256_of
+from interlace._files import (
+    atomic_folder,
+    atomic_write_bytes,
+    atomic_write_text,
+    check_new_file,
+    sha256_of,
+)
 from interlace._progress import bar, quiet, track
 from interlace.errors import CheckpointError, ConfigError, InterlaceError, unknown_name
 
@@ -53,6 +59,20 @@ def test_a_place_that_cannot_be_written(tmp_path):
     with pytest.raises(CheckpointError, match="Cannot write"):
         atomic_write_text(tmp_path / "folder", "x")
     assert names(tmp_path) == ["file", "folder"]
+
+
+def test_a_device_or_pipe_is_not_replaced_by_a_file(tmp_path):
+    # what /dev/null and /dev/stdout are to root, without harm where this fails
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (
+        lambda: atomic_write_text(pipe, "text"),
+        lambda: check_new_file(pipe, overwrite=True),
+    ):
+        with pytest.raises(ConfigError, match="is a device or a pipe"):
+            write()
+    assert pipe.is_fifo()
+    assert names(tmp_path) == ["pipe"]
 
 
 def test_a_folder_appears_only_when_complete(tmp_path):
