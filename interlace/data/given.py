@@ -39,29 +39,28 @@ def samples_or_batches(data: Any, what: str) -> Sequence[Any]:
     return items
 
 
-def as_samples(data: Any, what: str, *, empty: bool = False) -> Samples:
+def as_samples(data: Any, what: str) -> Samples:
     """Give data as samples.
 
     Args:
         data: samples, or any other sequence or iterator of them.
         what: what the data is called, such as "calibration data".
-        empty: whether there may be none.
 
     Raises:
         DataError: it is something else, or empty.
     """
     wanted = "give samples (see interlace.samples)."
-    items = _items(data, what, Sample, wanted, empty=empty)
+    items = _items(data, what, Sample, wanted)
     return items if isinstance(items, Samples) else Samples(items)
 
 
-def _items(data: Any, what: str, kinds: Any, wanted: str, *, empty: bool = False) -> Sequence[Any]:
+def _items(data: Any, what: str, kinds: Any, wanted: str) -> Sequence[Any]:
     if isinstance(data, Mapping):
         raise DataError(f"The {what} is a single {type(data).__name__}; {wanted}")
     if isinstance(data, str) or not isinstance(data, Iterable):
         raise DataError(f"The {what} is a {type(data).__name__}; {wanted}")
     items = data if isinstance(data, Sequence) else list(data)
-    if not items and not empty:
+    if not items:
         raise DataError(f"The {what} holds no sample; {wanted}")
     odd = next((item for item in items if not isinstance(item, kinds)), None)
     if odd is not None:

@@ -14,6 +14,7 @@ from interlace._progress import bar, quiet
 from interlace.config import HealSettings
 from interlace.data.collate import Collator
 from interlace.data.given import as_samples
+from interlace.data.samples import Samples
 from interlace.errors import ConfigError
 from interlace.heal import checkpoints, checks, start
 from interlace.heal.anchors import find_anchors, plan_of, tuned_parameters
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainingArguments
 
-    from interlace.data.samples import Sample, Samples
+    from interlace.data.samples import Sample
     from interlace.heal.sparsity import Gated
     from interlace.models import VLM
     from interlace.records import Plan
@@ -51,7 +52,7 @@ def heal(
     *,
     teacher: VLM | None = None,
     data: Samples | Sequence[Sample],
-    validation: Samples | Sequence[Sample] = (),
+    validation: Samples | Sequence[Sample] | None = None,
     settings: HealSettings | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -112,7 +113,7 @@ def heal(
             "name, such as max_steps=100."
         )
     samples = as_samples(data, "healing data")
-    validation = as_samples(validation, "validation data", empty=True)
+    judges = Samples(()) if validation is None else as_samples(validation, "validation data")
     chosen = (settings or HealSettings()).replace(**overrides)
     plan = plan_of(student)
     names = tuned_parameters(student, plan)
@@ -122,7 +123,7 @@ def heal(
         checks.check_learnable_data(student, chosen.batch_size, samples)
     else:
         check_compares(student, chosen.batch_size, len(samples))
-    checks.check_validation(chosen, teacher, validation)
+    checks.check_validation(chosen, teacher, judges)
     folder = checks.output_folder(output, resume=resume)
     checks.check_device(student)
     for vlm in (student, teacher):
@@ -134,14 +135,14 @@ def heal(
     found = checkpoints.newest(folder) if resume and folder is not None else None
     with start.restored(found[0].parent if found is not None else None, student):
         # Read before training changes the weights.
-        inputs = checks.inputs_of(student, teacher, plan, samples, validation)
+        inputs = checks.inputs_of(student, teacher, plan, samples, judges)
         seen, kept_back = split_off(samples, chosen, student.family.objective)
         total = total_samples(len(seen), chosen, world_size())
         identity = checks.identity_of(inputs, chosen, total)
         if found is not None:
             checkpoints.check_identity(found[0], found[1].identity, identity)
     sizes = _sizes(student.model, names)
-    judging = validation or kept_back
+    judging = judges or kept_back
     if total == 0:
         logger.info("Healing is skipped: the settings ask for no steps.")
         return _report(student, chosen, inputs, sizes, None)

@@ -334,7 +334,7 @@ class Run:
                 made,
                 teacher=setup.vlm,
                 data=data,
-                validation=self.validation,
+                validation=self.validation or None,
                 settings=settings,
                 output=checkpoints,
                 resume=checkpoints.exists(),

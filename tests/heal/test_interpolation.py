@@ -173,3 +173,5 @@ def test_settings_that_leave_nothing_to_judge_by_are_refused() -> None:
         heal(student, **own, ce_weight=0.0, kl_weight=0.0)
     with pytest.raises(DataError, match="The validation data is a str"):
         heal(student, data=toy_samples(8), validation="scenes")
+    with pytest.raises(DataError, match="The validation data holds no sample"):
+        heal(student, data=toy_samples(8), validation=[])
