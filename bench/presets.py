@@ -42,10 +42,10 @@ class Preset:
 
 FULL = Sizes(128, 1024, 32, 256)
 PERCENT = ("interlace", "sleb", "last", "shortgpt", "linearpatch", "width", "magnitude")
-# 0.334, since a third of 12 layers is to be 4
 CROWDED = Sizes(
     512, 0.01, 8, 256, contrastive_batch=32, validation=RECOMMENDED_HEAL.validation_fraction
 )
+# 0.334, since a third of 12 layers is to be 4
 PRESETS = {
     "bridges": Preset(("interlace", "sleb"), (0.25, 0.334), (0,), Sizes(128, 0, 0, 128)),
     # CLIP is the fastest: every method in about a minute, but for parts, which take some five
