@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import interlace as il
 from interlace.errors import PlanError
-from interlace.plan.split import Widths, widths_for
+from interlace.plan.split_ways import Widths, widths_for
 from methods.case import Case, Made, Method
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import nn
 
 import interlace as il
 from interlace.errors import PlanError
-from interlace.plan.split import widths_for
+from interlace.plan.split_ways import widths_for
 from interlace.records import TowerPlan
 from interlace.surgery.bridges.observe import Seen
 

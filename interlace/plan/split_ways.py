@@ -1,0 +1,183 @@
+"""The ways for a tower to lose a share of its parameters as layers, heads and neurons together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from interlace._records.shape import FFN_MULTIPLE
+from interlace.errors import PlanError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from interlace.records import TowerShape
+
+# How many numbers of dropped layers are tried first, beside none.
+_DEPTHS = 4
+# How many numbers of KV groups are tried at most, none among them; towers have up to 32 groups.
+_HEADS = 8
+# Shares are rounded down to whole groups and bundles; a hair more gives the number that was meant.
+_HAIR = 1e-6
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What every layer of a tower loses.
+
+    Attributes:
+        heads: share of the KV groups, 0..1.
+        ffn: share of the neurons, 0..1.
+        gone: parameters that go from the whole tower.
+    """
+
+    heads: float
+    ffn: float
+    gone: int
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        return f"{self.heads:.0%} of the heads, {self.ffn:.0%} of the neurons"
+
+    def arguments(self, tower: str) -> dict[str, Any]:
+        """Return what `make_plan` is to be given."""
+        shares = {"heads": self.heads, "ffn": self.ffn}
+        return {name: {tower: share + _HAIR} for name, share in shares.items() if share}
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a tower loses its parameters.
+
+    Attributes:
+        drop: layers that go.
+        widths: what those lose that stay.
+        spread: as of `make_plan`.
+    """
+
+    drop: int
+    widths: Widths
+    spread: str = "uniform"
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        spread = f", {self.spread}" if self.widths.gone else ""
+        return f"{self.drop} layers, of the others {self.widths}{spread}"
+
+
+def widths_for(shape: TowerShape, wanted: int, layers: Sequence[int]) -> list[Widths]:
+    """List the widths at which some layers of a tower lose so many parameters.
+
+    For growing numbers of KV groups, the bundles of neurons with which the loss comes nearest to
+    it; what stays further away than one bundle is left out, unless nothing comes nearer.
+
+    Args:
+        shape: of the tower.
+        wanted: parameters that are to go.
+        layers: from which they go, from each as much.
+
+    Raises:
+        PlanError: no heads or neurons are known that could be cut.
+    """
+    heads = [site for site in shape.sites.values() if site.kind == "heads"]
+    neurons = [site for site in shape.sites.values() if site.kind == "ffn"]
+    if not heads or not neurons:
+        raise PlanError("No heads or no neurons are known in the layers, so no width can be cut.")
+    # layers of another kind, which recur or have experts, have none
+    groups = max(map(len, heads[0].groups))
+    bundles = max(map(sum, neurons[0].groups)) // FFN_MULTIPLE
+    per_group = sum(site.parameters(layer) for site in heads for layer in layers) // groups
+    per_bundle = sum(site.parameters(layer) for site in neurons for layer in layers) // bundles
+    found = []
+    for group in range(0, groups, math.ceil(groups / _HEADS)):
+        bundle = min(max(0, round((wanted - group * per_group) / per_bundle)), bundles - 1)
+        gone = group * per_group + bundle * per_bundle
+        found.append(Widths(group / groups, bundle / bundles, gone))
+    limit = max(per_bundle, min(abs(each.gone - wanted) for each in found))
+    return [each for each in found if abs(each.gone - wanted) <= limit]
+
+
+def first_splits(shape: TowerShape, wanted: int, most: int) -> list[Split]:
+    """List the ways for a tower to lose so many parameters that are to be tried first.
+
+    Args:
+        shape: of the tower.
+        wanted: parameters that are to go.
+        most: layers that may go at most.
+
+    Raises:
+        PlanError: no split comes to so many; or as `widths_for`.
+    """
+    total, depth = sum(shape.layer_parameters), len(shape.layer_parameters)
+    most = min(wanted * depth // total, most)
+    numbers = {round(step * most / _DEPTHS) for step in range(_DEPTHS + 1)}
+    found = splits(shape, wanted, numbers)
+    if found:
+        return found
+    highest = max(_lost(shape, wanted, numbers).values(), default=wanted)
+    if wanted > highest:
+        limit = f"at most {_percent(highest, total)}"
+        why = "every layer keeps heads and neurons, and protected ones stay"
+    else:
+        limit = f"at least about {_percent(_bundle(shape), total)}"
+        why = f"every layer loses whole groups of heads or {FFN_MULTIPLE} neurons"
+    raise PlanError(
+        f"{_percent(wanted, total)} of the parameters of the layers is out of reach: {limit} "
+        f"can go, since {why}."
+    )
+
+
+def between(best: int, tried: Collection[int]) -> set[int]:
+    """Return the numbers halfway from the best to its neighbours among those that were tried.
+
+    There are none once the neighbours are one lower and one higher.
+    """
+    lower = max((each for each in tried if each < best), default=best)
+    higher = min((each for each in tried if each > best), default=best)
+    return {(lower + best) // 2, (best + higher) // 2} - set(tried)
+
+
+def splits(shape: TowerShape, wanted: int, numbers: Collection[int]) -> list[Split]:
+    """List the ways for a tower to lose so many parameters, by growing numbers of dropped layers.
+
+    Args:
+        shape: of the tower.
+        wanted: parameters that are to go.
+        numbers: of dropped layers; where none of the widths comes to the rest, it is left out.
+
+    Raises:
+        PlanError: as `widths_for`.
+    """
+    # whole bundles come within half of one, unless there are too few to go
+    reach = _bundle(shape) / 2 + len(shape.layer_parameters)
+    lost = _lost(shape, wanted, numbers)
+    return [split for split, gone in lost.items() if abs(gone - wanted) <= reach]
+
+
+def _lost(shape: TowerShape, wanted: int, numbers: Collection[int]) -> dict[Split, int]:
+    """Return the nearest splits, and the parameters that go by each."""
+    total, depth = sum(shape.layer_parameters), len(shape.layer_parameters)
+    lost = {}
+    for number in sorted(numbers):
+        # by the mean of a layer, since which go is not known yet; the layers are alike
+        layers = number * total // depth
+        for rest in widths_for(shape, wanted - layers, range(depth - number)):
+            if number or rest.gone:
+                lost[Split(number, rest)] = layers + rest.gone
+    return lost
+
+
+def _bundle(shape: TowerShape) -> int:
+    """Return the parameters of a bundle of neurons in every layer."""
+    return FFN_MULTIPLE * sum(
+        site.parameters(layer) // site.num_units(layer)
+        for site in shape.sites.values()
+        if site.kind == "ffn"
+        for layer in range(len(shape.layer_parameters))
+        if site.groups[layer]
+    )
+
+
+def _percent(number: int, total: int) -> str:
+    return f"{100 * number / total:.3g} %"
