@@ -67,7 +67,11 @@ PRESETS = {
     # the same on models and scenes that tell the methods apart; all go only as far as a few of the
     # samples approve of
     "crowded": Preset(
-        (OURS, OURS_SPLIT, OURS_NORM, *PERCENT, "uidl", "replaceme", "magnitude_per_matrix"),
+        (
+            *(OURS, OURS_SPLIT, OURS_NORM),
+            *PERCENT,
+            *("uidl", "replaceme", "magnitude_per_matrix", "wanda", "sparsegpt"),
+        ),
         (0.10, 0.15, 0.20, 0.25, 0.334, 0.50, 0.667),
         (0, 1, 2),
         CROWDED,
@@ -76,7 +80,10 @@ PRESETS = {
     ),
     # the same students, measured where scores of tasks are at their ceiling
     "divergence": Preset(
-        (OURS, OURS_SPLIT, "width", "magnitude", "magnitude_per_matrix", "sleb", "shortgpt"),
+        (
+            *(OURS, OURS_SPLIT, "width", "sleb", "shortgpt"),
+            *("magnitude", "magnitude_per_matrix", "wanda", "sparsegpt"),
+        ),
         (0.10, 0.15, 0.20, 0.25, 0.334, 0.50),
         (0, 1, 2),
         CROWDED,

@@ -7,7 +7,7 @@ steps.
 
 from __future__ import annotations
 
-from methods import ablation, blocks, distil, ours, rules, sparse, width
+from methods import ablation, blocks, calibrated, distil, ours, rules, sparse, width
 from methods.case import Case, Made, Method, Shared, Sizes
 
 __all__ = ["ABLATION", "COMPARED", "METHODS", "Case", "Made", "Method", "Shared", "Sizes"]
@@ -20,6 +20,7 @@ COMPARED: dict[str, Method] = {
     **blocks.METHODS,
     **width.METHODS,
     **sparse.METHODS,
+    **calibrated.METHODS,
 }
 ABLATION = (rules.OURS, *ablation.METHODS)
 METHODS = COMPARED | ablation.METHODS

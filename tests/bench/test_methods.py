@@ -71,8 +71,10 @@ def test_methods_that_drop_layers_leave_the_same_parameters(results: dict[str, A
 def test_sparse_methods_leave_as_many_weights_as_dropping_layers(results: dict[str, Any]) -> None:
     left = results["last"]["parameters"]
     assert results["magnitude"]["nonzero_parameters"] == left
-    # rounded once per matrix
+    # rounded once per matrix, block of columns or row
     assert results["magnitude_per_matrix"]["nonzero_parameters"] == pytest.approx(left, abs=72)
+    assert results["sparsegpt"]["nonzero_parameters"] == pytest.approx(left, abs=150)
+    assert results["wanda"]["nonzero_parameters"] == pytest.approx(left, rel=0.01)
     assert results["magnitude"]["parameters"] > left
 
 
@@ -91,7 +93,9 @@ def weights(case: Case, student: Any) -> Iterator[torch.Tensor]:
         yield from (module.weight.detach() for module in modules)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "magnitude_per_matrix", "magnitude_2_4"])
+@pytest.mark.parametrize(
+    "name", ["magnitude", "magnitude_per_matrix", "magnitude_2_4", "wanda", "sparsegpt"]
+)
 def test_zeros_stay_zero_while_the_rest_heals(name: str, case: Case, half: Case) -> None:
     where = half if name == "magnitude_2_4" else case
     student = METHODS[name].make(where).student
