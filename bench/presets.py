@@ -70,7 +70,7 @@ PRESETS = {
         (
             *(OURS, OURS_SPLIT, OURS_NORM),
             *PERCENT,
-            *("uidl", "replaceme", "magnitude_per_matrix", "wanda", "sparsegpt"),
+            *("uidl", "replaceme", "flap", "magnitude_per_matrix", "wanda", "sparsegpt"),
         ),
         (0.10, 0.15, 0.20, 0.25, 0.334, 0.50, 0.667),
         (0, 1, 2),
@@ -81,7 +81,7 @@ PRESETS = {
     # the same students, measured where scores of tasks are at their ceiling
     "divergence": Preset(
         (
-            *(OURS, OURS_SPLIT, "width", "sleb", "shortgpt"),
+            *(OURS, OURS_SPLIT, "width", "flap", "sleb", "shortgpt"),
             *("magnitude", "magnitude_per_matrix", "wanda", "sparsegpt"),
         ),
         (0.10, 0.15, 0.20, 0.25, 0.334, 0.50),

@@ -7,7 +7,7 @@ steps.
 
 from __future__ import annotations
 
-from methods import ablation, blocks, calibrated, distil, ours, rules, sparse, width
+from methods import ablation, blocks, calibrated, distil, flap, ours, rules, sparse, width
 from methods.case import Case, Made, Method, Shared, Sizes
 
 __all__ = ["ABLATION", "COMPARED", "METHODS", "Case", "Made", "Method", "Shared", "Sizes"]
@@ -19,6 +19,7 @@ COMPARED: dict[str, Method] = {
     **distil.METHODS,
     **blocks.METHODS,
     **width.METHODS,
+    **flap.METHODS,
     **sparse.METHODS,
     **calibrated.METHODS,
 }

@@ -10,7 +10,7 @@ from interlace.plan.split_ways import Widths, widths_for
 from methods.case import Case, Made, Method
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from interlace.records import TowerShape
 
@@ -27,15 +27,29 @@ def width(case: Case) -> Made:
     Raises:
         PlanError: a tower's heads or neurons cannot be cut.
     """
+    chosen = choose_widths(case, lambda shares: _cut(case, shares))
+    note = "; ".join(f"{tower}: {each}" for tower, each in chosen.items())
+    return Made(_cut(case, chosen), note)
+
+
+def choose_widths(case: Case, make: Callable[[Mapping[str, Widths]], Any]) -> dict[str, Widths]:
+    """Choose how many heads and neurons go, tower by tower, by the loss on calibration samples.
+
+    Args:
+        case: with the model and the share to take out.
+        make: makes a student with these widths of towers.
+
+    Raises:
+        PlanError: a tower's heads or neurons cannot be cut.
+    """
     shapes = shapes_of(case)
     chosen: dict[str, Widths] = {}
     for tower in case.counts():
         layers = range(case.vlm.towers[tower].num_layers)
         found = widths_for(shapes[tower], case.parameters(tower), layers)
-        losses = [case.shared.loss_of(_cut(case, {tower: each}).model) for each in found]
+        losses = [case.shared.loss_of(make({tower: each}).model) for each in found]
         chosen[tower] = found[losses.index(min(losses))]
-    note = "; ".join(f"{tower}: {each}" for tower, each in chosen.items())
-    return Made(_cut(case, chosen), note)
+    return chosen
 
 
 def shapes_of(case: Case) -> Mapping[str, TowerShape]:
