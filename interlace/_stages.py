@@ -6,16 +6,19 @@ hash of all that it is made from, stays the same.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from typing import TYPE_CHECKING, TypeVar
 
+from filelock import FileLock, Timeout
+
 from interlace._files import atomic_write_text
-from interlace.errors import CheckpointError
+from interlace.errors import CheckpointError, ConfigError
 from interlace.records import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -23,6 +26,7 @@ log = logging.getLogger(__name__)
 R = TypeVar("R", bound=Record)
 
 STATE = "run.json"
+LOCK = ".lock"
 
 
 class Stages:
@@ -56,6 +60,24 @@ class Stages:
                     f"{path} is damaged ({error}), so nothing tells what the rest of {folder} was "
                     "made from. Remove the folder, or name another one, to run every stage again."
                 ) from error
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no other run work in the folder, which is made, inside the block.
+
+        Raises:
+            ConfigError: another run works in it. A killed one does not keep others out.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(self.folder / LOCK, timeout=0).acquire()
+        except Timeout as error:
+            raise ConfigError(
+                f"Another run is working in {self.folder}. Wait until it is done, or name another "
+                "folder."
+            ) from error
+        with lock:
+            yield
 
     def is_done(self, name: str, key: str) -> bool:
         """Tell whether a stage was finished with this key."""

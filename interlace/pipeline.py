@@ -205,12 +205,18 @@ def run(
     if settings.progressive is not None:
         check_guard(settings.progressive.guard, vlm)
     calibration = _calibration(settings.data, vlm)
-    folder.mkdir(parents=True, exist_ok=True)
-    if settings.progressive is not None:
+    with stages.alone():
+        if settings.progressive is None:
+            return _run_once(settings, vlm, calibration, stages, target, replace)
         return _run_progressive(
             settings, settings.progressive, vlm, calibration, stages, target, replace
         )
 
+
+def _run_once(
+    settings: Recipe, vlm: VLM, calibration: Samples, stages: Stages, target: Path, replace: bool
+) -> RunResult:
+    """Do the flow with a single cut."""
     scores_key = sha256_of([vlm.fingerprint, calibration.fingerprint, settings.score.to_dict()])
     scores = stages.record(
         "scores",
@@ -255,7 +261,7 @@ def run(
     heal_key = ""
     if healing is not None:
         heal_key = sha256_of([prune_key, healing.fingerprint, settings.heal.to_dict()])
-        checkpoints = folder / "healing" / heal_key[:12]
+        checkpoints = stages.folder / "healing" / heal_key[:12]
 
         # an unfinished run goes on; a finished one only gives its weights back
         @functools.cache

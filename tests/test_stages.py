@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
 from interlace._stages import Stages
-from interlace.errors import CheckpointError
+from interlace.errors import CheckpointError, ConfigError
 from interlace.records import Plan, TowerPlan
 
 if TYPE_CHECKING:
@@ -25,3 +27,33 @@ def test_a_record_that_cannot_be_read_any_more_is_told_with_what_to_do(tmp_path:
         again.record("plan", Plan, "key", lambda: plan)
     path.unlink()
     assert again.record("plan", Plan, "key", lambda: plan) == plan
+
+
+HOLD = """
+import sys, pathlib
+from interlace._stages import Stages
+with Stages(pathlib.Path(sys.argv[1])).alone():
+    print("working", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_runs_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"working\n"
+        with (
+            pytest.raises(ConfigError, match=r"Another run is working in .*run\. Wait until"),
+            Stages(folder).alone(),
+        ):
+            pytest.fail("two at once")
+        # other folders are free
+        with Stages(tmp_path / "other").alone():
+            pass
+        other.kill()
+    with Stages(folder).alone(), pytest.raises(ConfigError), Stages(folder).alone():
+        pass
+    with Stages(folder).alone():
+        pass

@@ -207,7 +207,9 @@ def progressive(
         heal=healed,
         max_new_tokens=max_new_tokens,
     )
-    done, stopped, student = Run(setup, state, dense).run()
+    work = Run(setup, state, dense)
+    with state.alone():
+        done, stopped, student = work.run()
     record = ProgressiveRecord(
         stages=tuple(stage.record for stage in done),
         guard=chosen.guard,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from interlace._torch_utils import outside_inference_mode
+from interlace.config import DEFAULT_RANK
 from interlace.errors import ConfigError, PlanError
 from interlace.models.bridges import run_time
 from interlace.models.handle import VLM, check_vlm
@@ -23,6 +24,7 @@ from interlace.surgery.bridges.names import (
     NONE,
     bridges_by_tower,
     check_bridges,
+    check_rank,
     check_token_weights,
 )
 from interlace.surgery.cuts import (
@@ -65,7 +67,7 @@ def prune(
     bridges: str | Mapping[str, str] = NONE,
     data: Sequence[Sample] | Iterable[Mapping[str, Any]] | None = None,
     batch_size: int = 8,
-    rank: int = 16,
+    rank: int = DEFAULT_RANK,
     token_weights: str = EVEN,
 ) -> VLM:
     """Make a student without the layers, parts, heads and neurons that a plan takes out.
@@ -136,13 +138,14 @@ def prune(
             or leaves fewer than 2 layers, or a layer no heads; the model has run-time bridges or is
             not as transformers builds it (adapters, quantised or fused modules); or stock
             transformers cannot express the result although the plan demands it, a bridge included.
-        ConfigError: unknown bridges or token weights; these or data without bridges; samples for
-            a model without processor.
+        ConfigError: unknown bridges or token weights; these, a rank or data without bridges that
+            use them; samples for a model without processor.
         DataError: data for bridges that cannot be used, or less than 4 samples of it.
     """
     check_vlm(vlm, "model")
     check_bridges(bridges)
     check_token_weights(token_weights, bridges)
+    check_rank(rank, bridges)
     if vlm.record is not None and run_time(vlm.record.bridges):
         raise PlanError(
             f"{vlm.name} has run-time bridges, which stock transformers does not build, so it "

@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from interlace._torch_utils import inference, without_cache
-from interlace.errors import check_numbers
 from interlace.models.bridges import DIAGONAL, LOWRANK
 from interlace.surgery.bridges.calibration import Calibration, default_data
 from interlace.surgery.bridges.fold import fit_fold
@@ -70,10 +69,9 @@ def fit_bridges(
 
     Raises:
         PlanError: a bridge cannot be expressed in a tower.
-        ConfigError: no processor for samples, a bad batch size or rank.
+        ConfigError: no processor for samples, a bad batch size.
         DataError: too little or unusable data.
     """
-    check_numbers(rank=rank)
     fits: dict[str, Callable[..., list[Bridge]]] = {
         "scale": fit_scale,
         FOLD: fit_fold,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from interlace.errors import ConfigError, unknown_name
+from interlace.config import DEFAULT_RANK
+from interlace.errors import ConfigError, check_numbers, unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -72,6 +73,21 @@ def check_token_weights(name: Any, bridges: str | Mapping[str, str]) -> None:
             f"token_weights={name!r} says what counts in the fits of bridges, and "
             f"bridges={bridges!r} asks for none. Name a bridge, such as 'refit', or leave "
             "token_weights out."
+        )
+
+
+def check_rank(rank: int, bridges: str | Mapping[str, str]) -> None:
+    """Check the rank of low-rank bridges, beside a choice of bridges.
+
+    Raises:
+        ConfigError: no integer above 0, or one of the caller's that no bridge has.
+    """
+    check_numbers(rank=rank)
+    names = bridges.values() if isinstance(bridges, Mapping) else [bridges]
+    if rank != DEFAULT_RANK and "lowrank" not in names:
+        raise ConfigError(
+            f"rank is {rank}, but bridges is {bridges!r}, and only 'lowrank' has a rank. Name "
+            "that bridge, or leave rank out."
         )
 
 

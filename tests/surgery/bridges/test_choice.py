@@ -48,6 +48,8 @@ def data(vlm: VLM) -> Any:
         ({"bridges": "fold", "data": "ODD"}, DataError, r"batch 1 .*\(with input_id\)"),
         ({"bridges": "lowrank", "narrow": True}, ConfigError, "this plan removes none"),
         ({"data": "DATA"}, ConfigError, "bridges='none' asks for none"),
+        ({"bridges": "fold", "rank": 4}, ConfigError, "rank is 4.*only 'lowrank' has a rank"),
+        ({"bridges": "lowrank", "rank": 0}, ConfigError, "rank is 0"),
         ({"bridges": {"text": "none"}, "data": "DATA"}, ConfigError, "asks for none"),
     ],
 )
