@@ -2,7 +2,7 @@
 
 How much goes by what is decided by a loss: for some numbers of dropped layers, beside none, and
 growing numbers of KV groups, as many neurons go as make up the rest, and the student that comes
-nearest to the whole model wins. Then numbers of layers between its own and the next are tried.
+nearest to the whole model wins.
 
 Source: Minitron (arXiv 2407.14679) compares candidates of depth and width by their loss; here they
 are compared repaired, as the rule `compensated` compares layers.
@@ -14,7 +14,6 @@ import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from interlace._progress import track
@@ -23,11 +22,11 @@ from interlace.plan.parts import PARTS
 from interlace.plan.planner import arguments_of, make_plan, tower_names
 from interlace.plan.protection import protected_layers, resolve
 from interlace.plan.shares import check_share, shape_of
-from interlace.plan.split_ways import Split, between, first_splits, splits
+from interlace.plan.split_ways import Split, splits
 from interlace.plan.widths import check_scored, check_widths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Sequence
 
     from interlace.config import PlanSettings
     from interlace.plan.protection import Protect
@@ -55,11 +54,9 @@ def split_plan(
     """Plan to take out a share of the parameters, as layers, heads and neurons together.
 
     Layers are chosen by the rule `compensated`, heads and neurons by their importance, in every
-    layer alike. Beside each number of dropped layers more heads go as long as that is better. Up to
-    five numbers of dropped layers are tried first, then those halfway from the best to its
-    neighbours, until both were tried. Of the best split heads and neurons are then also chosen over
-    all layers, which end in different widths if that is better and need not be standard. All layers
-    that stay are tuned where widths are cut.
+    layer alike. Beside each number of dropped layers more heads go as long as that is better. Of
+    the best split they are then also chosen over all layers, which end in different widths if that
+    is better and need not be standard. All layers that stay are tuned where widths are cut.
 
     Args:
         scores: with the similarity, and the importance of heads and neurons ("head_obs" and
@@ -67,8 +64,8 @@ def split_plan(
         parameters: share of what the layers of a tower hold, above 0 and below 1, or one per tower.
             Embeddings are not counted.
         loss: of `interlace.layer_loss(vlm, calibration)`, which judges whole plans. Beside what
-            `compensated` asks, it is asked about twice for each number of dropped layers, more
-            often where heads are better cut than neurons, and once more.
+            `compensated` asks, it is asked about twice for each of at most five numbers of dropped
+            layers, more often where heads are better cut than neurons, and once more.
         towers: as of `make_plan`, like those that follow.
         protect: likewise.
         seed: likewise.
@@ -130,16 +127,13 @@ def split_plan(
             own = plan.towers[tower]
             return replace(plan, towers={tower: replace(own, tune=own.kept, freeze=())})
 
-        wanted = int(sum(shape.layer_parameters) * share)
-        ways = first_splits(shape, wanted, most)
+        ways = splits(shape, int(sum(shape.layer_parameters) * share), most)
         check_scored(scores, tower, judges)
         if any(split.drop for split in ways):
             # a split that has no plan is passed over, so what no layer can be chosen by is told
             # here, by the cheapest rule that looks at the same
             make_plan(scores, num_drop=1, rule="shortgpt", towers=[tower], **order)
-        chosen[tower], notes[tower] = _best(
-            tower, ways, partial(splits, shape, wanted), make, judge, standard=standard
-        )
+        chosen[tower], notes[tower] = _best(tower, ways, make, judge, standard=standard)
     first = next(iter(chosen.values()))
     return replace(
         first,
@@ -213,7 +207,6 @@ def check_settings(settings: PlanSettings) -> None:
 def _best(
     tower: str,
     ways: Sequence[Split],
-    find: Callable[[Collection[int]], list[Split]],
     make: Callable[[Split], Plan],
     judge: Callable[[Plan], float],
     *,
@@ -227,40 +220,32 @@ def _best(
         value = judge(plan)
         found[split] = (math.inf if math.isnan(value) else value, plan)
 
-    def lowest() -> Split:
-        return min(found, key=lambda split: found[split][0])
-
     refused: PlanError | None = None
-    numbers: set[int] = set()
     last: dict[int, float] = {}
     enough: set[int] = set()
-    while ways:
-        for split in track(ways, description=f"splits, {tower}"):
-            if split.drop in enough:
-                continue
-            try:
-                look(split)
-            except PlanError as error:
-                # not every depth and width has a place in a model or its config
-                refused = error
-                continue
-            if found[split][0] > last.get(split.drop, math.inf):
-                enough.add(split.drop)
-            last[split.drop] = found[split][0]
-        if not found:
-            wanted = "a standard checkpoint" if standard else "a model that can be built"
-            looser = "Give standard=False, or cut" if standard else "Cut"
-            raise PlanError(
-                f"No split of the tower '{tower}' leaves {wanted}. {looser} another share. "
-                f"{refused}"
-            ) from refused
-        numbers |= {split.drop for split in ways}
-        ways = find(between(lowest().drop, numbers))
-    best = lowest()
+    for split in track(ways, description=f"splits, {tower}"):
+        if split.drop in enough:
+            continue
+        try:
+            look(split)
+        except PlanError as error:
+            # not every depth and width has a place in a model or its config
+            refused = error
+            continue
+        if found[split][0] > last.get(split.drop, math.inf):
+            enough.add(split.drop)
+        last[split.drop] = found[split][0]
+    if not found:
+        wanted = "a standard checkpoint" if standard else "a model that can be built"
+        looser = "Give standard=False, or cut" if standard else "Cut"
+        raise PlanError(
+            f"No split of the tower '{tower}' leaves {wanted}. {looser} another share. {refused}"
+        ) from refused
+    best = min(found, key=lambda split: found[split][0])
     if best.widths.gone and not standard:
         with contextlib.suppress(PlanError):
             look(replace(best, spread="global"))
-        best = lowest()
+        best = min(found, key=lambda split: found[split][0])
     loss, plan = found[best]
     if math.isinf(loss):
         raise PlanError(

@@ -10,11 +10,11 @@ from interlace._records.shape import FFN_MULTIPLE
 from interlace.errors import PlanError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
 
     from interlace.records import TowerShape
 
-# How many numbers of dropped layers are tried first, beside none.
+# How many numbers of dropped layers are tried, beside none.
 _DEPTHS = 4
 # How many numbers of KV groups are tried at most, none among them; towers have up to 32 groups.
 _HEADS = 8
@@ -98,8 +98,8 @@ def widths_for(shape: TowerShape, wanted: int, layers: Sequence[int]) -> list[Wi
     return [each for each in found if abs(each.gone - wanted) <= limit]
 
 
-def first_splits(shape: TowerShape, wanted: int, most: int) -> list[Split]:
-    """List the ways for a tower to lose so many parameters that are to be tried first.
+def splits(shape: TowerShape, wanted: int, most: int) -> list[Split]:
+    """List the ways for a tower to lose so many parameters.
 
     Args:
         shape: of the tower.
@@ -111,72 +111,34 @@ def first_splits(shape: TowerShape, wanted: int, most: int) -> list[Split]:
     """
     total, depth = sum(shape.layer_parameters), len(shape.layer_parameters)
     most = min(wanted * depth // total, most)
-    numbers = {round(step * most / _DEPTHS) for step in range(_DEPTHS + 1)}
-    found = splits(shape, wanted, numbers)
-    if found:
-        return found
-    highest = max(_lost(shape, wanted, numbers).values(), default=wanted)
-    if wanted > highest:
-        limit = f"at most {_percent(highest, total)}"
-        why = "every layer keeps heads and neurons, and protected ones stay"
-    else:
-        limit = f"at least about {_percent(_bundle(shape), total)}"
-        why = f"every layer loses whole groups of heads or {FFN_MULTIPLE} neurons"
-    raise PlanError(
-        f"{_percent(wanted, total)} of the parameters of the layers is out of reach: {limit} "
-        f"can go, since {why}."
-    )
-
-
-def between(best: int, tried: Collection[int]) -> set[int]:
-    """Return the numbers halfway from the best to its neighbours among those that were tried.
-
-    There are none once the neighbours are one lower and one higher.
-    """
-    lower = max((each for each in tried if each < best), default=best)
-    higher = min((each for each in tried if each > best), default=best)
-    return {(lower + best) // 2, (best + higher) // 2} - set(tried)
-
-
-def splits(shape: TowerShape, wanted: int, numbers: Collection[int]) -> list[Split]:
-    """List the ways for a tower to lose so many parameters, by growing numbers of dropped layers.
-
-    Args:
-        shape: of the tower.
-        wanted: parameters that are to go.
-        numbers: of dropped layers; where none of the widths comes to the rest, it is left out.
-
-    Raises:
-        PlanError: as `widths_for`.
-    """
-    # whole bundles come within half of one, unless there are too few to go
-    reach = _bundle(shape) / 2 + len(shape.layer_parameters)
-    lost = _lost(shape, wanted, numbers)
-    return [split for split, gone in lost.items() if abs(gone - wanted) <= reach]
-
-
-def _lost(shape: TowerShape, wanted: int, numbers: Collection[int]) -> dict[Split, int]:
-    """Return the nearest splits, and the parameters that go by each."""
-    total, depth = sum(shape.layer_parameters), len(shape.layer_parameters)
-    lost = {}
-    for number in sorted(numbers):
+    found = []
+    for number in sorted({round(step * most / _DEPTHS) for step in range(_DEPTHS + 1)}):
         # by the mean of a layer, since which go is not known yet; the layers are alike
-        layers = number * total // depth
-        for rest in widths_for(shape, wanted - layers, range(depth - number)):
-            if number or rest.gone:
-                lost[Split(number, rest)] = layers + rest.gone
-    return lost
-
-
-def _bundle(shape: TowerShape) -> int:
-    """Return the parameters of a bundle of neurons in every layer."""
-    return FFN_MULTIPLE * sum(
+        rest = widths_for(shape, wanted - number * total // depth, range(depth - number))
+        found += [Split(number, each) for each in rest if number or each.gone]
+    gone = {split: split.drop * total // depth + split.widths.gone for split in found}
+    # whole bundles come within half of one, unless there are too few to go
+    bundle = FFN_MULTIPLE * sum(
         site.parameters(layer) // site.num_units(layer)
         for site in shape.sites.values()
         if site.kind == "ffn"
-        for layer in range(len(shape.layer_parameters))
+        for layer in range(depth)
         if site.groups[layer]
     )
+    near = [split for split in found if abs(gone[split] - wanted) <= bundle / 2 + depth]
+    if not near:
+        highest = max(gone.values(), default=wanted)
+        if wanted > highest:
+            limit = f"at most {_percent(highest, total)}"
+            why = "every layer keeps heads and neurons, and protected ones stay"
+        else:
+            limit = f"at least about {_percent(bundle, total)}"
+            why = f"every layer loses whole groups of heads or {FFN_MULTIPLE} neurons"
+        raise PlanError(
+            f"{_percent(wanted, total)} of the parameters of the layers is out of reach: {limit} "
+            f"can go, since {why}."
+        )
+    return near
 
 
 def _percent(number: int, total: int) -> str:

@@ -13,7 +13,7 @@ from interlace.errors import ConfigError, PlanError
 from interlace.plan import split_plan
 from interlace.plan.cost import plan_cost
 from interlace.plan.split import check_settings, plan_by
-from interlace.plan.split_ways import between, first_splits, splits
+from interlace.plan.split_ways import splits
 from interlace.records import ModelShape, Plan, Scores, SiteShape, TowerScores, TowerShape
 
 if TYPE_CHECKING:
@@ -81,21 +81,21 @@ def test_layers_without_heads_or_neurons_lose_none() -> None:
     }
     shape = TowerShape(16, 8, 4, 4, (LAYER,) * LAYERS, causal=True, sites=sites)
     per_group = sum(map(bool, heads)) * PER_GROUP
-    assert {each.widths.gone for each in splits(shape, per_group, {0})} >= {per_group}
+    assert {each.widths.gone for each in splits(shape, per_group, 0)} >= {per_group}
 
 
 def test_every_split_comes_to_the_share() -> None:
     shape = scores().shape
     assert shape is not None
     wanted = int(0.4 * LAYERS * LAYER)
-    found = first_splits(shape.towers["text"], wanted, 8)
+    found = splits(shape.towers["text"], wanted, 8)
     assert {split.drop for split in found} == {0, 1, 2, 3, 4}
     assert len({split.widths.heads for split in found}) > 1
     bundle = 8 * PER_NEURON * LAYERS
     for split in found:
         assert split.drop * LAYER + split.widths.gone == pytest.approx(wanted, abs=bundle)
     # no more layers than may go
-    assert max(split.drop for split in first_splits(shape.towers["text"], wanted, 2)) == 2
+    assert max(split.drop for split in splits(shape.towers["text"], wanted, 2)) == 2
 
 
 @pytest.mark.parametrize("drop", [0, 2, 4])
@@ -139,30 +139,9 @@ def test_towers_of_many_heads_are_not_asked_head_by_head() -> None:
         "mlp": SiteShape("ffn", ((NEURONS,),) * LAYERS, PER_NEURON),
     }
     shape = TowerShape(32, 32, 4, 4, (LAYER,) * LAYERS, causal=True, sites=sites)
-    tried = [split.widths.heads for split in splits(shape, int(0.2 * LAYERS * LAYER), {0})]
+    tried = [split.widths.heads for split in splits(shape, int(0.2 * LAYERS * LAYER), 0)]
     assert tried == [each / 8 for each in range(len(tried))]
     assert len(tried) > 4
-
-
-@pytest.mark.parametrize("drop", [0, 1, 3, 4, 5, 6, 7])
-def test_numbers_of_layers_between_those_tried_first_are_found(drop: int) -> None:
-    loss = Loss(lambda plan: near(plan, drop))
-    plan = split_plan(scores(), parameters=0.7, loss=loss)
-    assert len(plan["text"].drop) == drop
-    asked = [len(each["text"].drop) for each in loss.asked]
-    # first a quarter of the most each, then beside the best
-    assert sorted(set(asked[: asked.index(7) + 1])) == [0, 2, 4, 5, 7]
-    assert len(set(asked)) <= 7
-
-
-def test_depths_are_halved_until_the_neighbours_of_the_best_were_tried() -> None:
-    tried = {0, 9, 18}
-    for best, more in [(9, {4, 13}), (4, {2, 6}), (4, {3, 5}), (4, set()), (0, {1}), (1, set())]:
-        found = between(best, tried)
-        assert found == more
-        tried |= found
-    assert between(18, {0, 9, 18}) == {13}
-    assert between(0, {0}) == set()
 
 
 def test_of_the_best_split_widths_are_also_spread_over_all_layers() -> None:
@@ -255,7 +234,7 @@ def test_a_share_smaller_than_any_cut_is_refused_by_the_smallest() -> None:
         tower, sites=tower.sites | {"attn": replace(tower.sites["attn"], unit_parameters=192)}
     )
     with pytest.raises(PlanError, match=r"0\.0263 % .* out of reach: at least about .* can go"):
-        first_splits(tower, 10, LAYERS - 2)
+        splits(tower, 10, LAYERS - 2)
 
 
 def test_sizes_must_be_known() -> None:
