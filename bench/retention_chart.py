@@ -39,6 +39,9 @@ _LINES = {
     "linearpatch": ("LinearPatch", "#8C6D1F", ">"),
     "kd": ("distillation", "#000000", "X"),
     "width": ("width", "#666666", "P"),
+    "flap": ("FLAP", "#DDCC77", "8"),
+    "wanda": ("Wanda", "#999933", "1"),
+    "sparsegpt": ("SparseGPT", "#117733", "2"),
     "magnitude": ("magnitude", "#44AA99", "*"),
     "magnitude_2_4": ("2:4 magnitude", "#332288", "h"),
 }
