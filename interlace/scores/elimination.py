@@ -36,17 +36,20 @@ def prices(squares: torch.Tensor, outputs: torch.Tensor, size: int = 1) -> torch
         size: columns of a unit.
 
     Returns:
-        [U] fp64 on the device of `squares`, in units of the error; the last one to go, which costs
+        [U] fp64 on the device of `outputs`, in units of the error; the last one to go, which costs
         all that is left, included.
     """
-    damped = squares.to(torch.float64, copy=True)
+    damped = squares.to(outputs.device, torch.float64, copy=True)
     damping = _DAMPING * damped.diagonal().mean()
     if not damping:
         # nothing was ever read
         return damped.new_zeros(len(damped) // size)
     damped.diagonal().add_(damping)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    # four such matrices at a time at most, one of them of torch itself
+    factor = torch.linalg.cholesky(damped)
     del damped
+    inverse = torch.cholesky_inverse(factor)
+    del factor
     outputs = outputs.to(torch.float64, copy=True)
     found, order = _single(inverse, outputs) if size == 1 else _whole(inverse, outputs, size)
     # a unit can be cheaper once another one is gone; it goes after it all the same

@@ -281,7 +281,7 @@ def _priced(site: Site, squares: Tensor, moment: Tensor) -> tuple[float, ...]:
     weight = site.output.weight.detach().double()
     moment = moment.to(weight)
     moment.diagonal().add_(_DAMPING * moment.diagonal().mean())
-    found = prices(squares.to(weight), weight.T @ moment @ weight, site.head_dim) / 2
+    found = prices(squares, weight.T @ moment @ weight, site.head_dim) / 2
     return tuple(rounded(found))
 
 

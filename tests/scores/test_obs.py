@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from scores.written_out import labelled, opened
 from tiny import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import interlace as il
 from interlace.errors import ConfigError, DataError
@@ -103,6 +105,42 @@ def test_what_fits_into_memory_at_a_time_changes_nothing(
         for tower in whole.towers:
             assert parts[tower].importance == whole[tower].importance
             assert parts[tower].group_samples == whole[tower].group_samples
+
+
+class _Matrices(TorchDispatchMode):
+    """Counts the square matrices of doubles that are alive at once, at most."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.most = size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        alive = {
+            each.untyped_storage().data_ptr()
+            for each in gc.get_objects()
+            if type(each) is torch.Tensor
+            and each.dtype == torch.float64
+            and each.shape == (self.size, self.size)
+        }
+        self.most = max(self.most, len(alive))
+        return made
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_pricing_holds_three_matrices_of_doubles(size: int) -> None:
+    site: Any = SimpleNamespace(output=torch.nn.Linear(24, 6), head_dim=size)
+    squares = torch.eye(24)
+    # old objects are left out of the count
+    gc.freeze()
+    try:
+        with _Matrices(24) as matrices:
+            found = obs._priced(site, squares, torch.eye(6))
+    finally:
+        gc.unfreeze()
+    assert len(found) == 24 // size
+    # torch takes one more while it inverts
+    assert matrices.most == 3
 
 
 def test_lots_hold_what_fits_and_no_less_than_a_site(monkeypatch: pytest.MonkeyPatch) -> None:
