@@ -21,7 +21,7 @@ way; then gamma, since no projection in front of a norm makes what it adds longe
 
 Derivation: docs/math/bridges.md.
 Source: ReplaceMe, arXiv 2505.02819, solves for a D x D map behind the projection; here the
-projection itself is fitted, which holds that map as the special case M = T W.
+projection itself is fitted, which holds that map as the special case M = (T - I) W.
 """
 
 from __future__ import annotations
