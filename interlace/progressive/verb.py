@@ -110,8 +110,8 @@ def progressive(
 
     Args:
         vlm: the dense model; left as it is.
-        calibration: samples to score with and to fit bridges on; the rules `compensated` and `sleb`
-            take their loss from the first 128 of them.
+        calibration: samples to score with and to fit bridges on; rules that choose by the loss take
+            it from the first 128 of them.
         healing: samples to heal with.
         output: folder of the run.
         held_out: samples to measure stages on; default: 256 of the built-in scenes. Measure the
