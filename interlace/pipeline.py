@@ -133,9 +133,11 @@ def _measure(
         "seed": settings.eval.seed,
         "split": settings.eval.split or "test",
     }
-    inputs: list[Any] = [settings.eval.to_dict(), settings.data.to_dict()]
+    inputs: list[Any] = [settings.eval.to_dict(), settings.data.to_dict(), str(vlm.dtype)]
     if held_out is not None:
         inputs += [each.fingerprint for each in held_out.values()]
+    if "speed" in settings.eval.tasks:
+        inputs.append(vlm.device.type)
     return measure, inputs
 
 
@@ -217,7 +219,9 @@ def _run_once(
     settings: Recipe, vlm: VLM, calibration: Samples, stages: Stages, target: Path, replace: bool
 ) -> RunResult:
     """Do the flow with a single cut."""
-    scores_key = sha256_of([vlm.fingerprint, calibration.fingerprint, settings.score.to_dict()])
+    # a fingerprint is the same in every precision; what is made and measured is not
+    model_key = sha256_of([vlm.fingerprint, str(vlm.dtype)])
+    scores_key = sha256_of([model_key, calibration.fingerprint, settings.score.to_dict()])
     scores = stages.record(
         "scores",
         Scores,
@@ -233,7 +237,8 @@ def _run_once(
         return plan_by(settings.plan, scores, loss)
 
     plan = stages.record("plan", Plan, plan_key, choose)
-    prune_key = sha256_of([plan_key, settings.prune.to_dict(), settings.score.batch_size])
+    made_of = [model_key, plan_key, settings.prune.to_dict(), settings.score.batch_size]
+    prune_key = sha256_of(made_of)
 
     # made when a stage asks for it: a run that skips them all cuts and heals nothing
     @functools.cache

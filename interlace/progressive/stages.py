@@ -146,9 +146,11 @@ class Run:
             the student of the last stage that was kept, or the dense model.
         """
         setup, limit = self.setup, self.setup.progressive.min_retention
-        before = _Before(setup.vlm, self.dense, None, {})
+        # a fingerprint is the same in every precision; what is made and measured is not
+        key = sha256_of([self.dense, str(setup.vlm.dtype)])
+        before = _Before(setup.vlm, key, None, {})
         # first, since the guard may name a metric that these samples do not have
-        base = self._measured("dense", setup.vlm, self.dense, None)
+        base = self._measured("dense", setup.vlm, key, None)
         scores = self._scores(1, before)
         # a single stage cuts as the plan says; several share what it drops
         gone: list[dict[str, int]] = [{}]

@@ -1,0 +1,48 @@
+"""What a recipe says of how a model runs: a run that goes on does again what depends on it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import interlace as il
+from interlace.config import Recipe
+from interlace.pipeline import _measure
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SECTIONS: dict[str, dict[str, Any]] = {
+    "model": {"path": "bundled:clip", "dtype": "float32", "device": "cpu"},
+    "data": {"calibration_count": 8, "heal_count": 8},
+    "plan": {"num_drop": 1, "towers": ["text"]},
+    "heal": {"max_steps": 0},
+    "eval": {"tasks": ["retrieval"], "count": 8},
+    "export": {"verify": False},
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"progressive": {"stages": 1}}])
+def test_a_model_in_another_precision_is_another_to_cut_and_export(
+    more: dict[str, Any], tmp_path: Path
+) -> None:
+    first = il.run(Recipe.from_dict({**SECTIONS, **more}), tmp_path / "out")
+    assert il.open_model(first.folder).dtype is torch.float32
+    half = {**SECTIONS, **more, "model": {**SECTIONS["model"], "dtype": "bfloat16"}}
+    second = il.run(Recipe.from_dict(half), tmp_path / "out")
+    assert second.skipped == ()
+    assert il.open_model(second.folder).dtype is torch.bfloat16
+
+
+def test_speed_is_that_of_a_device() -> None:
+    def made_of(device: str, task: str) -> list[Any]:
+        recipe = Recipe.from_dict({**SECTIONS, "eval": {"tasks": [task]}})
+        vlm: Any = SimpleNamespace(dtype=torch.float32, device=torch.device(device))
+        return _measure(recipe, vlm, None)[1]
+
+    assert made_of("cpu", "speed") != made_of("cuda", "speed")
+    # quality is the same wherever it is measured
+    assert made_of("cpu", "retrieval") == made_of("cuda", "retrieval")
