@@ -5,6 +5,7 @@ Nothing here tokenises: a rendered conversation still holds one image token per 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -135,13 +136,19 @@ class ChatText:
         return self._closed(text, spans, answered=turns[-1].role == "assistant")
 
     def _closed(self, text: str, spans: list[tuple[int, int]], *, answered: bool) -> Rendered:
-        special = [token for token in self._tokenizer.all_special_tokens if token]
         stop = self._tokenizer.eos_token
         start, end = spans[-1]
-        if answered and stop and not text[:end].endswith(tuple(special)):
+        if answered and stop and not text[:end].endswith(self._special):
             text = text[:end] + stop
             spans[-1] = (start, len(text))
         return Rendered(text, tuple(spans))
+
+    @functools.cached_property
+    def _special(self) -> tuple[str, ...]:
+        # the named ones, and those that have no name, as what ends a turn of Gemma
+        added = self._tokenizer.added_tokens_decoder.values()
+        unnamed = [token.content for token in added if token.special]
+        return tuple(token for token in (*self._tokenizer.all_special_tokens, *unnamed) if token)
 
     def _render(self, sample: Sample, turns: Sequence[Turn], *, ask: bool) -> str:
         if not self.has_format:

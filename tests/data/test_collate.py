@@ -22,7 +22,7 @@ from data.made import (
     spoken,
 )
 from tiny import IMAGE, TINY
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from interlace.data.chat import spoken_tokens
@@ -100,6 +100,19 @@ def test_a_template_of_the_tokenizer_alone_is_used() -> None:
     collator = Collator(processor, "chat")
     assert collator.prompts([sample("red")]) == ["[user]<image>q0?[assistant]"]
     assert spoken(processor, collator([sample("red")])) == ["red</s>"]
+
+
+def test_an_answer_that_ends_in_a_special_token_without_a_name_is_not_closed_again() -> None:
+    processor = llava(template=None)
+    processor.tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    end = AddedToken("<turn>", special=True)
+    processor.tokenizer.backend_tokenizer.add_special_tokens([end])
+    assert "<turn>" not in processor.tokenizer.all_special_tokens
+    batch = Collator(processor, "chat")([sample("red", "blue")])
+    assert spoken(processor, batch) == ["red<turn>|blue<turn>"]
 
 
 def test_template_that_changes_earlier_turns_is_refused() -> None:
