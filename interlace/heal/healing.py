@@ -101,7 +101,7 @@ def heal(
     Raises:
         ConfigError: no plan, nothing to tune, a tower that cannot be gated, a teacher that does not
             match, an output folder that exists, or a setting that does not exist or fit.
-        DataError: no samples, or a loss that is not finite.
+        DataError: no samples, or a loss or weights that are not finite.
         CheckpointError: the checkpoints belong to another run, or the disk is full.
     """
     check_vlm(student, "student")
@@ -182,6 +182,7 @@ def heal(
         )
         trainer.check_samples([*seen, *(judging or ())])
         trainer.train(resume_from_checkpoint=str(found[0]) if found is not None else None)
+        trainer.check_weights()
         points = trainer.interpolate(student.model.get_parameter, judging) if judging else ()
         trainer.close()
         trained = trainer.trained_values()

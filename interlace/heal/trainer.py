@@ -291,6 +291,20 @@ class HealTrainer(Trainer):  # type: ignore[misc]
             if parameter.requires_grad
         }
 
+    def check_weights(self) -> None:
+        """Refuse weights that the last step spoiled; those of others show in the next loss.
+
+        Raises:
+            DataError: a trained weight is not finite.
+        """
+        for name, parameter in self._trained().items():
+            if not bool(full_value(parameter).isfinite().all()):
+                raise DataError(
+                    f"{name} is not finite after the last step, {self.state.global_step}: its "
+                    "gradients were not. The student is left as it was. Lower learning_rate, or "
+                    "look for damaged samples and for activations that overflow."
+                )
+
     def trained_values(self) -> Callable[[str], Tensor]:
         """Return a function that gives the whole trained tensor of a name in the student."""
         parameters = self._trained()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from interlace.heal import heal
 from interlace.heal.anchors import anchor_layers
 from interlace.heal.healing import _device_arguments
 from interlace.heal.shell import move_together
+from interlace.heal.trainer import HealTrainer
 from interlace.records import HealReport, Plan, TowerPlan
 from interlace.surgery import prune
 
@@ -144,6 +146,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         _heal("qwen3_vl", student, teacher, output=tmp_path / "out")
     assert _changed(student, before) == set()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("validation_fraction", [0.0, 0.5])
+def test_weights_that_the_last_step_spoiled_are_not_handed_over(
+    validation_fraction: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, student = toy("qwen3_vl")
+    before = _values(student)
+    plain = HealTrainer.training_step
+
+    def training_step(self: HealTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = plain(self, *args, **kwargs)
+        if self.state.global_step == 1:
+            next(p for p in self.healed.parameters() if p.requires_grad).grad.fill_(math.inf)
+        return loss
+
+    monkeypatch.setattr(HealTrainer, "training_step", training_step)
+    with pytest.raises(DataError, match="not finite after the last step, 2"):
+        _heal("qwen3_vl", student, teacher, validation_fraction=validation_fraction)
+    assert _changed(student, before) == set()
 
 
 def test_bad_input_is_refused_in_words(tmp_path: Path) -> None:
