@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from interlace._files import atomic_write_text
+from interlace._files import atomic_write_text, sha256_of
 from interlace.errors import CheckpointError, ConfigError
 from interlace.records import Record
 
@@ -21,12 +21,31 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from interlace.models import VLM
+
 log = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Record)
 
 STATE = "run.json"
 LOCK = ".lock"
+
+
+def key_of(vlm: VLM, fingerprint: str) -> str:
+    """Return what a model is as it is run, which its fingerprint does not tell alone.
+
+    It is the same in every precision and with every processor; what is made and measured is not.
+
+    Args:
+        vlm: the model.
+        fingerprint: its own.
+    """
+    processor: Any = vlm.processor
+    written = getattr(processor, "to_json_string", str)
+    tokenizer = getattr(processor, "tokenizer", None)
+    templates = [getattr(each, "chat_template", None) for each in (processor, tokenizer)]
+    said = None if processor is None else [written(), templates]
+    return sha256_of([fingerprint, str(vlm.dtype), said])
 
 
 class Stages:

@@ -17,7 +17,7 @@ from interlace._files import as_path, check_new_folder, check_place, remove_part
 from interlace._fused_evaluation import evaluate_fused
 from interlace._launch import check_single_process
 from interlace._recipe_checks import check_names, check_towers
-from interlace._stages import STATE, Stages
+from interlace._stages import STATE, Stages, key_of
 from interlace._torch_utils import default_device
 from interlace.config import DataSettings, EvalSettings, ProgressiveSettings, Recipe
 from interlace.data.samples import Samples, samples, scenes_tasks, split_to_measure
@@ -133,7 +133,7 @@ def _measure(
         "seed": settings.eval.seed,
         "split": settings.eval.split or "test",
     }
-    inputs: list[Any] = [settings.eval.to_dict(), settings.data.to_dict(), str(vlm.dtype)]
+    inputs: list[Any] = [settings.eval.to_dict(), settings.data.to_dict()]
     if held_out is not None:
         inputs += [each.fingerprint for each in held_out.values()]
     if "speed" in settings.eval.tasks:
@@ -219,8 +219,7 @@ def _run_once(
     settings: Recipe, vlm: VLM, calibration: Samples, stages: Stages, target: Path, replace: bool
 ) -> RunResult:
     """Do the flow with a single cut."""
-    # a fingerprint is the same in every precision; what is made and measured is not
-    model_key = sha256_of([vlm.fingerprint, str(vlm.dtype)])
+    model_key = key_of(vlm, vlm.fingerprint)
     scores_key = sha256_of([model_key, calibration.fingerprint, settings.score.to_dict()])
     scores = stages.record(
         "scores",
@@ -371,14 +370,15 @@ def _run_progressive(
         )
     last = made.stages[-1]
     measure, eval_inputs = _measure(settings, vlm, held_out)
-    key = sha256_of([made.record.fingerprint, *eval_inputs])
+    model_key = key_of(vlm, made.record.inputs["model"])
+    key = sha256_of([made.record.fingerprint, model_key, *eval_inputs])
     measured = evaluate_fused if settings.eval.fuse else evaluate
     result = stages.record("eval", EvalReport, key, lambda: measured(made.student, **measure))
     verify = settings.export.verify
     for stage in made.stages[:-1]:
         if stage.record.number in smaller:
             folder, own = smaller[stage.record.number]
-            given, about = list(stage.records), stage.plan.fingerprint
+            given, about = list(stage.records), sha256_of([stage.plan.fingerprint, model_key])
             _export(stage.student, folder, given, about, stages, own, verify=verify)
     records = [*made.records, result]
     _export(lambda: made.student, target, records, key, stages, replace, verify=verify)

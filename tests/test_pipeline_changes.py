@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tiny import qwen3_vl
+from tiny_processors import qwen_processor
 
 import interlace as il
+from interlace._stages import key_of
 from interlace.config import Recipe
 from interlace.pipeline import _measure
 
@@ -37,10 +40,22 @@ def test_a_model_in_another_precision_is_another_to_cut_and_export(
     assert il.open_model(second.folder).dtype is torch.bfloat16
 
 
+def test_a_model_with_another_processor_is_another() -> None:
+    def key(template: str = "{{ messages }}", side: int = 16, dtype: Any = torch.float32) -> str:
+        processor = qwen_processor()
+        processor.chat_template = template
+        processor.image_processor.size = {"shortest_edge": side, "longest_edge": side}
+        return key_of(il.open_model(qwen3_vl().to(dtype), processor=processor), "same weights")
+
+    keys = [key(), key("{{ messages | length }}"), key(side=32), key(dtype=torch.bfloat16)]
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0]
+
+
 def test_speed_is_that_of_a_device() -> None:
     def made_of(device: str, task: str) -> list[Any]:
         recipe = Recipe.from_dict({**SECTIONS, "eval": {"tasks": [task]}})
-        vlm: Any = SimpleNamespace(dtype=torch.float32, device=torch.device(device))
+        vlm: Any = SimpleNamespace(device=torch.device(device))
         return _measure(recipe, vlm, None)[1]
 
     assert made_of("cpu", "speed") != made_of("cuda", "speed")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from interlace._files import sha256_of
+from interlace._stages import Stages, key_of
 from interlace.config import HealSettings
 from interlace.errors import ConfigError
 from interlace.heal import heal
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from interlace._stages import Stages
     from interlace.config import (
         PlanSettings,
         ProgressiveSettings,
@@ -146,8 +146,7 @@ class Run:
             the student of the last stage that was kept, or the dense model.
         """
         setup, limit = self.setup, self.setup.progressive.min_retention
-        # a fingerprint is the same in every precision; what is made and measured is not
-        key = sha256_of([self.dense, str(setup.vlm.dtype)])
+        key = key_of(setup.vlm, self.dense)
         before = _Before(setup.vlm, key, None, {})
         # first, since the guard may name a metric that these samples do not have
         base = self._measured("dense", setup.vlm, key, None)
