@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cells, read
-from subjects import BUNDLED, SUBJECTS, measure, test_samples
+from subjects import BUNDLED, SUBJECTS, measure, open_subject, scenes, test_samples, train_samples
 
 import interlace as il
 from interlace.config import HealSettings, PlanSettings, ScoreSettings
@@ -38,13 +38,6 @@ WAYS = {
 }
 
 
-def _samples(vlm: Any, name: str, count: int, seed: int, split: str = "train") -> Any:
-    tasks = SUBJECTS[name].data_tasks
-    return il.samples(
-        "scenes", count=count, tasks=tasks, seed=seed, split=split, processor=vlm.processor
-    )
-
-
 def _cell(
     vlm: Any, name: str, fraction: float, way: str, seed: int, sizes: argparse.Namespace, test: Any
 ) -> dict[str, Any]:
@@ -54,9 +47,9 @@ def _cell(
     with tempfile.TemporaryDirectory() as folder:
         made = il.progressive(
             vlm,
-            calibration=_samples(vlm, name, sizes.calibration, 1000 * (seed + 1)),
-            healing=_samples(vlm, name, sizes.healing, 1000 * (seed + 1) + 1),
-            held_out=_samples(vlm, name, 32, 1, "test"),
+            calibration=train_samples(subject, vlm, seed, 0, sizes.calibration),
+            healing=train_samples(subject, vlm, seed, 1, sizes.healing),
+            held_out=scenes(subject, vlm, 32, subject.data_tasks, "test", seed=1),
             output=folder,
             stages=stages,
             score=ScoreSettings(batch_size=32),
@@ -86,7 +79,7 @@ def measure_all(names: list[str], sizes: argparse.Namespace, path: Path) -> None
     keys = ("calibration", "healing", "heal_batch", "held_out")
     keep = Cells(path, **{key: getattr(sizes, key) for key in keys}).keep
     for name in names:
-        vlm = il.open_model(f"bundled:{name}", dtype="float32")
+        vlm = open_subject(name)
         subject = SUBJECTS[name]
         test = test_samples(subject, vlm, sizes.held_out)
 

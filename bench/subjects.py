@@ -122,7 +122,7 @@ def train_samples(subject: Subject, vlm: Any, seed: int, number: int, count: flo
     A `count` below 1 is a share of the scenes that the model was trained on, in their own form.
     """
     share = count < 1
-    return _scenes(
+    return scenes(
         subject,
         vlm,
         round(count * trained_on(subject)) if share else int(count),
@@ -133,15 +133,15 @@ def train_samples(subject: Subject, vlm: Any, seed: int, number: int, count: flo
 
 def test_samples(subject: Subject, vlm: Any, count: int) -> dict[str, Any]:
     """Return the held-out scenes of every task, the same for all seeds."""
-    return {task: _scenes(subject, vlm, count, (task,), "test") for task in subject.tasks}
+    return {task: scenes(subject, vlm, count, (task,), "test") for task in subject.tasks}
 
 
 def answers(subject: Subject, vlm: Any, count: int) -> Samples:
     """Return held-out scenes of the form it was trained on, for `diverge`; the same for all."""
-    return _scenes(subject, vlm, count, subject.chat_tasks, "test")
+    return scenes(subject, vlm, count, subject.chat_tasks, "test")
 
 
-def _scenes(
+def scenes(
     subject: Subject,
     vlm: Any,
     count: int,
@@ -149,6 +149,7 @@ def _scenes(
     split: Literal["train", "test"] = "train",
     seed: int = 0,
 ) -> Samples:
+    """Draw scenes of some tasks, as crowded as the model knows them."""
     made = make_scenes(count, tasks=tasks, seed=seed, split=split, num_objects=subject.num_objects)
     return Samples(made, source="scenes", seed=seed, processor=vlm.processor)
 
