@@ -21,7 +21,7 @@ from interlace.records import TowerPlan
 from methods.case import Case, Made, Method, heal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 log = logging.getLogger("retention")
 
@@ -153,13 +153,10 @@ def compressed(student: Any) -> Any:
     return student
 
 
-_ZEROS: dict[str, Callable[[Case], Made]] = {
-    "magnitude": partial(magnitude, False),
-    "magnitude_per_matrix": partial(magnitude, True),
-}
 METHODS = {
     **{
-        name: Method(make, heal_masked, sparse=True, timed="zeros") for name, make in _ZEROS.items()
+        name: Method(partial(magnitude, per_matrix), heal_masked, sparse=True, timed="zeros")
+        for name, per_matrix in {"magnitude": False, "magnitude_per_matrix": True}.items()
     },
     "magnitude_2_4": Method(
         semi_structured,
