@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from typing import TYPE_CHECKING
+
+from interlace._files import atomic_write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,6 +56,4 @@ def update_order(path: Path, device_name: str, order: dict[str, list[str]]) -> N
     """Put the orders of some ops on one device into the file, and keep all others."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known.setdefault(device_name, {}).update(order)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    atomic_write_text(path, json.dumps(known, indent=2, sort_keys=True) + "\n")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from interlace._files import atomic_write_text
 from interlace.records import Provenance
 
 if TYPE_CHECKING:
@@ -89,11 +90,8 @@ def file_name(op_name: str, *, quick: bool) -> str:
 
 def write_lines(path: Path, records: list[Record]) -> None:
     """Write all records, or leave the file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(_rounded(record), allow_nan=False) + "\n" for record in records)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    atomic_write_text(path, text)
 
 
 def read_lines(path: Path) -> list[Record]:
