@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from interlace.ops._draw import Draw
 from interlace.ops._registry import OpSample
 
 if TYPE_CHECKING:
@@ -53,11 +54,9 @@ class Form:
 
     def draw(self, device: torch.device, dtype: torch.dtype) -> OpSample:
         """Draw the tensors."""
-        generator = torch.Generator().manual_seed(0)
+        draw = Draw(device, dtype)
+        normal = draw.normal
         batch, heads, kv_heads = len(self.lengths), self.q_start[-1], len(self.q_start) - 1
-
-        def normal(*size: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(size, generator=generator) * scale).to(device, dtype)
 
         def whole(values: tuple[int, ...]) -> Tensor:
             made = torch.tensor(values, dtype=torch.int32, device=device)
@@ -76,7 +75,7 @@ class Form:
                 cache[b, : self.starts[b] if self.starts else 0] = float("nan")
         table = None
         if self.block:
-            k, v, table = self._page(k, v, generator)
+            k, v, table = self._page(k, v, draw.generator)
             table = table.to(device)
         elif self.strided:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -88,7 +87,7 @@ class Form:
         gate: Tensor | None = None
         if self.gated:
             exact = torch.promote_types(dtype, torch.float32)
-            gate = torch.rand(heads, generator=generator).to(device, exact)
+            gate = torch.rand(heads, generator=draw.generator).to(device, exact)
         return OpSample(
             self.name,
             (

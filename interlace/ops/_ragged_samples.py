@@ -7,6 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from interlace.ops._draw import Draw
 from interlace.ops._ragged_reference import reference
 from interlace.ops._registry import OpSample
 
@@ -66,14 +67,7 @@ def backward_samples(device: torch.device, dtype: torch.dtype) -> list[OpSample]
     return found
 
 
-class _Maker:
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.generator = torch.Generator().manual_seed(0)
-        self.device, self.dtype = device, dtype
-
-    def draw(self, *size: int) -> Tensor:
-        return torch.randn(*size, generator=self.generator).to(self.device, self.dtype)
-
+class _Maker(Draw):
     def sample(
         self,
         name: str,
@@ -88,12 +82,12 @@ class _Maker:
         scale: float | None = None,
         size: float = 1.0,
     ) -> OpSample:
-        q = self.draw(sum(lengths_q), sum(groups), head_dim) * size
-        k, v = (self.draw(sum(lengths_kv), len(groups), head_dim) * size for _ in range(2))
+        q = self.normal(sum(lengths_q), sum(groups), head_dim) * size
+        k, v = (self.normal(sum(lengths_kv), len(groups), head_dim) * size for _ in range(2))
         exact = torch.promote_types(self.dtype, torch.float32)
         gates = None
         if gate is not False:
-            gates = self.draw(sum(groups)).to(exact) * (1.0 if gate is True else gate)
+            gates = self.normal(sum(groups)).to(exact) * (1.0 if gate is True else gate)
         args = (
             *(q, k, v, gates, self.prefix(lengths_q), self.prefix(lengths_kv)),
             *([0, *accumulate(groups)], max(lengths_q, default=0), max(lengths_kv, default=0)),
@@ -112,9 +106,9 @@ class _Maker:
         # q, k and v in one buffer, as a fused projection leaves them; keys head by head
         plain = self.sample(name, lengths_q, lengths_kv, groups, head_dim)
         num_heads, num_kv = sum(groups), len(groups)
-        buffer = self.draw(sum(lengths_q), num_heads + 2 * num_kv, head_dim + 3)[..., 1:-2]
+        buffer = self.normal(sum(lengths_q), num_heads + 2 * num_kv, head_dim + 3)[..., 1:-2]
         q, v = buffer[:, :num_heads], buffer[:, -num_kv:]
-        k = self.draw(num_kv, sum(lengths_kv), head_dim).transpose(0, 1)
+        k = self.normal(num_kv, sum(lengths_kv), head_dim).transpose(0, 1)
         return OpSample(name, (q, k, v, *plain.args[3:]))
 
     def prefix(self, lengths: tuple[int, ...]) -> Tensor:

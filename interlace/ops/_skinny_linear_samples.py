@@ -6,14 +6,11 @@ Letters: N rows of the weight, K columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from interlace.ops._draw import Draw
 from interlace.ops._registry import OpSample
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -46,11 +43,7 @@ class Form:
 
     def draw(self, device: torch.device, dtype: torch.dtype) -> OpSample:
         """Draw the tensors."""
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*size: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(size, generator=generator) * scale).to(device, dtype)
-
+        normal = Draw(device, dtype).normal
         size, weight_size = self.scale
         if self.strided:
             x = normal(*self.leading, 3 * self.k, scale=size)[..., 1 : 2 * self.k : 2]
