@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from interlace.errors import ConfigError, PlanError, unknown_name
-from interlace.plan.rules import Choice, nearest_kept
+from interlace.plan.rules import finish
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from interlace.plan.rules import Problem
+    from interlace.plan.rules import Choice, Problem
     from interlace.records import Scores
 
     Word = Literal["auto", "alignment"]
@@ -176,12 +176,9 @@ def repair(problem: Problem, choice: Choice) -> Choice:
         )
     _, kept, frequency = min(found)
     drop = sorted((i for i in layers if i not in kept), key=lambda i: (-costs[i], i))
-    tune = nearest_kept(problem, drop)
     rejected = sorted(choice.drop)
     why = (
         f"best set that keeps cross-attention at every position divisible by {frequency}; "
         f"the rule's own choice {rejected} cannot be expressed in the configuration"
     )
-    reasons = dict.fromkeys(drop, why)
-    reasons |= {t: f"nearest kept neighbour of layer {d}" for d, t in zip(drop, tune, strict=False)}
-    return Choice(tuple(drop), tune, reasons=reasons)
+    return finish(problem, drop, dict.fromkeys(drop, why))
