@@ -123,10 +123,6 @@ def _how_many(
     return count
 
 
-def _towers_of(share: Fraction) -> list[str]:
-    return list(share) if isinstance(share, Mapping) else []
-
-
 def _tower_plan(problem: Problem, choice: Choice) -> TowerPlan:
     table = choice.layer_scores
     if table is None:
@@ -274,7 +270,7 @@ def make_plan(
     amounts = drop_fraction if num_drop is None else num_drop
     named = [share for share in shares if isinstance(share, Mapping)]
     if amounts is None and towers is None and named:
-        towers = list(dict.fromkeys(name for share in shares for name in _towers_of(share)))
+        towers = list(dict.fromkeys(name for share in named for name in share))
     names = tower_names(scores, towers, amounts if isinstance(amounts, Mapping) else None)
     left_out = [name for share in named for name in share if name not in names]
     if towers is not None and left_out:
