@@ -59,6 +59,17 @@ class Shortened:
         """How many kept layers stand below `position`, a position before the cut."""
         return sum(1 for kept in self.kept if kept < position)
 
+    def renumber(self, key: str, before: list[int], after: list[int]) -> Changes:
+        """Write new layer numbers into the vision config and every module that keeps a copy."""
+        if after == before:
+            return {}
+        config: Any = self.model.config
+        setattr(config.vision_config, key, after)
+        for module in self.model.modules():
+            if key in vars(module):
+                setattr(module, key, list(after))
+        return {f"vision_config.{key}": (before, after)}
+
 
 class PerImage(Protocol):
     """Tells how much of what the vision tower is given belongs to every image of a batch."""

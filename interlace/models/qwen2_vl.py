@@ -31,13 +31,7 @@ def _remap(cut: Shortened) -> Changes:
         return {}
     before = list(getattr(config.vision_config, _KEY))
     after = [cut.below(i) for i in before if i in cut.kept]
-    if after == before:
-        return {}
-    setattr(config.vision_config, _KEY, after)
-    for module in cut.model.modules():
-        if _KEY in vars(module):
-            setattr(module, _KEY, list(after))
-    return {f"vision_config.{_KEY}": (before, after)}
+    return cut.renumber(_KEY, before, after)
 
 
 QWEN2_VL = Family(

@@ -41,18 +41,6 @@ def _bound(model: PreTrainedModel, tower_name: str) -> dict[int, str]:
     return {}
 
 
-def _set(cut: Shortened, before: list[int], after: list[int]) -> Changes:
-    """Write the new indexes into the config and into every module that keeps a copy."""
-    if after == before:
-        return {}
-    config: Any = cut.model.config
-    setattr(config.vision_config, _KEY, after)
-    for module in cut.model.modules():
-        if _KEY in vars(module):
-            setattr(module, _KEY, list(after))
-    return {f"vision_config.{_KEY}": (before, after)}
-
-
 def _remap(cut: Shortened) -> Changes:
     before = _indexes(cut.model)
     if cut.tower_name == "text":
@@ -64,7 +52,7 @@ def _remap(cut: Shortened) -> Changes:
             if "deepstack_merger_list" in dict(module.named_children()):
                 mergers: Any = module.deepstack_merger_list
                 module.deepstack_merger_list = nn.ModuleList([mergers[j] for j in rest])
-        return _set(cut, before, [before[j] for j in rest])
+        return cut.renumber(_KEY, before, [before[j] for j in rest])
     if cut.tower_name == "vision":
         # A dropped layer passes its input through, so its feature is read after the nearest kept
         # layer below.
@@ -81,7 +69,7 @@ def _remap(cut: Shortened) -> Changes:
                 f"vision layer (positions {after}), which Qwen3-VL cannot state. Keep a vision "
                 "layer between them."
             )
-        return _set(cut, before, after)
+        return cut.renumber(_KEY, before, after)
     return {}
 
 
