@@ -59,7 +59,7 @@ TASK_TABLE = {
 }
 TASKS = tuple(TASK_TABLE)
 # these compare two models inside one run, so a report of an earlier run cannot stand in for one
-_PAIRED = ("fidelity", "speed")
+PAIRED = ("fidelity", "speed")
 
 
 def checked_names(tasks: Sequence[str]) -> tuple[str, ...]:
@@ -101,7 +101,7 @@ def check_models(vlm: VLM, baseline: VLM | EvalReport | None, names: Sequence[st
             "The task fidelity compares with a baseline, but none was given. Pass baseline=, the "
             "model that this one was pruned from, or use the task perplexity."
         )
-    paired = [name for name in names if name in _PAIRED]
+    paired = [name for name in names if name in PAIRED]
     if paired and isinstance(baseline, EvalReport):
         raise ConfigError(
             f"The task {paired[0]} needs the baseline itself, not its report: it compares two "

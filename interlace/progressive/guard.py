@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from interlace.data.samples import samples
 from interlace.errors import ConfigError, unknown_name
 from interlace.evaluate import evaluate
-from interlace.evaluate.selection import TASK_TABLE
+from interlace.evaluate.selection import PAIRED, TASK_TABLE
 from interlace.progressive.loss import TaskLoss
 from interlace.records import EvalReport, Provenance
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 LOSS = "loss"
 _LIKELIHOOD = "likelihood"
-# they compare two models within one run, which the report of an earlier one cannot stand in for
-_PAIRED = ("fidelity", "speed")
 
 
 def check_guard(guard: str, vlm: VLM) -> None:
@@ -33,7 +31,7 @@ def check_guard(guard: str, vlm: VLM) -> None:
     able = [
         task
         for task, each in TASK_TABLE.items()
-        if task not in _PAIRED and vlm.family.objective in each.scenes
+        if task not in PAIRED and vlm.family.objective in each.scenes
     ]
     task, slash, metric = guard.partition("/")
     if not (slash and task and metric):
