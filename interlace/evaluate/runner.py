@@ -107,7 +107,7 @@ def evaluate(
             task: result.details for task, result in base.items()
         }
     return EvalReport(
-        metrics={name: result.metrics for name, result in results.items()},
+        metrics=_metrics_of(results),
         baseline=_metrics_of(base) if baseline is not None else None,
         retention=kept,
         num_samples={name: len(items) for name, (items, _) in chosen.items()},
