@@ -207,8 +207,7 @@ def check_same_attributes(
     """Check that transformers builds every module of a student as its source was built.
 
     This is what finds a model whose layers differ by their number in a way that its config cannot
-    state for the
-    student: a window on every second layer, a constant that grows with the depth.
+    state for the student: a window on every second layer, a constant that grows with the depth.
 
     Args:
         shell: the student as built from its config.
