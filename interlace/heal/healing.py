@@ -184,7 +184,7 @@ def heal(
         trainer.train(resume_from_checkpoint=str(found[0]) if found is not None else None)
         trainer.check_weights()
         points = trainer.interpolate(student.model.get_parameter, judging) if judging else ()
-        trainer.close()
+        trainer.tick()
         trained = trainer.trained_values()
         hand_over(student.model, names, trained)
         gates = final_gates(trained("gates.values"), chosen.gates) if gated else []

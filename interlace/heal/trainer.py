@@ -310,18 +310,15 @@ class HealTrainer(Trainer):  # type: ignore[misc]
         parameters = self._trained()
         return lambda name: full_value(parameters[name])
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
+        """Bring the seconds of `progress` up to date."""
         now = time.monotonic()
         self.progress["seconds"] += now - self._clock
         self._clock = now
 
-    def close(self) -> None:
-        """Bring `progress` up to date at the end of the run."""
-        self._tick()
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output, step = Path(self.args.output_dir), self.state.global_step
-        self._tick()
+        self.tick()
         trained = self._trained()
         with checkpoints.worded_errors(output, step):
             if self.args.should_save:
