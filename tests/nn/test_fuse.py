@@ -51,11 +51,7 @@ def test_round_trips_are_bit_equal(family: str, kit: Any, tmp_path: Path) -> Non
     model = kit.build(family)
     inputs = kit.inputs(family, model)
     before, state = kit.forward(model, inputs), _state(model)
-    configs = [
-        module.config._attn_implementation
-        for module in model.modules()
-        if hasattr(module, "config")
-    ]
+    configs = _implementations(model)
     names = list(model.state_dict())
     memory = _memory(model)
     model.save_pretrained(tmp_path / "stock")
@@ -70,12 +66,7 @@ def test_round_trips_are_bit_equal(family: str, kit: Any, tmp_path: Path) -> Non
     assert len(report.fused) == sum(e.fused for e in report.entries)
     il.unfuse(model)
     assert _state(model) == state
-    after = [
-        module.config._attn_implementation
-        for module in model.modules()
-        if hasattr(module, "config")
-    ]
-    assert after == configs
+    assert _implementations(model) == configs
     found = kit.forward(model, inputs)
     assert all(torch.equal(found[name], value) for name, value in before.items())
 
