@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tiny import ALL, TINY, generation_inputs, tiny_inputs
+from tiny import ALL, GENERATIVE, TINY, generation_inputs, tiny_inputs
 from tiny_batches import PAIRS
 
+import interlace as il
 from interlace import ops
 from interlace.models import VLM, family_of
 from interlace.nn.cache_memory import CACHE
@@ -229,6 +230,29 @@ def generate(model: Any, name: str, **settings: Any) -> torch.Tensor:
         return model.generate(**inputs, **_SETTINGS, **settings)
 
 
+def fused(name: str, model: Any, route: Any) -> Any:
+    """Fuse a model and undo it again; what it computes stays what it was, and the report is given.
+
+    Args:
+        name: the family.
+        model: unfused, before and after.
+        route: makes the context in which the fused model runs.
+    """
+    given = inputs(name, model)
+    plain = forward(model, given)
+    truth = forward(in_fp64(model), cast(given, torch.float64))
+    tokens = generate(model, name) if name in GENERATIVE else None
+    report = il.fuse(model)
+    with route():
+        assert excesses(forward(model, given), plain, truth) == []
+        if tokens is not None:
+            assert torch.equal(generate(model, name), tokens)
+    il.unfuse(model)
+    again = forward(model, given)
+    assert all(torch.equal(again[key], value) for key, value in plain.items())
+    return report
+
+
 def pruned(name: str) -> Any:
     """A student without one or two layers of every tower."""
     model = ALL[name]()
@@ -347,6 +371,7 @@ def kit() -> SimpleNamespace:
         unfused=Unfused,
         excesses=excesses,
         generate=generate,
+        fused=fused,
         variant=variant,
         pruned=pruned,
         narrowed=narrowed,

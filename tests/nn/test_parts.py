@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from recorders import Replayer
-from tiny import GENERATIVE, TINY
+from tiny import TINY
 
 import interlace as il
 from interlace.models import VLM, family_of
@@ -38,22 +38,10 @@ def without_parts(name: str) -> Any:
     "name", ["blip2_opt", "blip2_t5", "blip_caption", "clip", "llava", "qwen2_5_vl", "qwen3_vl"]
 )
 def test_fused_students_compute_what_they_did(name: str, kit: Any, route: Any) -> None:
-    model = without_parts(name)
-    inputs = kit.inputs(name, model)
-    plain = kit.forward(model, inputs)
-    truth = kit.forward(kit.in_fp64(model), kit.cast(inputs, torch.float64))
-    tokens = kit.generate(model, name) if name in GENERATIVE else None
-    report = il.fuse(model)
+    report = kit.fused(name, without_parts(name), route)
     absent = [each for each in report.entries if each.part == "absent"]
     assert absent
     assert all("taken out" in each.reason for each in absent)
-    with route():
-        assert kit.excesses(kit.forward(model, inputs), plain, truth) == []
-        if tokens is not None:
-            assert torch.equal(kit.generate(model, name), tokens)
-    il.unfuse(model)
-    again = kit.forward(model, inputs)
-    assert all(torch.equal(again[key], value) for key, value in plain.items())
 
 
 def test_norms_before_parts_that_are_gone_do_not_run(kit: Any) -> None:
