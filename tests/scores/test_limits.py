@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from scores.written_out import TOLERANCE, batch_of, one_by_one, opened
+from scores.written_out import TOLERANCE, batch_of, labelled, one_by_one, opened
 from tiny_processors import with_processor
 from torch import nn
 
@@ -136,9 +136,17 @@ def test_padding_may_be_nan_and_a_zero_vector_is_like_nothing(whole: bool) -> No
     assert found["num_tokens"] == {"all": 5, "text": 3, "vision": 2}
 
 
-@pytest.mark.parametrize("packs", [(3,), "all"])
-def test_activations_that_are_not_finite_are_located(packs: Any) -> None:
-    vlm, singles = opened("qwen3_vl"), one_by_one(batch_of("qwen3_vl"))
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"packs": (3,)},
+        {"packs": "all"},
+        {"metrics": ("relevance",)},
+        {"metrics": ("sensitivity",)},
+    ],
+)
+def test_activations_that_are_not_finite_are_located(asked: dict[str, Any]) -> None:
+    vlm, singles = opened("qwen3_vl"), one_by_one(labelled("qwen3_vl"))
     length = singles[1]["input_ids"].shape[1]
 
     def break_second(_: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -147,11 +155,11 @@ def test_activations_that_are_not_finite_are_located(packs: Any) -> None:
     hook = vlm.towers["text"].layers[2].mlp.register_forward_hook(break_second)
     where = r"the output of layer 2 of the tower 'text', batch 1, sample '1\[0\]'"
     with pytest.raises(DataError, match=where):
-        score(vlm, singles, packs=packs, progress=False)
+        score(vlm, singles, **asked, progress=False)
     hook.remove()
     singles[2]["pixel_values"] = singles[2]["pixel_values"] * float("nan")
     with pytest.raises(DataError, match="the input of layer 0 of the tower 'vision', batch 2"):
-        score(vlm, singles, packs=packs, progress=False)
+        score(vlm, singles, **asked, progress=False)
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from scores.written_out import TOLERANCE, labelled, one_by_one, opened, skipped
+from scores.written_out import TOLERANCE, labelled, opened, skipped
 from tiny import TINY, llava
 from torch import nn
 
@@ -184,21 +184,6 @@ def test_a_loss_that_breaks_without_a_layer_says_so() -> None:
     hook = final.register_forward_hook(break_fifth)
     with pytest.raises(DataError, match="nan without layer 2 of the tower 'text'"):
         score(vlm, [batch], metrics=("relevance",), towers=("text",), progress=False)
-    hook.remove()
-
-
-@pytest.mark.parametrize("metric", ["relevance", "sensitivity"])
-def test_activations_that_are_not_finite_are_located(metric: str) -> None:
-    vlm, singles = opened("qwen3_vl"), one_by_one(labelled("qwen3_vl"))
-    length = singles[1]["input_ids"].shape[1]
-
-    def break_second(_: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output / 0 if output.shape[1] == length else output
-
-    hook = vlm.towers["text"].layers[2].mlp.register_forward_hook(break_second)
-    where = r"the output of layer 2 of the tower 'text', batch 1, sample '1\[0\]'"
-    with pytest.raises(DataError, match=where):
-        score(vlm, singles, metrics=(metric,), progress=False)
     hook.remove()
 
 
