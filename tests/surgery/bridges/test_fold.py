@@ -34,6 +34,13 @@ def _fit(dense: Any, student: Any, gaps: Any, data: Any) -> Any:
         return fit_fold(dense, student, gaps, data, Weights())
 
 
+def _left(dense: Any, student: Any, gap: Any) -> float:
+    """Squared error of the held-out samples behind a gap, as a share of their squared size."""
+    seen = list(observe(dense, student, gap, calibration(num_batches=8), Weights()))
+    left = sum(float(s.weight[s.held] @ (s.goal - s.state)[s.held].square().sum(1)) for s in seen)
+    return left / sum(float(s.weight[s.held] @ s.goal[s.held].square().sum(1)) for s in seen)
+
+
 @pytest.mark.parametrize("kind", [Linear, LayerScaled])
 @pytest.mark.parametrize("drop", [(3,), (2, 3), (2, 4, 5), (6,)])
 def test_linear_layers_are_recovered_to_rounding(drop: tuple[int, ...], kind: Any) -> None:
@@ -163,10 +170,7 @@ def test_post_norm_layers_are_fitted_through_their_norms(kind: Any) -> None:
     student, gaps = without(dense, (3,))
     (bridge,) = _fit(dense, student, gaps, calibration(num_batches=8))
     assert bridge.error_after < 0.75 * bridge.error_before
-    seen = list(observe(dense, student, gaps[0], calibration(num_batches=8), Weights()))
-    left = sum(float(s.weight[s.held] @ (s.goal - s.state)[s.held].square().sum(1)) for s in seen)
-    size = sum(float(s.weight[s.held] @ s.goal[s.held].square().sum(1)) for s in seen)
-    assert bridge.error_after == pytest.approx(left / size, rel=1e-9)
+    assert bridge.error_after == pytest.approx(_left(dense, student, gaps[0]), rel=1e-9)
 
 
 def test_a_norm_behind_the_projection_is_fitted_through_and_with_it() -> None:
@@ -175,11 +179,8 @@ def test_a_norm_behind_the_projection_is_fitted_through_and_with_it() -> None:
     student, gaps = without(dense, (3,))
     (bridge,) = _fit(dense, student, gaps, calibration(num_batches=8))
     assert bridge.error_after < 0.25 * bridge.error_before
-    seen = list(observe(dense, student, gaps[0], calibration(num_batches=8), Weights()))
-    left = sum(float(s.weight[s.held] @ (s.goal - s.state)[s.held].square().sum(1)) for s in seen)
-    size = sum(float(s.weight[s.held] @ s.goal[s.held].square().sum(1)) for s in seen)
     assert bridge.settings["gain"] is True
-    assert bridge.error_after == pytest.approx(left / size, rel=1e-9)
+    assert bridge.error_after == pytest.approx(_left(dense, student, gaps[0]), rel=1e-9)
     assert all(torch.equal(weights[name], value) for name, value in dense.state_dict().items())
 
 
