@@ -11,12 +11,13 @@ import pytest
 import torch
 from tiny import TINY, tiny_inputs
 
-from interlace.models import VLM, family_of
+from interlace.models import VLM, family_of, open_model
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 
 def outputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -52,13 +53,24 @@ def bit_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) > 0 and all(map(torch.equal, one, other))
 
 
-def reloaded(name: str, one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    """Equal to the bit, unless products of experts round by the address of their weights."""
-    if name != "qwen3_5_moe":
-        return bit_equal(one, other)
-    return len(one) == len(other) > 0 and all(
-        torch.allclose(*pair, rtol=1e-5, atol=1e-5) for pair in zip(one, other, strict=True)
-    )
+def reopened(name: str, folder: Path, student: VLM) -> VLM:
+    """Open the checkpoint of a student, and check that it is the same.
+
+    Outputs are equal to the bit, unless products of experts round by the address of their weights.
+    """
+    again = open_model(folder)
+    assert type(again.model) is type(student.model)
+    one, other = (outputs(each.model, _opened(name).inputs) for each in (again, student))
+    if name == "qwen3_5_moe":
+        assert len(one) == len(other) > 0
+        for pair in zip(one, other, strict=True):
+            assert torch.allclose(*pair, rtol=1e-5, atol=1e-5)
+    else:
+        assert bit_equal(one, other)
+    assert again.fingerprint == student.fingerprint
+    assert again.record == student.record
+    assert again.shape() == student.shape()
+    return again
 
 
 def _pass_through(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
@@ -147,7 +159,7 @@ def kit() -> SimpleNamespace:
         quartered=_quartered,
         outputs=outputs,
         bit_equal=bit_equal,
-        reloaded=reloaded,
+        reopened=reopened,
         skipping=skipping,
         plan_of=plan_of,
         quarter=quarter,
