@@ -77,14 +77,12 @@ def _words(count: int, generator: torch.Generator) -> list[int]:
     return torch.randint(5, 100, (count,), generator=generator).tolist()
 
 
-def _padded(
-    rows: list[list[int]], *, left: bool, value: int = PAD
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad rows of token ids to one length: ids [B, T] and attention mask [B, T]."""
     width = max(map(len, rows))
     ids, mask = [], []
     for row in rows:
-        gap = [value] * (width - len(row))
+        gap = [PAD] * (width - len(row))
         ids.append(gap + row if left else row + gap)
         on, off = [1] * len(row), [0] * len(gap)
         mask.append(off + on if left else on + off)
@@ -168,16 +166,14 @@ def tiny_inputs(name: str, model: Any, batch: int = 2, seed: int = 0) -> dict[st
     return inputs
 
 
-def generation_inputs(
-    name: str, model: Any, batch: int = 2, seed: int = 0
-) -> dict[str, torch.Tensor]:
+def generation_inputs(name: str, model: Any) -> dict[str, torch.Tensor]:
     """Inputs of `model.generate(**inputs)`: prompts of unequal length, padded on the left.
 
     BLIP's captioner drops the last prompt token itself (the separator its processor adds).
     """
-    generator = torch.Generator().manual_seed(seed)
+    batch, generator = 2, torch.Generator().manual_seed(0)
     if name == "blip_vqa":
-        inputs = tiny_inputs(name, model, batch, seed)
+        inputs = tiny_inputs(name, model, batch)
         return {key: inputs[key] for key in ("pixel_values", "input_ids", "attention_mask")}
     if name == "blip_caption":
         rows = [[BOS, *_words(PROMPT_LENGTHS[i % 3], generator), EOS] for i in range(batch)]

@@ -96,10 +96,7 @@ def test_cases_that_cannot_be_made_fail_the_run_and_keep_the_rest(time_toy: Any)
 
 
 def test_ops_in_processes_of_their_own_do_not_take_each_other_along(
-    make_op: Callable[..., Op],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    make_op: Callable[..., Op], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ops = [make_op() for _ in range(3)]
     called: list[list[str]] = []

@@ -78,7 +78,7 @@ def test_tasks_may_come_one_by_one() -> None:
     assert samples("scenes", count=3, tasks=iter(("vqa",))).fingerprint == wanted.fingerprint  # type: ignore[arg-type]
 
 
-def test_scenes_need_a_count_and_nothing_is_empty(tmp_path: Path) -> None:
+def test_scenes_need_a_count_and_nothing_is_empty() -> None:
     with pytest.raises(ConfigError, match="count="):
         samples("scenes")
     with pytest.raises(DataError, match="no samples"):

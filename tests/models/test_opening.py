@@ -189,7 +189,7 @@ def test_a_config_that_cannot_be_is_told(
         open_model(folder)
 
 
-def test_names(folder: Path) -> None:
+def test_names() -> None:
     with pytest.raises(ConfigError, match="name of the model is empty"):
         open_model(" ")
     for wrong in (None, open_model(TINY["clip"](text=2, vision=2)), torch.nn.Linear(1, 1)):

@@ -36,9 +36,9 @@ def opened(name: str) -> VLM:
     return VLM(model, family_of(model), name=name)
 
 
-def batch_of(name: str, num_samples: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
+def batch_of(name: str, num_samples: int = 3) -> dict[str, torch.Tensor]:
     """A padded batch of prompts of unequal length."""
-    return tiny_inputs(name, opened(name).model, batch=num_samples, seed=seed)
+    return tiny_inputs(name, opened(name).model, batch=num_samples)
 
 
 def labelled(name: str, num_samples: int = 3) -> dict[str, torch.Tensor]:

@@ -42,9 +42,9 @@ class Map(nn.Module):
         return hidden @ self.matrix
 
 
-def _fit(dense: Any, student: Any, gaps: Any, kind: str, rank: int = 2) -> Any:
+def _fit(dense: Any, student: Any, gaps: Any, kind: str) -> Any:
     with torch.no_grad():
-        return fit_run_time(dense, student, gaps, calibration(), Weights(), kind=kind, rank=rank)
+        return fit_run_time(dense, student, gaps, calibration(), Weights(), kind=kind, rank=2)
 
 
 @pytest.mark.parametrize("place", [2, 6])
