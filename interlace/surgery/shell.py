@@ -15,6 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from interlace._torch_utils import FORWARD_REFUSALS
 from interlace.errors import PlanError, ShapeError
 from interlace.models.attention import set_widths
 
@@ -26,18 +27,7 @@ if TYPE_CHECKING:
     from interlace.models.attention import Widths
 
 # What building a model from a config that it does not support raises.
-REFUSALS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    AssertionError,
-    ImportError,
-    StrictDataclassError,
-    ShapeError,
-)
+REFUSALS = (*FORWARD_REFUSALS, StrictDataclassError, ShapeError)
 _TENSORS = (torch.Tensor, nn.Parameter)
 _PLAIN = (bool, int, float, str, type(None))
 # Attributes that say nothing about what a module computes, or that are set from outside at run
