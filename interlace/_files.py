@@ -27,6 +27,12 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 (64 hex digits) of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Tell whether an error means that the disk or the quota is full.
 
@@ -70,15 +76,21 @@ def _make_parent(path: Path) -> None:
         ) from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the entries of a folder are on disk, where the file system can tell."""
     # A rename survives a power cut only once the folder entry itself is on disk. Some file
     # systems refuse to open or sync folders, which costs nothing but that guarantee.
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(folder)
 
 
 def _check_plain(path: Path) -> None:
@@ -123,7 +135,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     return target
 
 
@@ -279,4 +291,4 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         if is_disk_full(error):
             raise CheckpointError(disk_full_message(target)) from error
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)

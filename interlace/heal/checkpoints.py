@@ -15,10 +15,8 @@ folder that looks like a checkpoint. Frozen weights are not in it: the student b
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
-import os
 import random
 import re
 import shutil
@@ -30,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from interlace._files import disk_full_message, is_disk_full
+from interlace._files import disk_full_message, is_disk_full, sha256_of_file, sync, sync_folder
 from interlace.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -51,7 +49,6 @@ START = "start.safetensors"
 PART = ".part"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -76,22 +73,6 @@ def checkpoint_name(step: int) -> str:
     return f"checkpoint-{step}"
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def part_of(output: Path, step: int) -> Path:
     """Return where the checkpoint of a step is written before it is complete."""
     return output / f".{checkpoint_name(step)}{PART}"
@@ -107,7 +88,7 @@ def begin(output: Path, step: int) -> None:
 def complete(output: Path, step: int, manifest: Manifest) -> Path:
     """Seal what was written: hash every file, write the manifest, sync, rename."""
     part, target = part_of(output, step), output / checkpoint_name(step)
-    files = {path.name: _sha256(path) for path in sorted(part.iterdir())}
+    files = {path.name: sha256_of_file(path) for path in sorted(part.iterdir())}
     content = {
         "schema": SCHEMA,
         "step": manifest.step,
@@ -118,13 +99,11 @@ def complete(output: Path, step: int, manifest: Manifest) -> Path:
     }
     (part / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
     for path in part.iterdir():
-        _sync(path)
+        sync(path)
     if target.exists():
         shutil.rmtree(target)
     part.rename(target)
-    # Some file systems refuse to sync a folder; the rename is atomic all the same.
-    with contextlib.suppress(OSError):
-        _sync(output)
+    sync_folder(output)
     return target
 
 
@@ -194,7 +173,7 @@ def read(path: Path) -> Manifest:
             int(content["step"]), content["identity"], content["progress"], content["scheduler"]
         )
         for name, expected in content["files"].items():
-            if _sha256(path / name) != expected:
+            if sha256_of_file(path / name) != expected:
                 raise CheckpointError(f"{path / name} does not match its checksum: it was damaged.")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a complete checkpoint ({error}).") from error

@@ -10,13 +10,12 @@ Frozen weights are those of the dense model, so a stage costs what it trained.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from typing import TYPE_CHECKING
 
 import torch
 
-from interlace._files import atomic_folder, remove_parts
+from interlace._files import atomic_folder, remove_parts, sha256_of_file
 from interlace.errors import CheckpointError
 from interlace.heal.checkpoints import read_tensors, write_tensors
 from interlace.models.checkpoint import MANIFEST
@@ -77,7 +76,7 @@ def save_student(folder: Path, student: VLM, dense: VLM, healed: HealReport | No
         if healed is not None:
             healed.save(made / HEAL)
         write_tensors(made / WEIGHTS, dict(_changed(student, dense)))
-        return _digest(made / WEIGHTS)
+        return sha256_of_file(made / WEIGHTS)
 
 
 def _told(student: VLM) -> tuple[Plan, PruneRecord]:
@@ -86,17 +85,12 @@ def _told(student: VLM) -> tuple[Plan, PruneRecord]:
     return student.plan, student.record
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def is_whole(folder: Path, digest: str) -> bool:
     """Tell whether the student in a folder is the one whose weights have this SHA-256."""
     path = folder / WEIGHTS
     if not path.is_file():
         return False
-    if _digest(path) == digest:
+    if sha256_of_file(path) == digest:
         return True
     log.warning("%s was damaged; its stage is carried out again", path)
     return False
