@@ -14,19 +14,11 @@ if TYPE_CHECKING:
     from interlace.records import Plan
 
 NONE, FOLD, REFIT = "none", "fold", "refit"
-# Name -> what it is, in the words that records and cards use.
-FOLDED = {
-    "scale": "one factor per cut, folded into the weights behind it",
-    FOLD: "the effect of what was removed, folded into the projection before it",
-    REFIT: "the same, and all kept layers behind the first cut fitted to what they should give",
-}
 # Those that can also stand in for heads, neurons and parts that kept layers lose.
 WITHIN_LAYERS = (FOLD, REFIT)
-RUN_TIME = {
-    "diagonal": "one factor per channel at every cut, at run time",
-    "lowrank": "a low-rank map beside the identity at every cut, at run time",
-}
-BRIDGES = (NONE, *FOLDED, *RUN_TIME)
+# Those that are modules at the cuts; the others end in the weights.
+RUN_TIME = ("diagonal", "lowrank")
+BRIDGES = (NONE, "scale", FOLD, REFIT, *RUN_TIME)
 EVEN, FISHER = "even", "fisher"
 # By what the tokens count in a fit.
 TOKEN_WEIGHTS = (EVEN, FISHER)
