@@ -187,7 +187,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("the order of backends is kept per GPU; --update-order needs --device cuda")
     is_cuda = arguments.device == "cuda"
     arguments.dtype = arguments.dtype or ["bfloat16" if is_cuda else "float32"]
-    arguments.shapes = arguments.shapes or DEFAULT[arguments.device]
+    arguments.shapes = arguments.shapes or DEFAULT
     if "all" in arguments.shapes:
         arguments.shapes = tuple(SHAPES)
     return arguments

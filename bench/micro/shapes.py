@@ -111,4 +111,4 @@ SHAPES = {
 }
 
 # what is timed when --shapes is not given
-DEFAULT = {"cuda": ("qwen3-vl-8b",), "cpu": ("qwen3-vl-8b",)}
+DEFAULT = ("qwen3-vl-8b",)
