@@ -32,6 +32,7 @@ from interlace.models.predictor import (
     model_inputs,
     targets_of,
 )
+from interlace.models.states import layer_input, layer_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,6 +46,19 @@ if TYPE_CHECKING:
 TERMS = ("loss", "ce", "hidden", "kl", "gates")
 
 CONTRASTIVE = "contrastive"
+
+
+def _in_given_dtype(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Hand on the states of a layer in the dtype that it was given, as it does in use.
+
+    One that trains in fp32 may give fp32 (a factor per channel, as InternVL has, multiplies what
+    autocast leaves alone), which a frozen layer in half precision does not take on a CPU.
+    """
+    given = layer_input(args, kwargs, type(layer).__name__).dtype
+    states = layer_output(output, type(layer).__name__)
+    if states.dtype == given:
+        return output
+    return states.to(given) if output is states else (states.to(given), *output[1:])
 
 
 class HealModel(nn.Module):
@@ -89,6 +103,9 @@ class HealModel(nn.Module):
         self.settings = settings
         self.anchors = tuple(anchors) if settings.hidden_weight else ()
         with_head = objective != CONTRASTIVE
+        for path in paths.values():
+            for layer in student.get_submodule(path).children():
+                layer.register_forward_hook(_in_given_dtype, with_kwargs=True)
         self.gates: Gates | None = None
         if settings.gates != "none" and gated:
             self.gates = Gates(gated, settings.gates)
