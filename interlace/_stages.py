@@ -41,11 +41,11 @@ def key_of(vlm: VLM, fingerprint: str) -> str:
         fingerprint: its own.
     """
     processor: Any = vlm.processor
-    written = getattr(processor, "to_json_string", str)
+    # a tokenizer alone cannot be written so; its vocabulary is that of the weights
+    written = getattr(processor, "to_json_string", lambda: None)
     tokenizer = getattr(processor, "tokenizer", None)
     templates = [getattr(each, "chat_template", None) for each in (processor, tokenizer)]
-    said = None if processor is None else [written(), templates]
-    return sha256_of([fingerprint, str(vlm.dtype), said])
+    return sha256_of([fingerprint, str(vlm.dtype), written(), templates])
 
 
 class Stages:

@@ -157,9 +157,8 @@ def sparsegpt(weight: torch.Tensor, gram: torch.Tensor, share: float) -> torch.T
         for column in range(block.start, block.stop):
             removed = torch.where(gone[:, column - start], left[:, column], 0.0)
             # the column's own entry becomes zero by this too, to rounding
-            left[:, column:] -= torch.outer(
-                removed / factor[column, column], factor[column, column:]
-            )
+            behind = factor[column, column:]
+            left[:, column:] -= torch.outer(removed / behind[0], behind)
             left[:, column].masked_fill_(gone[:, column - start], 0.0)
     return left.to(weight.dtype)
 
