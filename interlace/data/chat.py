@@ -145,7 +145,7 @@ class ChatText:
 
     @functools.cached_property
     def _special(self) -> tuple[str, ...]:
-        # the named ones, and those that have no name, as what ends a turn of Gemma
+        # the named ones, and those that have no name, as what ends a turn may be
         added = self._tokenizer.added_tokens_decoder.values()
         unnamed = [token.content for token in added if token.special]
         return tuple(token for token in (*self._tokenizer.all_special_tokens, *unnamed) if token)
