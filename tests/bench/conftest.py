@@ -1,4 +1,6 @@
-"""An op that takes no time, with a backward, a good kernel and room for bad ones."""
+"""A small case of the retention benchmark, and an op that takes no time: with a backward, a good
+kernel and room for bad ones.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ import itertools
 from typing import TYPE_CHECKING
 
 import pytest
+import retention
 import torch
+from methods import Sizes
 from torch import Tensor
 
 from interlace.ops import _availability
@@ -19,6 +23,8 @@ from micro.timing import CpuClock, Effort
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from methods import Case
 
 _NUMBERS = itertools.count()
 
@@ -91,3 +97,10 @@ def bench() -> Bench:
         Effort(rounds=2, turn_seconds=1e-3),
         Ceilings(10.0, 0.5, copy_bytes=1, matmul_side=1),
     )
+
+
+@pytest.fixture(scope="session")
+def quarter() -> Case:
+    """A quarter of the bundled CLIP model is to go, by very few samples."""
+    sizes = Sizes(calibration=6, heal_samples=4, heal_batch=4, held_out=4)
+    return retention.Bench(sizes).case("clip", 0.25, 0)

@@ -6,24 +6,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from methods import METHODS, Sizes
+from methods import METHODS
 from methods.calibrated import BLOCK, DAMPING, grams, sparsegpt, wanda
 from methods.case import BATCH_SIZE
 from methods.sparse import whole
-from retention import Bench
 
 from interlace._torch_utils import inference
 from interlace.surgery.bridges.calibration import Calibration
 
 if TYPE_CHECKING:
     from methods import Case
-
-
-@pytest.fixture(scope="module")
-def case() -> Case:
-    return Bench(Sizes(calibration=6, heal_samples=4, heal_batch=4, held_out=4)).case(
-        "clip", 0.25, 0
-    )
 
 
 def problem(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,16 +72,16 @@ def test_inputs_that_are_never_active_go() -> None:
     assert not made[:, 3].any()
 
 
-def test_padding_is_not_looked_at(case: Case) -> None:
-    student = whole(case)
-    alone = Calibration(case.vlm, case.shared.calibration, 1)
-    padded = Calibration(case.vlm, case.shared.calibration, BATCH_SIZE)
+def test_padding_is_not_looked_at(quarter: Case) -> None:
+    student = whole(quarter)
+    alone = Calibration(quarter.vlm, quarter.shared.calibration, 1)
+    padded = Calibration(quarter.vlm, quarter.shared.calibration, BATCH_SIZE)
     mask = padded.batches[0]["attention_mask"]
     assert not mask.all()
     with inference(student.model):
         for tower in ("text", "vision"):
-            found = grams(case, student, tower, 2, padded)
-            one_by_one = grams(case, student, tower, 2, alone)
+            found = grams(quarter, student, tower, 2, padded)
+            one_by_one = grams(quarter, student, tower, 2, alone)
             # query, key, value, output, two of the feed-forward part
             assert len(found) == 6
             for module, gram in found.items():
@@ -97,18 +89,18 @@ def test_padding_is_not_looked_at(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
-def test_layers_are_pruned_on_what_pruned_layers_give(name: str, case: Case) -> None:
-    student = METHODS[name].make(case).student
-    data = Calibration(case.vlm, case.shared.calibration, BATCH_SIZE)
-    share = case.parameters("text") / sum(
+def test_layers_are_pruned_on_what_pruned_layers_give(name: str, quarter: Case) -> None:
+    student = METHODS[name].make(quarter).student
+    data = Calibration(quarter.vlm, quarter.shared.calibration, BATCH_SIZE)
+    share = quarter.parameters("text") / sum(
         each.weight.numel()
         for each in student.towers["text"].layers.modules()
         if isinstance(each, torch.nn.Linear)
     )
-    dense = case.vlm.towers["text"].layers[3]
+    dense = quarter.vlm.towers["text"].layers[3]
     prune = {"wanda": wanda, "sparsegpt": sparsegpt}[name]
     with inference(student.model):
-        found = grams(case, student, "text", 3, data)
+        found = grams(quarter, student, "text", 3, data)
     # what the others are given changed once these were pruned
     for projection in ("q_proj", "k_proj", "v_proj"):
         before = getattr(dense.self_attn, projection).weight.detach()

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
 import torch
-from methods import Sizes
 from methods.flap import Moments, compensate, least, look
-from retention import Bench
 from torch import nn
 
 from interlace.models.sites import Site
 
 if TYPE_CHECKING:
     from methods import Case
-
-
-@pytest.fixture(scope="module")
-def case() -> Case:
-    return Bench(Sizes(calibration=6, heal_samples=4, heal_batch=4, held_out=4)).case(
-        "clip", 0.25, 0
-    )
 
 
 def site(kind: str, head_dim: int, groups: tuple[int, ...]) -> Site:
@@ -77,14 +67,14 @@ def test_the_bias_makes_up_for_the_mean() -> None:
     assert not torch.allclose(after, before, atol=0.1)
 
 
-def test_padding_is_not_looked_at(case: Case) -> None:
-    moments = look(case)
+def test_padding_is_not_looked_at(quarter: Case) -> None:
+    moments = look(quarter)
     for tower in ("text", "vision"):
         counts = {own.count for own in moments[tower].values()}
         # attention and feed-forward part of every layer
-        assert len(moments[tower]) == 2 * case.vlm.towers[tower].num_layers
+        assert len(moments[tower]) == 2 * quarter.vlm.towers[tower].num_layers
         assert len(counts) == 1
-    processor = case.vlm.processor
-    words = [sample.turns[-1].text for sample in case.shared.calibration]
+    processor = quarter.vlm.processor
+    words = [sample.turns[-1].text for sample in quarter.shared.calibration]
     tokens = sum(len(each) for each in processor.tokenizer(words)["input_ids"])
     assert next(iter(moments["text"].values())).count == tokens

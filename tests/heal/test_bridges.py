@@ -28,7 +28,8 @@ def _healed(
     teacher = VLM(model, family_of(model), name="qwen3_vl")
     data = [tiny_inputs("qwen3_vl", model, batch=4, seed=seed) for seed in range(2)]
     plan = Plan({"text": TowerPlan(6, drop=(4,), tune=tune)})
-    student = prune(teacher, plan, bridges=bridges, data=data)
+    rank: dict[str, Any] = {"rank": 2} if bridges == "lowrank" else {}
+    student = prune(teacher, plan, bridges=bridges, data=data, **rank)
     assert [bridge.kind for bridge in student.record.bridges] == [bridges]
     taught = teacher.fingerprint
     before = {name: value.detach().clone() for name, value in student.model.named_parameters()}

@@ -42,6 +42,10 @@ class Map(nn.Module):
         return hidden @ self.matrix
 
 
+# what else `prune` is asked for
+RANK: dict[str, Any] = {"lowrank": {"rank": 3}}
+
+
 def _fit(dense: Any, student: Any, gaps: Any, kind: str) -> Any:
     with torch.no_grad():
         return fit_run_time(dense, student, gaps, calibration(), Weights(), kind=kind, rank=2)
@@ -140,7 +144,7 @@ def test_students_open_with_equal_logits_and_leave_the_teacher_alone(
     data = [tiny_inputs(name, vlm.model, batch=4, seed=seed) for seed in range(2)]
     before, outputs = vlm.fingerprint, _values(vlm.model, data[0])
     plan = _plan(vlm)
-    student = prune(vlm, plan, bridges=kind, data=data, allow_pinned=True)
+    student = prune(vlm, plan, bridges=kind, data=data, allow_pinned=True, **RANK.get(kind, {}))
     assert vlm.fingerprint == before
     assert all(map(torch.equal, _values(vlm.model, data[0]), outputs))
     assert not student.record.standard
@@ -172,7 +176,9 @@ def test_students_open_with_equal_logits_and_leave_the_teacher_alone(
 def test_generation_with_a_cache_equals_generation_without(kind: str) -> None:
     vlm = _vlm("qwen3_vl")
     data = [tiny_inputs("qwen3_vl", vlm.model, batch=4)]
-    student = prune(vlm, _plan(vlm), bridges=kind, data=data, allow_pinned=True)
+    student = prune(
+        vlm, _plan(vlm), bridges=kind, data=data, allow_pinned=True, **RANK.get(kind, {})
+    )
     inputs = generation_inputs("qwen3_vl", vlm.model)
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 1}
     with torch.no_grad():
