@@ -15,12 +15,11 @@ import torch
 from torch import nn
 
 from interlace._torch_utils import inference, without_cache
-from interlace.errors import PlanError
 from interlace.models.states import layer_input
 from interlace.models.tokens import token_units
 from interlace.surgery.bridges.calibration import Calibration
 from methods.case import BATCH_SIZE, Case, Made, Method
-from methods.sparse import heal_masked, linears, whole
+from methods.sparse import counted, heal_masked, linears, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,24 +81,17 @@ def grams(case: Case, student: Any, tower: str, layer: int, data: Calibration) -
 def layer_by_layer(prune: Prune, case: Case) -> Made:
     """Prune every matrix of a tower's layers by the same share, on what it is then given.
 
-    As many weights go as `Case.parameters` says, norms and biases counted with them.
-
     Raises:
-        PlanError: the linear modules hold fewer weights than are to go.
+        PlanError: as `counted`.
     """
     student = whole(case)
     data = Calibration(case.vlm, case.shared.calibration, BATCH_SIZE)
     with inference(student.model), without_cache(student.model):
         for tower, modules in linears(case, student):
-            share = case.parameters(tower) / sum(each.weight.numel() for each in modules)
-            if share > 1:
-                raise PlanError(
-                    f"More weights of the {tower} tower are to go than its linear modules hold. "
-                    "Choose a smaller fraction."
-                )
+            count, available = counted(case, tower, modules)
             for layer in range(len(student.towers[tower].layers)):
                 for module, gram in grams(case, student, tower, layer, data).items():
-                    module.weight.copy_(prune(module.weight, gram, share))
+                    module.weight.copy_(prune(module.weight, gram, count / available))
     return Made(student)
 
 

@@ -58,6 +58,24 @@ def whole(case: Case) -> Any:
     return il.prune(case.vlm, il.Plan(towers=towers, shape=case.shared.scores.shape))
 
 
+def counted(case: Case, tower: str, modules: list[nn.Linear]) -> tuple[int, int]:
+    """Return how many weights of a tower are to go, and how many its linear modules hold.
+
+    As many go as `Case.parameters` says, norms and biases counted with them.
+
+    Raises:
+        PlanError: the linear modules hold fewer weights than are to go.
+    """
+    count = case.parameters(tower)
+    available = sum(module.weight.numel() for module in modules)
+    if count > available:
+        raise PlanError(
+            f"{count} weights of the {tower} tower are to go, but its linear modules hold "
+            f"{available}. Choose a smaller fraction."
+        )
+    return count, available
+
+
 def _zero_smallest(weights: list[torch.Tensor], count: int) -> None:
     """Zero exactly `count` of all weights, the smallest by magnitude."""
     sizes = torch.cat([weight.abs().reshape(-1) for weight in weights])
@@ -71,23 +89,15 @@ def _zero_smallest(weights: list[torch.Tensor], count: int) -> None:
 def magnitude(per_matrix: bool, case: Case) -> Made:
     """Zero the smallest weights of a tower's layers, over the tower or in every matrix alike.
 
-    As many go as `Case.parameters` says, norms and biases counted with them.
-
     Source: Han et al., arXiv 1506.02626, section 3, in one shot.
 
     Raises:
-        PlanError: the linear modules hold fewer weights than are to go.
+        PlanError: as `counted`.
     """
     student = whole(case)
     for tower, modules in linears(case, student):
-        count = case.parameters(tower)
+        count, available = counted(case, tower, modules)
         weights = [module.weight for module in modules]
-        available = sum(weight.numel() for weight in weights)
-        if count > available:
-            raise PlanError(
-                f"{count} weights of the {tower} tower are to go, but its linear modules hold "
-                f"{available}. Choose a smaller fraction."
-            )
         if per_matrix:
             for weight in weights:
                 _zero_smallest([weight], round(weight.numel() * count / available))
