@@ -34,7 +34,8 @@ LOCK = ".lock"
 def key_of(vlm: VLM, fingerprint: str) -> str:
     """Return what a model is as it is run, which its fingerprint does not tell alone.
 
-    It is the same in every precision and with every processor; what is made and measured is not.
+    It is the same in every precision, with every processor and with all generation settings; what
+    is made and measured is not.
 
     Args:
         vlm: the model.
@@ -45,7 +46,9 @@ def key_of(vlm: VLM, fingerprint: str) -> str:
     written = getattr(processor, "to_json_string", lambda: None)
     tokenizer = getattr(processor, "tokenizer", None)
     templates = [getattr(each, "chat_template", None) for each in (processor, tokenizer)]
-    return sha256_of([fingerprint, str(vlm.dtype), written(), templates])
+    generation = getattr(vlm.model, "generation_config", None)
+    generates = generation.to_json_string(ignore_metadata=True) if generation is not None else None
+    return sha256_of([fingerprint, str(vlm.dtype), written(), templates, generates])
 
 
 class Stages:

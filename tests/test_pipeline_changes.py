@@ -40,14 +40,27 @@ def test_a_model_in_another_precision_is_another_to_cut_and_export(
     assert il.open_model(second.folder).dtype is torch.bfloat16
 
 
-def test_a_model_with_another_processor_is_another() -> None:
-    def key(template: str = "{{ messages }}", side: int = 16, dtype: Any = torch.float32) -> str:
+def test_a_model_with_another_processor_or_generation_is_another() -> None:
+    def key(
+        template: str = "{{ messages }}",
+        side: int = 16,
+        dtype: Any = torch.float32,
+        forbidden: list[int] | None = None,
+    ) -> str:
         processor = qwen_processor()
         processor.chat_template = template
         processor.image_processor.size = {"shortest_edge": side, "longest_edge": side}
-        return key_of(il.open_model(qwen3_vl().to(dtype), processor=processor), "same weights")
+        vlm = il.open_model(qwen3_vl().to(dtype), processor=processor)
+        vlm.model.generation_config.suppress_tokens = forbidden
+        return key_of(vlm, "same weights")
 
-    keys = [key(), key("{{ messages | length }}"), key(side=32), key(dtype=torch.bfloat16)]
+    keys = [
+        key(),
+        key("{{ messages | length }}"),
+        key(side=32),
+        key(dtype=torch.bfloat16),
+        key(forbidden=[3]),
+    ]
     assert len(set(keys)) == len(keys)
     assert key() == keys[0]
 

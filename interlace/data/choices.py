@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import re
+from itertools import takewhile
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from interlace.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 PROMPT = "Answer with the letter of the right choice."
+
+# how tables of texts that came through pandas hold what is not there
+_BLANK = ("", "nan")
+
+
+def choices_in_columns(record: Mapping[str, Any]) -> list[str]:
+    """Return the choices that stand in columns A, B, C and on, as in MMBench; may be empty."""
+    texts = (str(record.get(letter, "")).strip() for letter in ascii_uppercase)
+    return list(takewhile(lambda text: text not in _BLANK, texts))
 
 
 def with_choices(
@@ -43,7 +53,8 @@ def with_choices(
     texts = [str(each).strip() for each in choices]
     bare = _without_letters(texts)
     lettered = [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, bare, strict=False)]
-    asked = "\n".join(filter(None, (hint, question, *lettered, PROMPT)))
+    lead = () if hint in _BLANK else (hint,)
+    asked = "\n".join((*lead, question, *lettered, PROMPT))
     return asked, () if right is None else (ascii_uppercase[_place(right, texts, bare, where)],)
 
 

@@ -72,7 +72,7 @@ def take(
         wanted = min(total, count or max(1, int(total * (fraction or 1.0) + 1e-9)))
     if count is not None and count > total:
         logger.warning("%s has %d records, fewer than the %d wanted", reader.name, total, count)
-    allowed = int(max_bad_fraction * wanted)
+    allowed = int(max_bad_fraction * wanted + 1e-9)
     waiting = iter(order)
     good: list[Sample] = []
     bad: list[str] = []

@@ -9,11 +9,12 @@ Known schemas, by their keys:
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from interlace.data.choices import with_choices
+from interlace.data.choices import choices_in_columns, with_choices
 from interlace.data.sample_texts import check_placeholders
 from interlace.data.samples import IMAGE_PLACEHOLDER, TASKS, Sample, Turn
 from interlace.data.scenes import CAPTION_PROMPT
@@ -82,12 +83,13 @@ def sample_from_record(
     images = [make_image(value, column, place) for place, value in enumerate(stored)]
     images += [make_image(value, None, place) for place, value in enumerate(inline)]
     _check_turns(turns, len(images), where)
+    named = str(present.get("id", present.get("question_id", default_id)))
+    sample = Sample(named, task, tuple(images), turns, references)
     given = present.get("task")
-    if given in TASKS:
-        task = given
-    named = present.get("id", present.get("question_id", default_id))
-    group = present.get("group", given if isinstance(given, str) and given not in TASKS else "")
-    return Sample(str(named), task, tuple(images), turns, references, str(group))
+    # other words under "task" tell kinds of questions apart
+    as_given = as_task(sample, (given,)) if given in TASKS else None
+    group = present.get("group", given if isinstance(given, str) and as_given is None else "")
+    return dataclasses.replace(as_given or sample, group=str(group))
 
 
 def as_task(sample: Sample, tasks: Sequence[str] | None) -> Sample | None:
@@ -98,18 +100,15 @@ def as_task(sample: Sample, tasks: Sequence[str] | None) -> Sample | None:
     """
     if tasks is None or sample.task in tasks:
         return sample
-    turns, references = sample.turns, sample.references
     if sample.task in ("caption", "retrieval"):
         wanted = "retrieval" if sample.task == "caption" else "caption"
         if wanted in tasks:
-            return Sample(sample.id, wanted, sample.images, turns, references, sample.group)
-    exchange = [turn for turn in turns if turn.role != "system"]
+            return dataclasses.replace(sample, task=wanted)
+    exchange = [turn for turn in sample.turns if turn.role != "system"]
     if sample.task == "chat" and "vqa" in tasks and len(exchange) == 2:
-        accepted = references or (exchange[1].text,)
-        return Sample(sample.id, "vqa", sample.images, turns, accepted, sample.group)
-    if "chat" in tasks:
-        return Sample(sample.id, "chat", sample.images, turns, references, sample.group)
-    return None
+        accepted = sample.references or (exchange[1].text,)
+        return dataclasses.replace(sample, task="vqa", references=accepted)
+    return dataclasses.replace(sample, task="chat") if "chat" in tasks else None
 
 
 def _stored_images(present: Mapping[str, Any]) -> tuple[str | None, list[Any]]:
@@ -140,7 +139,8 @@ def _content(
         asked = _plain(question)
         # an empty list is that of an open question
         choices = next((present[key] for key in CHOICE_KEYS if present.get(key)), None)
-        if choices is not None:
+        choices = choices or choices_in_columns(present)
+        if choices:
             hint = " ".join(_texts(_first(present, HINT_KEYS)))
             right = _first(present, RIGHT_KEYS)
             asked, answers = with_choices(asked, choices, hint=hint, right=right, where=where)

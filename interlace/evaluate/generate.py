@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GREEDY", "generate_texts", "prompt_batch"]
 
-# every setting by which a checkpoint's own generation settings could change the choice of tokens
+# the most probable token each time, whatever a checkpoint's own generation settings ask for; the
+# tokens that they forbid (`bad_words_ids`, `suppress_tokens`) are never given, as elsewhere
 GREEDY: dict[str, Any] = {
     "do_sample": False,
     "num_beams": 1,

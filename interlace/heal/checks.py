@@ -14,6 +14,7 @@ from interlace.models.handle import check_compares
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
     from pathlib import Path
 
     from interlace.config import HealSettings
@@ -173,13 +174,16 @@ def inputs_of(
     return inputs
 
 
-def identity_of(inputs: dict[str, str], settings: HealSettings, num_samples: int) -> dict[str, Any]:
+def identity_of(
+    inputs: dict[str, str], settings: HealSettings, num_samples: int, models: Sequence[VLM | None]
+) -> dict[str, Any]:
     """Return what must be the same for a run to be continued.
 
     Args:
         inputs: from `inputs_of`.
         settings: of the run.
         num_samples: samples of the whole run, repeats counted.
+        models: the student and its teacher, whose fingerprints are alike in every precision.
     """
     bound = {key: value for key, value in settings.to_dict().items() if key not in FREE_SETTINGS}
     return {
@@ -187,4 +191,5 @@ def identity_of(inputs: dict[str, str], settings: HealSettings, num_samples: int
         "settings": bound,
         "num_processes": world_size(),
         "num_samples": num_samples,
+        "dtypes": [str(vlm.dtype) for vlm in models if vlm is not None],
     }

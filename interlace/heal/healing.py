@@ -138,7 +138,7 @@ def heal(
         inputs = checks.inputs_of(student, teacher, plan, samples, judges)
         seen, kept_back = split_off(samples, chosen, student.family.objective)
         total = total_samples(len(seen), chosen, world_size())
-        identity = checks.identity_of(inputs, chosen, total)
+        identity = checks.identity_of(inputs, chosen, total, (student, teacher))
         if found is not None:
             checkpoints.check_identity(found[0], found[1].identity, identity)
     sizes = _sizes(student.model, names)

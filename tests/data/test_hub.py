@@ -143,6 +143,12 @@ def test_images_are_read_when_opened(finevision: Any) -> None:
         ({"question": "q?", "options": ["1", "2"], "answer": "1"}, "vqa", "A", ("A",)),
         ({"question": "q?", "options": ["x", "y"], "answer": "1"}, "vqa", "B", ("B",)),
         ({"question": "q?", "options": ["x", "y"], "label": "b"}, "vqa", "B", ("B",)),
+        (
+            {"question": "q?", "A": "x", "B": "y", "C": "nan", "hint": "nan", "answer": "B"},
+            "vqa",
+            "B",
+            ("B",),
+        ),
         ({"caption": ["one", "two"]}, "caption", "one", ("one", "two")),
         ({"text": "one"}, "caption", "one", ("one",)),
         ({"sentences": [{"raw": "one"}, {"raw": "two"}]}, "caption", "one", ("one", "two")),
@@ -188,6 +194,13 @@ def test_choices_stand_in_the_question(save_image: Callable[..., Path], tmp_path
         for right in ("dog", "b", carried[1], 1):
             (user, answer) = asked(choices=carried, answer=right).turns
             assert (user.text.splitlines(), answer.text) == (lines, "B")
+    # columns of their own, as far as there are choices
+    assert asked(choices=None, A="cat", B="dog", C=None, answer="B").turns[0].text == user.text
+    rest = {"A": "cat", "B": "dog", "C": "nan", "D": "nan"}
+    assert asked(choices=None, hint="nan", **rest).turns[0].text.splitlines() == [
+        "<image>",
+        *lines[2:],
+    ]
     for others in (["A.D.", "B.C."], ["A. cat", "dog"], ["B. cat", "A. dog"], ["A. ", "B. "]):
         assert asked(choices=others).turns[0].text.splitlines()[3] == f"A. {others[0].strip()}"
     # an open question among them, and one without an image

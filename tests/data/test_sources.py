@@ -94,6 +94,12 @@ INLINE = [
             ["<image>\nDescribe the image.", "one"],
             ("one", "two"),
         ),
+        (
+            {"image": "a.png", "conversations": [HUMAN, GPT], "task": "vqa"},
+            "vqa",
+            ["<image>\nwhat?", "red"],
+            ("red",),
+        ),
         ({"conversations": [{"from": "human", "value": "hi"}, GPT]}, "chat", ["hi", "red"], ()),
         (
             {"image": "", "conversations": [{"from": "human", "value": "hi"}, GPT]},
@@ -251,6 +257,9 @@ def test_tasks_reinterpret_or_pass_over(one_image: str, write_json: Callable[...
     (question,) = samples(path, tasks=("vqa",))
     assert (question.task, question.references) == ("vqa", ("red",))
     assert [sample.task for sample in samples(path, tasks=("chat",))] == ["chat"] * 3
+    # what it calls its task cannot be served, so the word tells its kind of record
+    (talk,) = samples(write_json([{**records[2], "task": "vqa"}], "talk.json"))
+    assert (talk.task, talk.group) == ("chat", "vqa")
     only_captions = write_json(records[:1], "captions_only.json")
     with pytest.raises(DataError, match="serves the tasks"):
         samples(only_captions, tasks=("vqa",))

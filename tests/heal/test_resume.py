@@ -58,7 +58,8 @@ def test_a_killed_run_resumes_to_bit_equal_weights(tmp_path: Path) -> None:
 
 
 def _start(folder: Path, **changes: Any) -> None:
-    teacher, student = toy("llava", depth=changes.pop("depth", 5))
+    given = {name: changes.pop(name) for name in ("depth", "dtype") if name in changes}
+    teacher, student = toy("llava", **given)
     settings = {"max_steps": 4, "save_steps": 2, "batch_size": 2, "learning_rate": 1e-3}
     heal(
         student,
@@ -87,6 +88,7 @@ def test_only_complete_checkpoints_of_the_same_run_are_used(
         ({"learning_rate": 2e-3}, "learning_rate: 0.001 then, 0.002 now"),
         ({"count": 5}, "data"),
         ({"depth": 6}, "student"),
+        ({"dtype": torch.bfloat16}, "dtypes"),
     ):
         with pytest.raises(CheckpointError, match=word):
             _start(folder, **changes)
