@@ -146,7 +146,7 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 def as_path(path: str | os.PathLike[str]) -> Path:
     """Return an output that a caller named as a path. Raises ConfigError for anything else."""
-    if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, str | os.PathLike) or path == "":
         raise ConfigError(f"The output is {path!r}; give the path of a folder.")
     return Path(path)
 
@@ -155,8 +155,11 @@ def home_path(text: str | os.PathLike[str]) -> Path:
     """Read a path that may begin with ~; a shell leaves it alone in quotes and behind "=".
 
     Raises:
-        ConfigError: there is no such home folder.
+        ConfigError: it is empty, or there is no such home folder.
     """
+    if text == "":
+        # pathlib would take it for the working folder
+        raise ConfigError("A path is empty. Name a file or folder, or . for the working folder.")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

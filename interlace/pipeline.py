@@ -307,7 +307,7 @@ def _export(
     """Export a student, unless the folder is there and still belongs to what it is made of."""
     # the last stage is "export", whatever its folder is called; others are named after theirs
     name = "export" if target.name == "model" else f"export/{target.name}"
-    key = sha256_of([made_of, [record.fingerprint for record in records]])
+    key = sha256_of([made_of, [record.fingerprint for record in records], verify])
     if stages.is_done(name, key) and target.exists():
         log.info("%s: unchanged, %s", name, target)
         stages.skipped.append(name)

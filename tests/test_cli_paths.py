@@ -56,12 +56,17 @@ def test_what_is_read_and_written_may_lie_at_home(interlace, home: Path) -> None
         ("score", "bundled:clip", "--data", "FILE", "--root", "NOWHERE", "-o", "scores.json"),
     ],
 )
-def test_a_home_folder_that_does_not_exist_is_told(interlace, tmp_path: Path, call) -> None:
-    known = {"NOWHERE": "~nobody-of-that-name/s", "FILE": str(tmp_path / "data.json")}
+def test_paths_that_lead_nowhere_are_told(interlace, tmp_path: Path, call) -> None:
+    known = {"FILE": str(tmp_path / "data.json")}
     (tmp_path / "data.json").write_text("[]")
-    code, _, error = interlace(*(known.get(word, word) for word in call))
-    assert code == 2
-    assert "no home folder for '~nobody-of-that-name/s'" in error
+    for nowhere, told in (
+        ("~nobody-of-that-name/s", "no home folder for '~nobody-of-that-name/s'"),
+        ("", " is empty. "),
+    ):
+        known["NOWHERE"] = nowhere
+        code, _, error = interlace(*(known.get(word, word) for word in call))
+        assert code == 2
+        assert told in error
 
 
 def test_help_names_paths(interlace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,9 @@ def test_bridges_are_fitted_on_the_calibration_samples(tmp_path: Path) -> None:
     assert student.record.inputs["data"] == bridged.scores.inputs["data"]
     again = il.run(_recipe(tmp_path, text), out)
     assert set(again.skipped) == {"scores", "plan", "eval_raw", "eval", "export"}
+    # what was exported without a check is not taken for checked
+    verified = il.run(_recipe(tmp_path, text.replace("verify = false", "verify = true")), out)
+    assert set(verified.skipped) == {"scores", "plan", "eval_raw", "eval"}
     other = il.run(_recipe(tmp_path, text.replace("fold", "scale")), out)
     assert other.skipped == ("scores", "plan")
 

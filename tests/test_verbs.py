@@ -63,10 +63,10 @@ def test_a_recipe_that_is_none_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("output", [None, 5])
+@pytest.mark.parametrize("output", [None, 5, ""])
 def test_an_output_that_is_no_path_is_told(dense: VLM, output: Any) -> None:
     student = il.prune(dense, PLAN)
-    with pytest.raises(ConfigError, match=f"output is {output}; give the path of a folder"):
+    with pytest.raises(ConfigError, match=f"output is {output!r}; give the path of a folder"):
         il.export(student, output)
     if output is not None:
         data = il.samples("scenes", count=2, tasks=("retrieval",))
