@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from interlace.pipeline import run
     from interlace.plan import make_plan, split_plan
     from interlace.progressive import ProgressiveResult, progressive
+    from interlace.progressive.fixed_time import fixed_time
     from interlace.progressive.loss import layer_loss
     from interlace.records import (
         EvalReport,
@@ -61,6 +62,7 @@ __all__ = [
     "errors",
     "evaluate",
     "export",
+    "fixed_time",
     "fuse",
     "heal",
     "layer_loss",
@@ -83,6 +85,7 @@ _HOMES = {
     "samples": "interlace.data.samples",
     "score": "interlace.scores",
     "layer_loss": "interlace.progressive.loss",
+    "fixed_time": "interlace.progressive.fixed_time",
     "Scores": "interlace.records",
     "make_plan": "interlace.plan",
     "split_plan": "interlace.plan",

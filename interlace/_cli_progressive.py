@@ -47,6 +47,13 @@ def progressive(
             "in a single stage. Keeps most."
         ),
     ] = None,
+    fixed_time: Annotated[
+        float,
+        typer.Option(
+            help="With --parameters: share of a layer's time, 0 to below 1, that passes whatever "
+            "its width. Above 0, as much time goes as whole layers of that share take."
+        ),
+    ] = 0.0,
     width_metrics: WidthMetrics = None,
     stages: Annotated[int, typer.Option(min=1, help="Number of stages.")] = 1,
     rule: Annotated[
@@ -148,6 +155,7 @@ def progressive(
         "plan": {
             "drop_fraction": drop_fraction,
             "parameters": parameters,
+            "fixed_time": fixed_time,
             "rule": rule,
             "towers": split_names(tower),
             "width_metrics": judges(width_metrics),

@@ -133,6 +133,8 @@ class PlanSettings(Settings):
         parameters: share of the parameters of the layers to take out, or one per tower, as layers,
             heads and neurons together (`interlace.split_plan`), instead of both; for the rule
             "compensated".
+        fixed_time: share of a layer's time that passes whatever its width, 0 to below 1, or one per
+            tower; above 0, `parameters` stands for the time of whole layers of that share.
         rule: name of the rule that chooses the layers.
         protect: layers never to drop, or a table of them per tower, or "auto": those that the
             scores recorded as pinned, or "alignment": these and the layers that carry the alignment
@@ -157,6 +159,7 @@ class PlanSettings(Settings):
     drop_fraction: float | dict[str, float] | None = None
     num_drop: int | dict[str, int] | None = None
     parameters: float | dict[str, float] | None = None
+    fixed_time: float | dict[str, float] = 0.0
     rule: str = "interlace"
     protect: (
         Literal["auto", "alignment"]
@@ -184,6 +187,11 @@ class PlanSettings(Settings):
     def _check(self) -> None:
         if self.drop_fraction is not None and self.num_drop is not None:
             raise ConfigError("Give either drop_fraction or num_drop in PlanSettings, not both.")
+        if self.fixed_time and self.parameters is None:
+            raise ConfigError(
+                "PlanSettings.fixed_time says how a share of the parameters is counted, and there "
+                "is none. Give parameters, or leave fixed_time out."
+            )
         shares = (self.heads, self.ffn, self.attention_parts, self.ffn_parts)
         asked = (self.drop_fraction, self.num_drop, self.parameters, *shares)
         if all(each is None for each in asked):

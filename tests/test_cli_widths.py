@@ -112,11 +112,12 @@ def test_progressive_scores_what_a_split_is_to_be_judged_by(
 ) -> None:
     call = ("progressive", "bundled:clip", "-o", tmp_path / "out", "--parameters", 0.4)
     named = "heads=head_norm,ffn=ffn_norm"
-    for more in ((), ("--width-metrics", named)):
+    for more in ((), ("--width-metrics", named, "--fixed-time", 0.3)):
         assert interlace(*call, *more)[2] == "Error: opened\n"
     default, other = recipes
     assert default.score.metrics == ("similarity", "head_obs", "ffn_obs")
     assert other.score.metrics == ("similarity", "head_norm", "ffn_norm")
+    assert (default.plan.fixed_time, other.plan.fixed_time) == (0.0, 0.3)
     assert other.plan.width_metrics == {"heads": "head_norm", "ffn": "ffn_norm"}
 
 

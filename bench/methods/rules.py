@@ -19,6 +19,8 @@ OTHERS = ("triplet_optimal", "shortgpt", "uidl", "last", "uniform", "sleb")
 OURS, OURS_PARTS, OURS_SPLIT = "compensated", "compensated_parts", "compensated_split"
 # the same with heads and neurons judged by what they add to the stream
 OURS_NORM = "compensated_split_norm"
+# the same, as fast as whole layers by a stated share of a layer's time that no width changes
+OURS_TIME = "compensated_split_time"
 
 
 def plan_by(

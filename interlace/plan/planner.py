@@ -144,8 +144,9 @@ def _tower_plan(problem: Problem, choice: Choice) -> TowerPlan:
 
 
 def arguments_of(settings: PlanSettings) -> dict[str, Any]:
-    """Return settings as arguments of `make_plan`; it has no word for a share of the parameters."""
-    return {name: value for name, value in vars(settings).items() if name != "parameters"}
+    """Return settings as arguments of `make_plan`, without those of `split_plan` alone."""
+    others = ("parameters", "fixed_time")
+    return {name: value for name, value in vars(settings).items() if name not in others}
 
 
 def make_plan(

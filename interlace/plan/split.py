@@ -26,7 +26,7 @@ from interlace.plan.split_ways import Split, splits
 from interlace.plan.widths import check_scored, check_widths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from interlace.config import PlanSettings
     from interlace.plan.protection import Protect
@@ -43,6 +43,7 @@ def split_plan(
     *,
     parameters: float | Mapping[str, float],
     loss: Loss,
+    fixed_time: float | Mapping[str, float] = 0.0,
     towers: Sequence[str] | str | None = None,
     protect: Protect = "auto",
     seed: int = 42,
@@ -66,6 +67,10 @@ def split_plan(
         loss: of `interlace.layer_loss(vlm, calibration)`, which judges whole plans. Beside what
             `compensated` asks, it is asked about twice for each of at most five numbers of dropped
             layers, more often where heads are better cut than neurons, and once more.
+        fixed_time: share of a layer's time that passes whatever its width, 0 to below 1, or one per
+            tower, as `interlace.fixed_time` measures it. Above 0, as much of the time of the layers
+            goes as whole layers of that share of the parameters take: with many heads and neurons
+            more of the parameters, with few of them more layers.
         towers: as of `make_plan`, like those that follow.
         protect: likewise.
         seed: likewise.
@@ -78,7 +83,8 @@ def split_plan(
         The plan; its settings say under "split" what was chosen, and what else was tried.
 
     Raises:
-        ConfigError: a share or a loss that cannot be used, or as `make_plan` raises it.
+        ConfigError: a share, a fixed time or a loss that cannot be used, or as `make_plan` raises
+            it.
         PlanError: sizes, heads or neurons are not known, or no split has a plan.
     """
     judge: Callable[[Plan], float] | None = getattr(loss, "of_plan", None)
@@ -92,6 +98,7 @@ def split_plan(
         tower_names(scores, towers, shares)
     else:
         shares = dict.fromkeys(tower_names(scores, towers, None), parameters)
+    fixed = _fixed_times(fixed_time, shares)
     judges = width_metrics or {}
     check_widths(heads=shares, ffn=shares, spread="uniform", metrics=judges, graft=None, drops=True)
     guards = resolve(protect, scores)
@@ -127,7 +134,10 @@ def split_plan(
             own = plan.towers[tower]
             return replace(plan, towers={tower: replace(own, tune=own.kept, freeze=())})
 
-        ways = splits(shape, int(sum(shape.layer_parameters) * share), most)
+        # whole layers take the same share of the time and of the parameters
+        whole = sum(shape.layer_parameters) / (1 - fixed[tower])
+        beside = round(whole * fixed[tower] / shape.num_layers)
+        ways = splits(shape, int(whole * share), most, beside)
         check_scored(scores, tower, judges)
         if any(split.drop for split in ways):
             # a split that has no plan is passed over, so what no layer can be chosen by is told
@@ -141,6 +151,7 @@ def split_plan(
         rule=RULE,
         settings={
             "parameters": shares,
+            "fixed_time": fixed,
             "protect": guards,
             "weights": weights,
             "group": group,
@@ -168,6 +179,7 @@ def plan_by(settings: PlanSettings, scores: Scores, loss: Loss | None) -> Plan:
         scores,
         parameters=settings.parameters,
         loss=loss,
+        fixed_time=settings.fixed_time,
         towers=settings.towers,
         protect=settings.protect,
         seed=settings.seed,
@@ -189,6 +201,9 @@ def check_settings(settings: PlanSettings) -> None:
     shares = settings.parameters
     for share in shares.values() if isinstance(shares, dict) else [shares]:
         check_share("parameters", share, _SHARE_HINT)
+    times = settings.fixed_time
+    for time in times.values() if isinstance(times, dict) else [times]:
+        _check_time(time)
     amounts = ("drop_fraction", "num_drop", "heads", "ffn", "graft", *PARTS)
     given = [name for name in amounts if getattr(settings, name) is not None]
     given += ["spread"] if settings.spread != "uniform" else []
@@ -202,6 +217,24 @@ def check_settings(settings: PlanSettings) -> None:
             "A share of the parameters is split by how far repaired students are from the whole "
             f"model. Take rule={RULE!r}, not {settings.rule!r}."
         )
+
+
+def _fixed_times(given: float | Mapping[str, float], towers: Iterable[str]) -> dict[str, float]:
+    """Return tower -> share of a layer's time that no width changes."""
+    times = {}
+    for tower in towers:
+        if isinstance(given, Mapping) and tower not in given:
+            raise ConfigError(
+                f"fixed_time is given for {', '.join(given)}, but not for the tower '{tower}'. "
+                "Name it, or give one number."
+            )
+        times[tower] = _check_time(given[tower] if isinstance(given, Mapping) else given)
+    return times
+
+
+def _check_time(time: Any) -> float:
+    hint = "interlace.fixed_time(vlm, data) measures it."
+    return 0.0 if time == 0 else check_share("fixed_time", time, hint)
 
 
 def _best(

@@ -98,18 +98,20 @@ def widths_for(shape: TowerShape, wanted: int, layers: Sequence[int]) -> list[Wi
     return [each for each in found if abs(each.gone - wanted) <= limit]
 
 
-def splits(shape: TowerShape, wanted: int, most: int) -> list[Split]:
+def splits(shape: TowerShape, wanted: int, most: int, fixed: int = 0) -> list[Split]:
     """List the ways for a tower to lose so many parameters.
 
     Args:
         shape: of the tower.
         wanted: parameters that are to go.
         most: layers that may go at most.
+        fixed: parameters that a layer counts for beside its own, and that go with all of it alone.
 
     Raises:
         PlanError: no split comes to so many; or as `widths_for`.
     """
-    total, depth = sum(shape.layer_parameters), len(shape.layer_parameters)
+    depth = shape.num_layers
+    total = sum(shape.layer_parameters) + depth * fixed
     most = min(wanted * depth // total, most)
     found = []
     for number in sorted({round(step * most / _DEPTHS) for step in range(_DEPTHS + 1)}):
@@ -135,7 +137,8 @@ def splits(shape: TowerShape, wanted: int, most: int) -> list[Split]:
             limit = f"at least about {_percent(bundle, total)}"
             why = f"every layer loses whole groups of heads or {FFN_MULTIPLE} neurons"
         raise PlanError(
-            f"{_percent(wanted, total)} of the parameters of the layers is out of reach: {limit} "
+            f"{_percent(wanted, total)} of the {'time' if fixed else 'parameters'} of the layers "
+            f"is out of reach: {limit} "
             f"can go, since {why}."
         )
     return near

@@ -94,6 +94,10 @@ def test_every_split_comes_to_the_share() -> None:
     bundle = 8 * PER_NEURON * LAYERS
     for split in found:
         assert split.drop * LAYER + split.widths.gone == pytest.approx(wanted, abs=bundle)
+    # what a layer counts for beside its parameters goes with whole layers alone
+    for split in splits(shape.towers["text"], int(1.5 * wanted), 8, LAYER // 2):
+        counted = 1.5 * split.drop * LAYER + split.widths.gone
+        assert counted == pytest.approx(1.5 * wanted, abs=bundle)
     # no more layers than may go
     assert max(split.drop for split in splits(shape.towers["text"], wanted, 2)) == 2
 
@@ -116,6 +120,25 @@ def test_the_split_with_the_lowest_loss_is_taken(drop: int) -> None:
     assert noted["loss"] == 0
     assert len(noted["tried"]) == len(loss.asked)
     assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("fixed", [0.3, {"text": 0.3, "vision": 0.9}])
+def test_as_much_time_goes_as_whole_layers_take(fixed: Any) -> None:
+    def time(plan: Plan) -> float:
+        own = plan["text"]
+        left = (1 - gone(plan)) * LAYERS
+        return 1 - (0.3 * len(own.kept) + 0.7 * left) / LAYERS
+
+    loss = Loss(lambda plan: near(plan, 2))
+    plan = split_plan(scores(), parameters=0.4, fixed_time=fixed, loss=loss)
+    assert len(plan["text"].drop) == 2
+    # more of the parameters, since narrower layers save less
+    assert gone(plan) > 0.45
+    assert {round(time(each), 1) for each in loss.asked} == {0.4}
+    assert plan.settings["fixed_time"] == {"text": 0.3}
+    # four layers may go, and of the others seven tenths of five sixths
+    with pytest.raises(PlanError, match=r"90 % of the time of the layers .*: at most 75 %"):
+        split_plan(scores(), parameters=0.9, fixed_time=fixed, loss=loss, protect=tuple(range(5)))
 
 
 def test_more_heads_go_as_long_as_that_is_better() -> None:
@@ -183,6 +206,8 @@ def test_what_a_config_cannot_state_is_no_candidate_for_a_standard_checkpoint() 
     [
         ({"parameters": 1.0}, ConfigError, "above 0 and below 1, got 1.0"),
         ({"parameters": True}, ConfigError, "got True"),
+        ({"fixed_time": 1.0}, ConfigError, "fixed_time must be .* got 1.0. interlace.fixed_time"),
+        ({"fixed_time": {"vision": 0.1}}, ConfigError, "for vision, but not for the tower 'text'"),
         (
             {"parameters": 0.95, "protect": tuple(range(LAYERS))},
             PlanError,
@@ -251,6 +276,14 @@ def test_settings_say_which_of_the_two_plans() -> None:
     assert plan_by(settings, scores(), loss) == split_plan(scores(), parameters=0.4, loss=loss)
     layers = plan_by(PlanSettings(num_drop=2, rule="compensated"), scores(), loss)
     assert layers["text"].cut == {}
+    slow = {"fixed_time": 0.3}
+    assert plan_by(settings.replace(**slow), scores(), loss) == split_plan(
+        scores(), parameters=0.4, loss=loss, **slow
+    )
+    with pytest.raises(ConfigError, match=r"fixed_time must be .* got -0.1"):
+        check_settings(settings.replace(fixed_time={"text": -0.1}))
+    with pytest.raises(ConfigError, match="Give parameters, or leave fixed_time out"):
+        PlanSettings(num_drop=2, **slow)
     with pytest.raises(ConfigError, match="ffn, spread how much of something"):
         check_settings(settings.replace(ffn=0.2, spread="global"))
     with pytest.raises(ConfigError, match="Take rule='compensated', not 'interlace'"):
