@@ -8,7 +8,7 @@ import pytest
 import torch
 from methods import COMPARED, METHODS, Sizes
 from methods.blocks import Patch, _fold, fit_patch, fit_replacement, hadamard
-from methods.rules import OTHERS, OURS_NORM, OURS_PARTS, OURS_SPLIT, PUBLISHED
+from methods.rules import OTHERS, OURS_NORM, OURS_PARTS, OURS_SPLIT, OURS_TIME, PUBLISHED
 from methods.sparse import linears
 from retention import Bench, nonzero
 from torch import nn
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SIZES = Sizes(calibration=8, heal_samples=8, heal_batch=4, held_out=8)
 # the rules are tested in tests/plan; one of them stands for all. Parts and splits take many trials:
 # test_ablation.py
-DEAR = (OURS_PARTS, OURS_SPLIT, OURS_NORM)
+DEAR = (OURS_PARTS, OURS_SPLIT, OURS_NORM, OURS_TIME)
 BASELINES = [name for name in COMPARED if name not in (*PUBLISHED, *OTHERS, *DEAR)]
 
 
