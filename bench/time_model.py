@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import json
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from cells import Cells
 
 import interlace as il
 from interlace._records.shape import FFN_MULTIPLE
 from interlace.evaluate._common import Options
 from interlace.evaluate.speed import measure
-from interlace.records import Plan, Provenance, TowerPlan
+from interlace.records import Plan, TowerPlan
 
 # text tower: layers, hidden size, neurons, query heads, KV heads, size of a head
 SIZES = {"small": (6, 256, 512, 8, 4, 32), "full": (16, 1024, 3072, 16, 8, 64)}
@@ -81,8 +81,8 @@ def cut(vlm: Any, mix: tuple[float, float, float]) -> tuple[Any, float, float]:
     return student, len(kept) / number, sum(left) / sum(shape.layer_parameters)
 
 
-def compare(vlm: Any, phase: str, batch: int, rounds: int) -> list[dict[str, Any]]:
-    """Count and measure every mix."""
+def compare(vlm: Any, phase: Any, batch: int, rounds: int) -> dict[str, Any]:
+    """Return what is counted and measured of every mix."""
     data = il.samples("scenes", count=batch, tasks=("vqa",), seed=0)
     fixed = il.fixed_time(vlm, data, phase=phase, batch_size=batch, rounds=rounds)["text"]
     students = [cut(vlm, mix) for mix in MIXES]
@@ -97,8 +97,6 @@ def compare(vlm: Any, phase: str, batch: int, rounds: int) -> list[dict[str, Any
         counted = 1 - fixed * kept - (1 - fixed) * left
         rows.append(
             {
-                "phase": phase,
-                "batch": batch,
                 "fixed_time": fixed,
                 "layers_gone": 1 - kept,
                 "parameters_gone": 1 - left,
@@ -107,33 +105,30 @@ def compare(vlm: Any, phase: str, batch: int, rounds: int) -> list[dict[str, Any
                 "speedup": whole / seconds,
             }
         )
-    return rows
+    return {"mixes": rows}
 
 
 def main() -> None:
-    """Measure, print a table, and append the rows to a file of JSON lines."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    """Measure, keep what is known, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true", help="a small model and few rounds")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--output", type=Path, help="file of JSON lines to append to")
+    parser.add_argument("--output", type=Path, default=Path("time-model.jsonl"), help="results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     vlm = build("small" if arguments.small else "full", arguments.device)
+    cells = Cells(arguments.output, small=arguments.small)
+    rounds = 2 if arguments.small else 7
     print("| " + " | ".join(HEAD) + " |")
     print("| --- " * len(HEAD) + "|")
     for phase in RATES:
         for batch in (1, 16):
-            for row in compare(vlm, phase, batch, 2 if arguments.small else 7):
-                shown = (f"{value:.2f}" for value in list(row.values())[2:])
+            cell = [phase, batch]
+            cells.keep(cell, functools.partial(compare, vlm, phase, batch, rounds))
+            for row in (cells.get(cell) or {})["mixes"]:
+                shown = (f"{value:.2f}" for value in row.values())
                 print("|", phase, "|", batch, "|", " | ".join(shown), "|", flush=True)
-                if arguments.output:
-                    stamp = {"threads": arguments.threads, "date": str(datetime.date.today())}
-                    versions = Provenance.collect().to_dict()
-                    with arguments.output.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row | stamp | {"versions": versions}) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_what_is_counted_is_measured_where_time_is_as_assumed(
 ) -> None:
     monkeypatch.setattr(time_model, "measure", _taken)
     monkeypatch.setattr(il, "fixed_time", lambda *_, **__: {"text": FIXED})
-    rows = time_model.compare(time_model.build("small"), "decode", 2, 3)
+    rows = time_model.compare(time_model.build("small"), "decode", 2, 3)["mixes"]
     assert len(rows) == len(time_model.MIXES)
     for row in rows:
         assert row["counted"] == pytest.approx(row["measured"])
