@@ -8,6 +8,7 @@ Legend: N tokens, D inputs of a matrix, F outputs.
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from interlace._torch_utils import inference, without_cache
-from interlace.models.states import layer_input
+from interlace.models.states import hooked, watch_state
 from interlace.models.tokens import token_units
 from interlace.surgery.bridges.calibration import Calibration
 from methods.case import BATCH_SIZE, Case, Made, Method
@@ -37,14 +38,14 @@ class _EnoughError(Exception):
 
 def grams(case: Case, student: Any, tower: str, layer: int, data: Calibration) -> dict[Any, Any]:
     """Return linear module -> X'X [D, D], fp64, of all that it is given; padding is left out."""
-    module = student.towers[tower].layers[layer]
+    layers = student.towers[tower].layers
+    module = layers[layer]
     found: dict[Any, torch.Tensor] = {}
     counts = torch.empty(0, dtype=torch.bool)
     batch: dict[str, Any] = {}
 
-    def begin(_: Any, args: Any, kwargs: Any) -> None:
+    def begin(hidden: torch.Tensor) -> None:
         nonlocal counts
-        hidden = layer_input(args, kwargs, f"Layer {layer} of the tower '{tower}'")
         counts = token_units(case.vlm, tower, batch, hidden)[1] >= 0
 
     def take(linear: nn.Linear, args: Any) -> None:
@@ -57,7 +58,7 @@ def grams(case: Case, student: Any, tower: str, layer: int, data: Calibration) -
         raise _EnoughError
 
     hooks = [
-        module.register_forward_pre_hook(begin, with_kwargs=True),
+        watch_state(layers, layer, tower, begin),
         module.register_forward_hook(end),
         *(
             each.register_forward_pre_hook(take)
@@ -65,15 +66,10 @@ def grams(case: Case, student: Any, tower: str, layer: int, data: Calibration) -
             if isinstance(each, nn.Linear)
         ),
     ]
-    try:
+    with hooked(hooks):
         for batch in data.batches:
-            try:
+            with contextlib.suppress(_EnoughError):
                 data.run(student.model, batch)
-            except _EnoughError:
-                continue
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 

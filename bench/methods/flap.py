@@ -5,6 +5,7 @@ Legend: N tokens, C columns of an output projection.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 import interlace as il
 from interlace._torch_utils import inference, without_cache
 from interlace.models.sites import find_sites
-from interlace.models.states import layer_input
+from interlace.models.states import hooked, watch_state
 from interlace.models.tokens import token_units
 from interlace.records import TowerPlan
 from interlace.surgery.bridges.calibration import Calibration
@@ -141,18 +142,11 @@ def look(case: Case) -> dict[str, Observed]:
     batch: dict[str, Any] = {}
     counts: dict[str, torch.Tensor] = {}
 
-    def begin(tower: str) -> Any:
-        def hook(_: Any, args: Any, kwargs: Any) -> None:
-            hidden = layer_input(args, kwargs, f"Layer 0 of the tower '{tower}'")
-            counts[tower] = token_units(vlm, tower, batch, hidden)[1] >= 0
+    def begin(tower: str, hidden: torch.Tensor) -> None:
+        counts[tower] = token_units(vlm, tower, batch, hidden)[1] >= 0
 
-        return hook
-
-    def take(tower: str, moments: Moments) -> Any:
-        def hook(linear: nn.Linear, args: Any) -> None:
-            moments.add(args[0].reshape(-1, linear.in_features)[counts[tower]])
-
-        return hook
+    def take(tower: str, moments: Moments, linear: nn.Linear, args: Any) -> None:
+        moments.add(args[0].reshape(-1, linear.in_features)[counts[tower]])
 
     found: dict[str, Observed] = {}
     hooks = []
@@ -163,17 +157,13 @@ def look(case: Case) -> dict[str, Observed]:
             for layer, module in enumerate(layers)
             for place, site in find_sites(module).items()
         }
-        hooks.append(layers[0].register_forward_pre_hook(begin(tower), with_kwargs=True))
+        hooks.append(watch_state(layers, 0, tower, partial(begin, tower)))
         for moments in found[tower].values():
-            hook = take(tower, moments)
+            hook = partial(take, tower, moments)
             hooks.append(moments.site.output.register_forward_pre_hook(hook))
-    try:
-        with inference(vlm.model), without_cache(vlm.model):
-            for batch in data.batches:
-                data.run(vlm.model, batch)
-    finally:
-        for each in hooks:
-            each.remove()
+    with hooked(hooks), inference(vlm.model), without_cache(vlm.model):
+        for batch in data.batches:
+            data.run(vlm.model, batch)
     return found
 
 

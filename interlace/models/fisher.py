@@ -22,18 +22,20 @@ Efficiently in Learning"; rows of a least squares weighed by it in compression: 
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from interlace.errors import DataError
 from interlace.models.predictor import IGNORED, Predictor, check_gradients
-from interlace.models.states import layer_input, layer_output, shift_input
+from interlace.models.states import hooked, shift_input, watch_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
     from interlace.models.handle import VLM
 
@@ -92,8 +94,11 @@ class Fisher:
         if seed is not None:
             self._random.manual_seed(seed)
         wanted = moments or {}
-        watching = self._watched(towers, wanted)
-        with torch.enable_grad(), _untrained(self._vlm.model), watching as watch:
+        watch = _Watch(wanted)
+        hooks = (
+            hook for name in towers for hook in watch.hooks(name, self._vlm.towers[name].layers)
+        )
+        with torch.enable_grad(), _untrained(self._vlm.model), hooked(hooks):
             logits = self._softened(inputs)
             # a batch need not reach the towers, nor what they give the predictions
             reached = watch.leaves and logits.requires_grad
@@ -133,15 +138,6 @@ class Fisher:
         drawn = torch.randn(root.shape, generator=random, device=random.device).to(root)
         return (logits * root * (drawn - root * (root * drawn).sum(-1, keepdim=True))).sum()
 
-    @contextlib.contextmanager
-    def _watched(self, towers: Iterable[str], wanted: Iterable[State]) -> Iterator[_Watch]:
-        watch = _Watch(wanted)
-        with contextlib.ExitStack() as stack:
-            for name in towers:
-                for hook in watch.hooks(name, self._vlm.towers[name].layers):
-                    stack.callback(hook.remove)
-            yield watch
-
 
 class _Watch:
     """Sums of |g|^2 at the states of towers, over the backward passes of one forward pass.
@@ -155,7 +151,7 @@ class _Watch:
         self._wanted = frozenset(wanted)
         self._sums: dict[tuple[str, int], list[Tensor]] = {}
 
-    def hooks(self, name: str, layers: nn.ModuleList) -> Iterator[Any]:
+    def hooks(self, name: str, layers: nn.ModuleList) -> Iterator[RemovableHandle]:
         """Set the hooks of one tower."""
 
         def first(hidden: Tensor) -> Tensor:
@@ -164,19 +160,9 @@ class _Watch:
                 self.leaves.append(hidden)
             return hidden
 
-        def before(position: int) -> Any:
-            def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-                self._add(name, position, layer_input(args, kwargs, f"Layer {position} of {name}"))
-
-            return hook
-
-        def after(_: nn.Module, __: Any, output: Any) -> None:
-            self._add(name, len(layers), layer_output(output, name))
-
         yield shift_input(layers[0], first)
-        for position, layer in enumerate(layers):
-            yield layer.register_forward_pre_hook(before(position), with_kwargs=True)
-        yield layers[-1].register_forward_hook(after)
+        for state in range(len(layers) + 1):
+            yield watch_state(layers, state, name, partial(self._add, name, state))
 
     def _add(self, name: str, state: int, hidden: Tensor) -> None:
         runs = self._sums.setdefault((name, state), [])

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from interlace._torch_utils import accepts
 from interlace.errors import ConfigError, DataError, FamilyError, ShapeError
+from interlace.models.states import hooked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -153,15 +154,12 @@ class Predictor:
 
     def _logits(self, given: Mapping[str, Any]) -> Tensor:
         caught: list[Tensor] = []
-        handle = None
-        if self._head is not None:
-            # BLIP's question answerer makes logits and keeps them to itself.
-            handle = self._head.register_forward_hook(lambda *call: caught.append(call[2]))
-        try:
+        # BLIP's question answerer makes logits and keeps them to itself.
+        heads = [] if self._head is None else [self._head]
+        with hooked(
+            head.register_forward_hook(lambda *call: caught.append(call[2])) for head in heads
+        ):
             output = self._vlm.model(**given)
-        finally:
-            if handle is not None:
-                handle.remove()
         logits = getattr(output, "logits", None)
         if logits is None and caught:
             logits = caught[-1]

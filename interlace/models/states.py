@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str) -> torch.Tensor:
@@ -66,7 +67,45 @@ def replaced(
     )
 
 
-def shift_input(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+@contextlib.contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Keep hooks for a block and remove them after it.
+
+    Args:
+        handles: what setting the hooks returned; a generator sets them as the block begins.
+    """
+    with contextlib.ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
+        yield
+
+
+def watch_state(
+    layers: nn.ModuleList, position: int, tower: str, take: Callable[[torch.Tensor], None]
+) -> RemovableHandle:
+    """Set a hook that hands on h_position in every run of a tower; returns its handle.
+
+    Args:
+        layers: of the tower, L of them.
+        position: 0..L; h_i is the input of layer i, h_L the output of the last layer.
+        tower: its name, for messages.
+        take: called with h_position.
+    """
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        take(layer_input(args, kwargs, f"Layer {position} of the tower '{tower}'"))
+
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        take(layer_output(output, tower))
+
+    if position == len(layers):
+        return layers[-1].register_forward_hook(after)
+    return layers[position].register_forward_pre_hook(before, with_kwargs=True)
+
+
+def shift_input(
+    layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]
+) -> RemovableHandle:
     """Set a hook that replaces the hidden states a layer is given; returns its handle."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -22,8 +22,8 @@ al. 2024, arXiv 2312.17244).
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -40,15 +40,16 @@ from interlace.errors import DataError, ShapeError
 from interlace.models.fisher import Fisher
 from interlace.models.handle import to_model
 from interlace.models.sites import find_sites
-from interlace.models.states import layer_input
+from interlace.models.states import hooked, watch_state
 from interlace.scores.elimination import prices
 from interlace.scores.metrics import NUM_MODALITIES
 from interlace.scores.widths import rounded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
 
     from interlace.models.fisher import Moments, State, Traces
     from interlace.models.handle import VLM, Tower
@@ -160,7 +161,7 @@ class Eliminations:
             # logits would be of no use here
             if accepts(self._vlm.model, "logits_to_keep"):
                 inputs = {k: v for k, v in inputs.items() if k != "labels"} | {"logits_to_keep": 1}
-            with lot.hooked(self._vlm, batch, traces[batch.number]):
+            with hooked(lot.hooks(self._vlm, batch, traces[batch.number])):
                 self._vlm.model(**inputs)
         for key, squares in lot.squares.items():
             if not bool(squares.isfinite().all()):
@@ -232,48 +233,39 @@ class _Lot:
         # of the run of a tower that is under way: state -> [N]
         self._weights: dict[State, Tensor] = {}
 
-    @contextlib.contextmanager
-    def hooked(self, vlm: VLM, batch: Batch, traces: Traces) -> Iterator[None]:
-        """Watch one batch."""
-        with contextlib.ExitStack() as stack:
-            for name in self.samples:
-                tower = vlm.towers[name]
-                hook = self._beginning(vlm, tower, batch, traces.get(name, {}))
-                handle = tower.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
-            for key, site in self._sites.items():
-                handle = site.output.register_forward_pre_hook(self._reading(key))
-                stack.callback(handle.remove)
-            yield
+    def hooks(self, vlm: VLM, batch: Batch, traces: Traces) -> Iterator[RemovableHandle]:
+        """Set the hooks that watch one batch."""
+        for name in self.samples:
+            tower = vlm.towers[name]
+            take = self._beginning(vlm, tower, batch, traces.get(name, {}))
+            yield watch_state(tower.layers, 0, name, take)
+        for key, site in self._sites.items():
+            yield site.output.register_forward_pre_hook(partial(self._read, key))
 
     def _beginning(
         self, vlm: VLM, tower: Tower, batch: Batch, traces: Mapping[int, Sequence[Tensor]]
-    ) -> Any:
+    ) -> Callable[[Tensor], None]:
         runs = itertools.count()
 
-        def hook(_: Any, args: Any, kwargs: Any) -> None:
-            hidden = layer_input(args, kwargs, f"Layer 0 of the tower '{tower.name}'")
+        def take(hidden: Tensor) -> None:
             units = batch.units(vlm, tower, hidden)
             run = next(runs)
             for state, each in traces.items():
                 self._weights[tower.name, state] = _weights(units, each[run])
             self.samples[tower.name] += units.num_seen
 
-        return hook
+        return take
 
-    def _reading(self, key: _Key) -> Any:
-        def hook(_: Any, args: Any) -> None:
-            columns = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            weight = self._weights[key.state].to(columns)
-            if len(weight) != len(columns):
-                raise ShapeError(
-                    f"A projection of '{key.place}' reads {len(columns)} tokens, but its layer "
-                    f"was given {len(weight)}; '{key.metric}' cannot be told."
-                )
-            weighed = columns * weight.sqrt()[:, None]
-            self.squares[key].addmm_(weighed.T, weighed)
-
-        return hook
+    def _read(self, key: _Key, _: Any, args: Any) -> None:
+        columns = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+        weight = self._weights[key.state].to(columns)
+        if len(weight) != len(columns):
+            raise ShapeError(
+                f"A projection of '{key.place}' reads {len(columns)} tokens, but its layer was "
+                f"given {len(weight)}; '{key.metric}' cannot be told."
+            )
+        weighed = columns * weight.sqrt()[:, None]
+        self.squares[key].addmm_(weighed.T, weighed)
 
 
 def _priced(site: Site, squares: Tensor, moment: Tensor) -> tuple[float, ...]:

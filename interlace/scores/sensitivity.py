@@ -21,12 +21,14 @@ from torch import nn
 
 from interlace.errors import ConfigError, DataError
 from interlace.models.predictor import check_gradients
+from interlace.models.states import hooked
 from interlace.scores.probes import Probe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
 
     from interlace.scores.probes import Trial
 
@@ -87,27 +89,26 @@ class Sensitivity(Probe):
 
             return hook
 
-        model = trial.vlm.model
-        check_gradients(trial.vlm, "'sensitivity' cannot be scored")
-        before = [(each, each.requires_grad, each.grad) for each in model.parameters()]
-        handles = []
-        try:
-            for parameter, _, _ in before:
-                parameter.requires_grad_(False)
-                parameter.grad = None
+        def hooks() -> Iterator[RemovableHandle]:
             for name, tower in self.towers.items():
                 for index, layer in enumerate(tower.layers):
                     for weight in block_weights(layer, f"Layer {index} of the tower '{name}'"):
                         weight.requires_grad_(True)
                         register: Any = weight.register_post_accumulate_grad_hook
-                        handles.append(register(reduce(name, index)))
-            with torch.enable_grad():
+                        yield register(reduce(name, index))
+
+        model = trial.vlm.model
+        check_gradients(trial.vlm, "'sensitivity' cannot be scored")
+        before = [(each, each.requires_grad, each.grad) for each in model.parameters()]
+        try:
+            for parameter, _, _ in before:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            with hooked(hooks()), torch.enable_grad():
                 losses = trial.check(trial.loss())
                 if losses.requires_grad:
                     losses.mean().backward()  # type: ignore[no-untyped-call]
         finally:
-            for handle in handles:
-                handle.remove()
             for parameter, required, gradient in before:
                 parameter.requires_grad_(required)
                 parameter.grad = gradient

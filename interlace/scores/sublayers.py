@@ -9,12 +9,12 @@ Attention includes cross-attention.
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from interlace.models.sites import find_sites
+from interlace.models.states import hooked
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,9 +41,7 @@ def without(layer: nn.Module, part: Part) -> Change | None:
         return None
 
     def change(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with contextlib.ExitStack() as stack:
-            for output in outputs:
-                stack.callback(output.register_forward_hook(_zeros).remove)
+        with hooked(output.register_forward_hook(_zeros) for output in outputs):
             return forward(*args, **kwargs)
 
     return change

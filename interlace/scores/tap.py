@@ -10,18 +10,18 @@ Legend: B batch, T tokens, N = B * T tokens in one row, D width, L layers.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING
 
 from interlace.errors import ShapeError
-from interlace.models.states import layer_input, layer_output
+from interlace.models.states import watch_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from types import TracebackType
 
     import torch
     from torch import nn
-    from torch.utils.hooks import RemovableHandle
 
     from interlace.scores.metrics import Meter, Units
 
@@ -40,7 +40,7 @@ class Tap:
         self.name = name
         self.layers = layers
         self.meters = tuple(meters)
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
         self._units_of: Callable[[torch.Tensor], Units] | None = None
         self._num_tokens = 0
         self._next = 0
@@ -50,23 +50,15 @@ class Tap:
 
     def __enter__(self) -> Tap:
         """Set the hooks."""
-        for index, layer in enumerate(self.layers):
-            self._handles.append(
-                layer.register_forward_pre_hook(self._before(index), with_kwargs=True)
-            )
-        self._handles.append(self.layers[-1].register_forward_hook(self._after_last))
+        for index in range(len(self.layers) + 1):
+            take = partial(self._take, index)
+            self._hooks.enter_context(watch_state(self.layers, index, self.name, take))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Take the hooks away."""
         self._units_of = None
-        while self._handles:
-            self._handles.pop().remove()
+        self._hooks.close()
 
     def start(self, units_of: Callable[[torch.Tensor], Units]) -> None:
         """Begin a batch.
@@ -94,26 +86,9 @@ class Tap:
             )
         return self._runs > 0
 
-    def _before(self, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._units_of is not None:
-                where = f"Layer {index} of the tower '{self.name}'"
-                self._take(index, layer_input(args, kwargs, where), self._units_of)
-
-        return hook
-
-    def _after_last(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _take(self, index: int, hidden: torch.Tensor) -> None:
         if self._units_of is None:
             return
-        self._take(len(self.layers), layer_output(output, self.name), self._units_of)
-        for meter in self.meters:
-            meter.end_run()
-        self._next = 0
-        self._runs += 1
-
-    def _take(
-        self, index: int, hidden: torch.Tensor, units_of: Callable[[torch.Tensor], Units]
-    ) -> None:
         if index != self._next:
             raise ShapeError(
                 f"The tower '{self.name}' ran layer {index} where layer {self._next} was due. "
@@ -123,7 +98,7 @@ class Tap:
         if index == 0:
             if not self._runs:
                 self.began = time.perf_counter()
-            units = units_of(hidden)
+            units = self._units_of(hidden)
             self._num_tokens = units.unit.numel()
             for meter in self.meters:
                 meter.begin_run(units)
@@ -136,3 +111,8 @@ class Tap:
         for meter in self.meters:
             meter.state(index, flat)
         self._next = index + 1
+        if index == len(self.layers):
+            for meter in self.meters:
+                meter.end_run()
+            self._next = 0
+            self._runs += 1

@@ -23,11 +23,13 @@ from interlace.errors import DataError, ShapeError
 from interlace.models.handle import to_model
 from interlace.models.predictor import check_gradients
 from interlace.models.sites import find_sites
-from interlace.models.states import layer_input
+from interlace.models.states import hooked, watch_state
 from interlace.scores.losses import SampleLoss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch.utils.hooks import RemovableHandle
 
     from interlace.models.handle import VLM, Tower
     from interlace.models.sites import Site
@@ -97,7 +99,7 @@ def _per_sample(values: torch.Tensor, units: Units) -> tuple[torch.Tensor, torch
 
 
 class _Watch:
-    """One tower with the gauges of one metric; hooks are set inside a `with` block."""
+    """One tower with the gauges of one metric."""
 
     def __init__(self, tower: Tower, kind: type[Gauge]) -> None:
         self.tower = tower
@@ -114,47 +116,36 @@ class _Watch:
         # factors of 1 before every projection in this batch, one per token and unit
         self.gates: list[tuple[Gauge, Units, torch.Tensor]] = []
 
-    @contextlib.contextmanager
-    def hooked(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for position, layer in enumerate(self.tower.layers):
-                hook: Any = self._before(position)
-                handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
-            for gauge in self.gauges.values():
-                reading: Any = self._reading(gauge)
-                stack.callback(gauge.site.output.register_forward_pre_hook(reading).remove)
-            yield
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Set the hooks."""
+        for position in range(self.tower.num_layers):
+            take = partial(self._take, position)
+            yield watch_state(self.tower.layers, position, self.tower.name, take)
+        for gauge in self.gauges.values():
+            yield gauge.site.output.register_forward_pre_hook(partial(self._read, gauge))
 
-    def _before(self, position: int) -> Callable[..., None]:
-        def hook(_: Any, args: Any, kwargs: Any) -> None:
-            hidden = layer_input(args, kwargs, f"Layer {position} of the tower '{self.tower.name}'")
-            if position == 0 and self.describe is not None:
-                self.units = self.describe(hidden)
-                self.samples += self.units.num_seen
-            flat = hidden.detach().reshape(-1, hidden.shape[-1]).float()
-            self.residual = flat.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    def _take(self, position: int, hidden: torch.Tensor) -> None:
+        if position == 0 and self.describe is not None:
+            self.units = self.describe(hidden)
+            self.samples += self.units.num_seen
+        flat = hidden.detach().reshape(-1, hidden.shape[-1]).float()
+        self.residual = flat.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
 
-        return hook
-
-    def _reading(self, gauge: Gauge) -> Callable[..., Any]:
-        def hook(_: Any, args: Any) -> Any:
-            columns, units = args[0], self.units
-            if units is None:
-                return None
-            if gauge.gradient:
-                shape = (*columns.shape[:-1], gauge.site.num_units)
-                gate = columns.new_ones(shape).requires_grad_()
-                self.gates.append((gauge, units, gate))
-                parts = columns.unflatten(-1, (gauge.site.num_units, gauge.site.head_dim))
-                return ((parts * gate[..., None]).flatten(-2),)
-            flat = columns.detach().reshape(-1, columns.shape[-1])
-            values = gauge.read(flat, self.residual.to(flat.device))
-            if values is not None:
-                gauge.add(values, units)
+    def _read(self, gauge: Gauge, _: Any, args: Any) -> Any:
+        columns, units = args[0], self.units
+        if units is None:
             return None
-
-        return hook
+        if gauge.gradient:
+            shape = (*columns.shape[:-1], gauge.site.num_units)
+            gate = columns.new_ones(shape).requires_grad_()
+            self.gates.append((gauge, units, gate))
+            parts = columns.unflatten(-1, (gauge.site.num_units, gauge.site.head_dim))
+            return ((parts * gate[..., None]).flatten(-2),)
+        flat = columns.detach().reshape(-1, columns.shape[-1])
+        values = gauge.read(flat, self.residual.to(flat.device))
+        if values is not None:
+            gauge.add(values, units)
+        return None
 
     def results(self) -> Importance:
         names = dict.fromkeys(name for name, _ in self.gauges)
@@ -204,7 +195,7 @@ class Gauges:
                 stack.enter_context(without_cache(self._vlm.model))
                 stack.enter_context(torch.set_grad_enabled(kind.gradient))
                 for watch in watches:
-                    stack.enter_context(watch.hooked())
+                    stack.enter_context(hooked(watch.hooks()))
                 for batch in track(own, description=f"{description}: {name}"):
                     _run(self._vlm, batch, watches, loss)
             for watch in watches:

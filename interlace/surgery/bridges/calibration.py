@@ -18,7 +18,7 @@ from interlace.data.samples import Sample, samples, scenes_tasks
 from interlace.errors import ConfigError, DataError, check_numbers
 from interlace.models.fisher import Fisher
 from interlace.models.handle import to_model
-from interlace.models.states import layer_input
+from interlace.models.states import hooked, watch_state
 from interlace.models.tokens import token_units
 from interlace.surgery.bridges.front import Front, modules_in_front
 from interlace.surgery.bridges.names import BRIDGE_SAMPLES, EVEN, FISHER
@@ -181,27 +181,18 @@ class Calibration:
         counts: dict[str, torch.Tensor] = {}
         batch: Mapping[str, Any] = {}
 
-        def note(name: str, args: Any, kwargs: Any) -> None:
-            hidden = layer_input(args, kwargs, f"Layer 0 of the tower '{name}'")
+        def note(name: str, hidden: torch.Tensor) -> None:
             units, modality = token_units(self._vlm, name, batch, hidden)
             found = torch.bincount(modality[modality >= 0].long().cpu(), minlength=2)
             counts[name] = counts.get(name, torch.zeros_like(found)) + found
             num_units[name] += _num_units(units)
 
-        hooks = [
-            self._vlm.towers[name]
-            .layers[0]
-            .register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: note(name, args, kwargs), with_kwargs=True
-            )
+        with hooked(
+            watch_state(self._vlm.towers[name].layers, 0, name, partial(note, name))
             for name in num_units
-        ]
-        try:
+        ):
             for number, batch in enumerate(self.batches):
                 self._try(number, batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
         for name, count in num_units.items():
             if count < HELD_OUT_EVERY:
                 unit = "samples" if name.startswith("text") else "images"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from interlace.models.states import standing_in
+from interlace.models.states import hooked, standing_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -55,14 +55,11 @@ def modules_in_front(
     hooks = [layers[0].register_forward_pre_hook(begin)]
     for each in {each for found in around.values() for each in found}:
         hooks.append(model.get_submodule(each).register_forward_hook(partial(end, each)))
-    try:
+    with hooked(hooks):
         for run in runs:
             run()
             if begun:
                 break
-    finally:
-        for hook in hooks:
-            hook.remove()
     done = {
         name: [each for each in found if each in early - late] for name, found in around.items()
     }

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from interlace.errors import DataError, ShapeError
-from interlace.models.states import layer_input, layer_output
+from interlace.models.states import watch_state
 from interlace.surgery.bridges.resting import Forms, Start, idling, starting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
     from interlace.surgery.bridges.calibration import Calibration, TokenWeights
     from interlace.surgery.bridges.gaps import Gap
@@ -67,27 +68,12 @@ class Reached:
             self.student = Start(gap.position - 1, before)
 
 
-@contextlib.contextmanager
-def watching(
+def _collecting(
     layers: nn.ModuleList, position: int, name: str, into: list[torch.Tensor]
-) -> Iterator[None]:
-    """Put h_position of every run of a tower into a list: a layer's input, or the last output."""
-
-    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        # a layer may go on to work in place
-        into.append(layer_input(args, kwargs, f"Layer {position} of the tower '{name}'").clone())
-
-    def after(_: nn.Module, __: Any, output: Any) -> None:
-        into.append(layer_output(output, name).clone())
-
-    if position < len(layers):
-        hook = layers[position].register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        hook = layers[-1].register_forward_hook(after)
-    try:
-        yield
-    finally:
-        hook.remove()
+) -> RemovableHandle:
+    """Set a hook that puts h_position of every run of a tower into a list."""
+    # a layer may go on to work in place
+    return watch_state(layers, position, name, lambda hidden: into.append(hidden.clone()))
 
 
 def observe(
@@ -128,14 +114,14 @@ def observe(
         ):
             layers: Any = model.get_submodule(gap.path)
             stack.enter_context(starting(layers, start, gap.tower, known.forms))
-            stack.enter_context(watching(layers, position, gap.tower, into))
+            stack.enter_context(_collecting(layers, position, gap.tower, into))
             stack.enter_context(idling(layers[position:], gap.tower, known.forms))
         if reached is not None and gap.position:
-            stack.enter_context(watching(layers, gap.position - 1, gap.tower, before))
+            stack.enter_context(_collecting(layers, gap.position - 1, gap.tower, before))
         for name, module in (modules or {}).items():
             keep = inputs[name]
             hook = module.register_forward_pre_hook(lambda _, args, keep=keep: keep.append(args[0]))
-            stack.callback(hook.remove)
+            stack.enter_context(hook)
         for batch in calibration.batches:
             for each in (goals, states, before, *inputs.values()):
                 each.clear()

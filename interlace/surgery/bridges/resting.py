@@ -83,11 +83,10 @@ def starting(layers: Any, start: Start, name: str, forms: Forms) -> Iterator[Non
         yield
         return
     known = iter(start.given)
-    with idling(layers[: start.position], name, forms, read=True):
-        hook = shift_input(
-            layers[start.position], lambda hidden: next(known).to(hidden.device, copy=True)
-        )
-        try:
-            yield
-        finally:
-            hook.remove()
+
+    def put(hidden: torch.Tensor) -> torch.Tensor:
+        return next(known).to(hidden.device, copy=True)
+
+    before = layers[: start.position]
+    with idling(before, name, forms, read=True), shift_input(layers[start.position], put):
+        yield

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from interlace.models.bridges import DIAGONAL, INPUT, OUTPUT, attach, norm_arguments
+from interlace.models.states import hooked
 from interlace.ops import bridge_norm
 from interlace.records import Bridge
 from interlace.surgery.bridges.observe import observe
@@ -177,12 +178,8 @@ def _first_norm(call: Call) -> tuple[str, str] | None:
         return hook
 
     children = [(n, m) for n, m in call.layer.named_modules() if n and not list(m.children())]
-    hooks = [module.register_forward_hook(note(name)) for name, module in children]
-    try:
+    with hooked(module.register_forward_hook(note(name)) for name, module in children):
         call.repeat()
-    finally:
-        for each in hooks:
-            each.remove()
     for name, module, output in read:
         hidden = call.hidden
         eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))

@@ -187,8 +187,7 @@ def _check(
     layers: Any = student.get_submodule(first.path)
     with contextlib.ExitStack() as stack:
         for position, factor in factors.items():
-            hook = shift_input(layers[position], partial(torch.mul, other=factor))
-            stack.callback(hook.remove)
+            stack.enter_context(shift_input(layers[position], partial(torch.mul, other=factor)))
         for writer, weights in plain.items():
             put_weights(writer, weights)
         try:

@@ -9,7 +9,6 @@ Legend: B batch, T tokens, D width, F features of the feed-forward part.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,12 @@ import torch
 from torch import nn
 
 from interlace.models.discovery import routes
-from interlace.models.states import layer_input, layer_output, shift_input
+from interlace.models.states import hooked, layer_input, layer_output, shift_input
 from interlace.surgery.bridges.observe import check_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
 # Of the size of what is compared: rounding stays below, a wrong path does not.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -87,30 +87,22 @@ def record_calls(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[Ca
                 {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()},
             )
 
-    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-    try:
+    with hooked(layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers):
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     found = [calls[id(layer)] for layer in layers if id(layer) in calls]
     for call in found:
         check_finite([call.hidden], f"reach a {type(call.layer).__name__} beside a cut")
     return found
 
 
-@contextlib.contextmanager
-def changing(changes: Mapping[nn.Module, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
-    """Replace what some modules give by a function of it."""
-    hooks = [
+def changing(
+    changes: Mapping[nn.Module, Callable[[torch.Tensor], torch.Tensor]],
+) -> AbstractContextManager[None]:
+    """Replace what some modules give by a function of it, for a block."""
+    return hooked(
         module.register_forward_hook(lambda _, __, output, change=change: change(output))
         for module, change in changes.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )
 
 
 @dataclass(frozen=True)
@@ -189,16 +181,13 @@ def _trace(call: Call) -> _Trace:
         else:
             made.norms[module] = (args[0], output)
 
-    hooks = [
-        module.register_forward_hook(hook)
+    traced = [
+        module
         for module in call.layer.modules()
         if isinstance(module, nn.Linear) or _is_norm(module) or module in experts
     ]
-    try:
+    with hooked(module.register_forward_hook(hook) for module in traced):
         made.output = call.repeat()
-    finally:
-        for each in hooks:
-            each.remove()
     return made
 
 
@@ -344,12 +333,8 @@ def read_elsewhere(layer: nn.Module, behind: nn.Module, run: Any) -> bool:
 
     expected = predictions(run())
     # before the hooks by which transformers collects hidden states for others to read
-    hooks = [layer.register_forward_hook(away, prepend=True), shift_input(behind, back)]
-    try:
+    with hooked((layer.register_forward_hook(away, prepend=True), shift_input(behind, back))):
         found = predictions(run())
-    finally:
-        for hook in hooks:
-            hook.remove()
     return not all(map(agree, found, expected))
 
 
