@@ -17,9 +17,9 @@ import interlace as il
 from interlace._torch_utils import inference, without_cache
 from interlace.errors import PlanError
 from interlace.models.states import layer_input
-from interlace.surgery.bridges.calibration import Calibration, TokenWeights
+from interlace.surgery.bridges.calibration import Calibration
 from interlace.surgery.bridges.gaps import Gap, find_gaps
-from interlace.surgery.bridges.observe import Seen, observe
+from interlace.surgery.bridges.observe import Pair, Seen, observe
 from interlace.surgery.bridges.statistics import NormalEquations, choose
 from interlace.surgery.bridges.structure import find_projection, record_calls
 from interlace.surgery.bridges.weights import changed, put_weights
@@ -35,18 +35,14 @@ class Cutting:
     """A student without a block of every tower, and what is needed to look at the cuts.
 
     Attributes:
-        vlm: the dense model.
         student: the student.
         gaps: the cut of every tower.
-        calibration: batches.
-        weights: tower -> which tokens count.
+        pairs: tower -> the dense model and the student, and what both are run on.
     """
 
-    vlm: Any
     student: Any
     gaps: tuple[Gap, ...]
-    calibration: Calibration
-    weights: dict[str, TokenWeights]
+    pairs: dict[str, Pair]
 
     def layers(self, gap: Gap) -> Any:
         """Return the student's layers of a cut tower."""
@@ -54,8 +50,7 @@ class Cutting:
 
     def see(self, gap: Gap, modules: Mapping[str, nn.Module] | None = None) -> Iterator[Seen]:
         """Run both models over all batches and show them at a cut; padding is left out."""
-        models = (self.vlm.model, self.student.model)
-        yield from observe(*models, gap, self.calibration, self.weights[gap.tower], modules)
+        return observe(self.pairs[gap.tower], gap, modules)
 
 
 @contextlib.contextmanager
@@ -87,8 +82,11 @@ def cutting(case: Case) -> Iterator[Cutting]:
             stack.enter_context(inference(model))
             stack.enter_context(without_cache(model))
         calibration = Calibration(case.vlm, shared.calibration, BATCH_SIZE)
-        weights = calibration.survey(towers)
-        yield Cutting(case.vlm, student, tuple(gaps), calibration, weights)
+        pairs = {
+            tower: Pair(case.vlm.model, student.model, calibration, weights)
+            for tower, weights in calibration.survey(towers).items()
+        }
+        yield Cutting(student, tuple(gaps), pairs)
 
 
 def replaceme(case: Case) -> Made:
@@ -115,7 +113,8 @@ def replaceme(case: Case) -> Made:
 
 def _projection(cut: Cutting, gap: Gap) -> nn.Linear:
     layer = cut.layers(gap)[gap.position - 1]
-    run = partial(cut.calibration.run, cut.student.model, cut.calibration.batches[0])
+    calibration = cut.pairs[gap.tower].calibration
+    run = partial(calibration.run, cut.student.model, calibration.batches[0])
     found = find_projection(record_calls([layer], run)[0])
     if found is None or found.norms:
         raise PlanError(

@@ -13,6 +13,7 @@ from interlace.surgery.bridges.calibration import Calibration, default_data
 from interlace.surgery.bridges.fold import fit_fold
 from interlace.surgery.bridges.gaps import find_gaps
 from interlace.surgery.bridges.names import EVEN, FOLD, REFIT
+from interlace.surgery.bridges.observe import Pair
 from interlace.surgery.bridges.runtime import fit_run_time
 from interlace.surgery.bridges.scale import fit_scale
 
@@ -100,8 +101,9 @@ def fit_bridges(
             ]
             if gaps:
                 fit = fits[names[tower]]
+                pair = Pair(vlm.model, student, calibration, weights)
                 with calibration.looking_at(tower, student, cuts):
-                    bridges += fit(vlm.model, student, gaps, calibration, weights)
+                    bridges += fit(pair, gaps)
     if calibration.token_weights != EVEN:
         weighed = {"token_weights": calibration.token_weights}
         bridges = [

@@ -27,7 +27,6 @@ projection itself is fitted, which holds that map as the special case M = (T - I
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,27 +34,23 @@ import torch
 
 from interlace.errors import PlanError
 from interlace.models.discovery import routes
-from interlace.records import Bridge
-from interlace.surgery.bridges.names import FOLD, NONE, REFIT
-from interlace.surgery.bridges.observe import Reached, Seen, observe
+from interlace.surgery.bridges.names import FOLD, REFIT
+from interlace.surgery.bridges.observe import Pair, observe
 from interlace.surgery.bridges.resting import Start, idling, starting
 from interlace.surgery.bridges.statistics import NormalEquations, choose
 from interlace.surgery.bridges.structure import (
-    Call,
     Norm,
     Projection,
     find_projection,
+    first_calls,
     read_elsewhere,
-    record_calls,
 )
 from interlace.surgery.bridges.weights import Weights, changed, put_weights, weights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from torch import nn
-
-    from interlace.surgery.bridges.calibration import Calibration, TokenWeights
+    from interlace.records import Bridge
     from interlace.surgery.bridges.gaps import Gap
 
 # Linearised fits through a LayerNorm are repeated at most so often.
@@ -64,24 +59,15 @@ _MAX_ROUNDS = 4
 _DAMPING = 0.1
 
 
-def fit_fold(
-    teacher: nn.Module,
-    student: nn.Module,
-    gaps: Sequence[Gap],
-    calibration: Calibration,
-    weights: TokenWeights,
-) -> list[Bridge]:
+def fit_fold(pair: Pair, gaps: Sequence[Gap]) -> list[Bridge]:
     """Fit the projection before every gap of one tower, front to back.
 
     Each one is fitted on what the student computes with those before it in place. So it corrects
     what they left over, and its inputs are those that it will see.
 
     Args:
-        teacher: the model before the cut; only read.
-        student: the model after it; the projections get weights of their own.
+        pair: the models; the student's projections get weights of their own.
         gaps: the gaps of the tower, front to back; those of no layers refit the one before them.
-        calibration: the batches.
-        weights: of the tokens of this tower.
 
     Returns:
         What was done at each gap.
@@ -89,31 +75,19 @@ def fit_fold(
     Raises:
         PlanError: a layer to fold into does not add its last projection to the residual stream.
     """
-    tower = _Tower(teacher, student, calibration, weights, Reached())
-    return [_fold(tower, gap) for gap in gaps]
+    return [_fold(pair, gap) for gap in gaps]
 
 
-@dataclass(frozen=True)
-class _Tower:
-    """What all fits of a tower share: the arguments of `fit_fold`, and how far they have come."""
-
-    teacher: nn.Module
-    student: nn.Module
-    calibration: Calibration
-    weights: TokenWeights
-    reached: Reached
-
-
-def _fold(tower: _Tower, gap: Gap) -> Bridge:
-    projection = _place(tower, gap)
+def _fold(pair: Pair, gap: Gap) -> Bridge:
+    projection = _place(pair, gap)
     if isinstance(projection, str):
-        return Bridge(gap.tower, NONE, gap.dropped, gap.after, note=projection)
+        return gap.bridge(note=projection)
     linear = projection.linear
     # held-out error before each round, and the weights it is the error of
     rounds: list[tuple[float, Weights]] = []
     ridge = math.inf
     while True:
-        both = _equations(tower, gap, projection)
+        both = _equations(pair, gap, projection)
         # through a norm the held-out samples decide how long it goes on, so they stay apart
         solution = choose(*both, refit=not projection.norms)
         better = not rounds or solution.before < rounds[-1][0]
@@ -131,24 +105,20 @@ def _fold(tower: _Tower, gap: Gap) -> Bridge:
     put_weights(linear, best)
     settings = {"ridge": ridge, "rounds": len(rounds) - 1} if len(rounds) > 1 else {}
     if projection.sandwiched:
-        gained = _gain(tower, gap, projection.norms[0])
+        gained = _gain(pair, gap, projection.norms[0])
         if gained < error:
             error, settings["gain"] = gained, True
     if not settings:
-        note = "no change of the layer before it came closer on held-out samples"
-        return Bridge(gap.tower, NONE, gap.dropped, gap.after, note=note)
-    return Bridge(
-        gap.tower,
+        return gap.bridge(note="no change of the layer before it came closer on held-out samples")
+    return gap.bridge(
         FOLD if gap.dropped else REFIT,
-        gap.dropped,
-        gap.after,
         error_before=rounds[0][0],
         error_after=error,
         settings=settings,
     )
 
 
-def _place(tower: _Tower, gap: Gap) -> Projection | str:
+def _place(pair: Pair, gap: Gap) -> Projection | str:
     """Find the projection before a gap, or say why there is none to be changed.
 
     Raises:
@@ -156,25 +126,20 @@ def _place(tower: _Tower, gap: Gap) -> Projection | str:
     """
     if gap.after is None:
         return "no kept layer stands before it that could take it over"
-    layers: Any = tower.student.get_submodule(gap.path)
+    layers: Any = pair.student.get_submodule(gap.path)
     layer = layers[gap.position - 1]
-    reached, calibration = tower.reached, tower.calibration
+    reached, calibration = pair.reached, pair.calibration
 
     def run(batch: Mapping[str, Any]) -> Any:
         # a probe of its own starts at the front; batches before this one do not reach the tower
         known = reached.student if any(batch is each for each in calibration.batches) else Start()
         with starting(layers, known, gap.tower, reached.forms):
-            return calibration.run(tower.student, batch)
+            return calibration.run(pair.student, batch)
 
-    batch: Mapping[str, Any] = {}
-    calls: list[Call] = []
     with idling(layers[gap.position :], gap.tower, reached.forms):
-        for batch in calibration.probes:
-            calls = record_calls([layer], partial(run, batch))
-            if calls:
-                break
-    found = find_projection(calls[0]) if calls else None
-    if found is None:
+        called = first_calls([layer], calibration.probes, run)
+    found = find_projection(called[1][0]) if called else None
+    if called is None or found is None:
         why = (
             "does not add its last linear projection to the residual stream, nor straight before a "
             "LayerNorm"
@@ -190,7 +155,7 @@ def _place(tower: _Tower, gap: Gap) -> Projection | str:
     # others that read a layer expect what it gave in the teacher, which is what a refit aims at
     if gap.dropped and not gap.ends:
         behind = layers[gap.position]
-        if read_elsewhere(layer, behind, partial(run, batch)):
+        if read_elsewhere(layer, behind, partial(run, called[0])):
             return (
                 f"the output of layer {gap.after} is also read by another part of the model, which "
                 "expects it as it is"
@@ -199,7 +164,7 @@ def _place(tower: _Tower, gap: Gap) -> Projection | str:
 
 
 def _equations(
-    tower: _Tower, gap: Gap, projection: Projection
+    pair: Pair, gap: Gap, projection: Projection
 ) -> tuple[NormalEquations, NormalEquations]:
     """Stream the normal equations of the samples to fit on, and of the held-out ones."""
     linear = projection.linear
@@ -214,7 +179,7 @@ def _equations(
         )
         for _ in range(2)
     )
-    for seen in _observe(tower, gap, modules):
+    for seen in observe(pair, gap, modules):
         goal, weight = seen.goal.double(), seen.weight
         missing = goal - seen.state.double()
         for place, norm in norms.items():
@@ -227,7 +192,7 @@ def _equations(
     return both[0], both[1]
 
 
-def _gain(tower: _Tower, gap: Gap, norm: Norm) -> float:
+def _gain(pair: Pair, gap: Gap, norm: Norm) -> float:
     """Fit the weight of a norm whose result is added to the stream, channel by channel.
 
     What a projection in front of a norm gives cannot become longer; its weight can.
@@ -239,7 +204,7 @@ def _gain(tower: _Tower, gap: Gap, norm: Norm) -> float:
     # per channel, on samples to fit on and on held-out ones: sum w n d, sum w n^2
     sums = torch.zeros(2, 2, len(norm.gamma), dtype=torch.float64, device=norm.gamma.device)
     energy = size = 0.0
-    for seen in _observe(tower, gap, {"norm": norm.module}):
+    for seen in observe(pair, gap, {"norm": norm.module}):
         given, goal = seen.inputs["norm"].double(), seen.goal.double()
         normed, missing = given / norm.sigma(given)[:, None], goal - seen.state.double()
         for own, rows in zip(sums, (~seen.held, seen.held), strict=True):
@@ -255,18 +220,6 @@ def _gain(tower: _Tower, gap: Gap, norm: Norm) -> float:
         module: Any = norm.module
         module.weight = changed(module.weight, lambda value: value + change)
     return min(left, energy) / (size or 1.0)
-
-
-def _observe(tower: _Tower, gap: Gap, modules: Mapping[str, nn.Module]) -> Iterator[Seen]:
-    return observe(
-        tower.teacher,
-        tower.student,
-        gap,
-        tower.calibration,
-        tower.weights,
-        modules,
-        tower.reached,
-    )
 
 
 def _change(projection: Projection, change: torch.Tensor) -> None:

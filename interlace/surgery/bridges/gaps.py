@@ -6,8 +6,9 @@ Where kept layers are repaired too, there is one behind each of them, of no laye
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from interlace.records import Bridge
 from interlace.surgery.bridges.names import FOLD, NONE, REFIT
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ class Gap:
         """Name the place in messages and notes."""
         numbers = ", ".join(map(str, self.dropped or [self.after]))
         return f"{self.tower} layer{'s' if len(self.dropped) > 1 else ''} {numbers}"
+
+    def bridge(self, kind: str = NONE, **found: Any) -> Bridge:
+        """Return the record of what stands in here; `found` are its other fields."""
+        return Bridge(self.tower, kind, self.dropped, self.after, **found)
 
 
 def find_gaps(cut: Cut, bridge: str = NONE) -> tuple[list[Gap], list[tuple[int, ...]]]:

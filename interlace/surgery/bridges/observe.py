@@ -46,7 +46,7 @@ class Seen:
 
 @dataclass
 class Reached:
-    """Up to where the two models are known at all batches; they begin at the next gap from there.
+    """Up to where the two models are known at all batches: the next look begins there.
 
     Attributes:
         teacher: at the goal of the last gap.
@@ -68,6 +68,26 @@ class Reached:
             self.student = Start(gap.position - 1, before)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """One tower before and after a cut, and what both models are run on.
+
+    Attributes:
+        teacher: the model before the cut; only read.
+        student: the model after it, as repaired so far.
+        calibration: the batches.
+        weights: of the tokens of this tower.
+        reached: up to where both are known. Gaps are looked at front to back, and a repair changes
+            nothing in front of the layer before its gap.
+    """
+
+    teacher: nn.Module
+    student: nn.Module
+    calibration: Calibration
+    weights: TokenWeights
+    reached: Reached = field(default_factory=Reached)
+
+
 def _collecting(
     layers: nn.ModuleList, position: int, name: str, into: list[torch.Tensor]
 ) -> RemovableHandle:
@@ -76,25 +96,13 @@ def _collecting(
     return watch_state(layers, position, name, lambda hidden: into.append(hidden.clone()))
 
 
-def observe(
-    teacher: nn.Module,
-    student: nn.Module,
-    gap: Gap,
-    calibration: Calibration,
-    weights: TokenWeights,
-    modules: Mapping[str, nn.Module] | None = None,
-    reached: Reached | None = None,
-) -> Iterator[Seen]:
-    """Run both models over all batches.
+def observe(pair: Pair, gap: Gap, modules: Mapping[str, nn.Module] | None = None) -> Iterator[Seen]:
+    """Run both models over all batches; `pair.reached` is then at this gap.
 
     Args:
-        teacher: the model before the cut.
-        student: the model after it, as repaired so far.
+        pair: the models and the batches.
         gap: where to look.
-        calibration: the batches.
-        weights: of the tokens of this tower.
         modules: modules of the student whose inputs are wanted too, by any name.
-        reached: where both models may begin; moved to this gap by a look at all batches.
 
     Raises:
         ShapeError: the two do not run the tower over the same tokens.
@@ -103,30 +111,30 @@ def observe(
     goals: list[torch.Tensor] = []
     states: list[torch.Tensor] = []
     before: list[torch.Tensor] = []
-    known = reached or Reached()
+    teacher, student, reached = pair.teacher, pair.student, pair.reached
     passed: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in modules or {}}
-    weights.restart()
+    pair.weights.restart()
     with contextlib.ExitStack() as stack:
         for model, position, into, start in (
-            (teacher, gap.goal, goals, known.teacher),
-            (student, gap.position, states, known.student),
+            (teacher, gap.goal, goals, reached.teacher),
+            (student, gap.position, states, reached.student),
         ):
             layers: Any = model.get_submodule(gap.path)
-            stack.enter_context(starting(layers, start, gap.tower, known.forms))
+            stack.enter_context(starting(layers, start, gap.tower, reached.forms))
             stack.enter_context(_collecting(layers, position, gap.tower, into))
-            stack.enter_context(idling(layers[position:], gap.tower, known.forms))
-        if reached is not None and gap.position:
+            stack.enter_context(idling(layers[position:], gap.tower, reached.forms))
+        if gap.position:
             stack.enter_context(_collecting(layers, gap.position - 1, gap.tower, before))
         for name, module in (modules or {}).items():
             keep = inputs[name]
             hook = module.register_forward_pre_hook(lambda _, args, keep=keep: keep.append(args[0]))
             stack.enter_context(hook)
-        for batch in calibration.batches:
+        for batch in pair.calibration.batches:
             for each in (goals, states, before, *inputs.values()):
                 each.clear()
-            calibration.run(teacher, batch)
-            calibration.run(student, batch)
+            pair.calibration.run(teacher, batch)
+            pair.calibration.run(student, batch)
             if any(len(each) != len(goals) for each in (states, *inputs.values())):
                 raise ShapeError(
                     f"The {gap.tower} tower runs {len(goals)} times per batch in the dense model, "
@@ -135,13 +143,11 @@ def observe(
                 )
             for run, (goal, state) in enumerate(zip(goals, states, strict=True)):
                 caught = {name: each[run] for name, each in inputs.items()}
-                yield _select(gap, goal, state, caught, *weights.of(batch, goal, gap.goal))
-            if reached is not None:
-                for kept, new in zip(passed, (goals, before), strict=True):
-                    kept += [each.cpu() for each in new]
-    if reached is not None:
-        whole: Any = teacher.get_submodule(gap.path)
-        reached.move(gap, *passed, depth=len(whole))
+                yield _select(gap, goal, state, caught, *pair.weights.of(batch, goal, gap.goal))
+            for kept, new in zip(passed, (goals, before), strict=True):
+                kept += [each.cpu() for each in new]
+    whole: Any = teacher.get_submodule(gap.path)
+    reached.move(gap, *passed, depth=len(whole))
 
 
 def _select(

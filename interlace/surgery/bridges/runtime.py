@@ -20,41 +20,30 @@ from torch import nn
 from interlace.models.bridges import DIAGONAL, INPUT, OUTPUT, attach, norm_arguments
 from interlace.models.states import hooked
 from interlace.ops import bridge_norm
-from interlace.records import Bridge
 from interlace.surgery.bridges.observe import observe
 from interlace.surgery.bridges.statistics import NormalEquations, choose
-from interlace.surgery.bridges.structure import agree, record_calls
+from interlace.surgery.bridges.structure import agree, first_calls
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from interlace.surgery.bridges.calibration import Calibration, TokenWeights
+    from interlace.records import Bridge
+    from interlace.surgery.bridges.calibration import Calibration
     from interlace.surgery.bridges.gaps import Gap
+    from interlace.surgery.bridges.observe import Pair
     from interlace.surgery.bridges.structure import Call
 
 _MIN_DIMS = 2
 
 
-def fit_run_time(
-    teacher: nn.Module,
-    student: nn.Module,
-    gaps: Sequence[Gap],
-    calibration: Calibration,
-    weights: TokenWeights,
-    *,
-    kind: str,
-    rank: int,
-) -> list[Bridge]:
+def fit_run_time(pair: Pair, gaps: Sequence[Gap], *, kind: str, rank: int) -> list[Bridge]:
     """Build a module into the student at every gap of one tower, front to back.
 
     Each one is fitted on what the student computes with those before it in place.
 
     Args:
-        teacher: the model before the cut; only read.
-        student: the model after it; given the modules, whose parameters require gradients.
+        pair: the models; the student is given the modules, whose parameters require gradients.
         gaps: the gaps of the tower, front to back.
-        calibration: the batches.
-        weights: of the tokens of this tower.
         kind: "diagonal" or "lowrank".
         rank: R of a low-rank bridge, at least 1; at most the width is used.
 
@@ -62,27 +51,25 @@ def fit_run_time(
         What was done at each gap.
     """
     made = []
+    student = pair.student
     for gap in gaps:
-        both = _equations(teacher, student, gap, calibration, weights)
+        both = _equations(pair, gap)
         width = both[0].cross.shape[1]
         kept = None if kind == DIAGONAL else min(rank, width)
         solve = _diagonal if kept is None else partial(_low_rank, rank=kept)
         solution = choose(*both, solve=solve)
         if solution.change is None:
             note = "no change of the hidden states there came closer on held-out samples"
-            made.append(Bridge(gap.tower, "none", gap.dropped, gap.after, note=note))
+            made.append(gap.bridge(note=note))
             continue
         settings = {"ridge": solution.ridge, "width": width, "rank": kept}
-        settings |= _place(student, gap, calibration)
+        settings |= _place(student, gap, pair.calibration)
         dtype = next(student.get_submodule(gap.path).parameters()).dtype
         bridge = attach(student, settings, dtype).to(both[0].gram.device)
         _fill(bridge, solution.change)
         made.append(
-            Bridge(
-                gap.tower,
+            gap.bridge(
                 kind,
-                gap.dropped,
-                gap.after,
                 error_before=solution.before,
                 error_after=solution.after,
                 settings=settings,
@@ -91,16 +78,10 @@ def fit_run_time(
     return made
 
 
-def _equations(
-    teacher: nn.Module,
-    student: nn.Module,
-    gap: Gap,
-    calibration: Calibration,
-    weights: TokenWeights,
-) -> tuple[NormalEquations, NormalEquations]:
+def _equations(pair: Pair, gap: Gap) -> tuple[NormalEquations, NormalEquations]:
     """Stream the normal equations of t - s on s, of the samples to fit on and the held-out ones."""
     both: list[NormalEquations] = []
-    for seen in observe(teacher, student, gap, calibration, weights):
+    for seen in observe(pair, gap):
         width, device = seen.state.shape[1], seen.state.device
         if not both:
             both = [NormalEquations(width, width, intercept=False, device=device) for _ in range(2)]
@@ -148,18 +129,10 @@ def _place(student: nn.Module, gap: Gap, calibration: Calibration) -> dict[str, 
         module = f"{gap.path}.{gap.position - 1}"
         return {"module": module, "side": OUTPUT, "norm": None, "norm_kind": None}
     layer = student.get_submodule(f"{gap.path}.{gap.position}")
-    norm: tuple[str, str] | tuple[None, None] = (None, None)
-    for batch in calibration.probes:
-        calls = record_calls([layer], partial(calibration.run, student, batch))
-        if calls:
-            norm = _first_norm(calls[0]) or norm
-            break
-    return {
-        "module": f"{gap.path}.{gap.position}",
-        "side": INPUT,
-        "norm": norm[0],
-        "norm_kind": norm[1],
-    }
+    called = first_calls([layer], calibration.probes, partial(calibration.run, student))
+    norm, kind = (_first_norm(called[1][0]) if called else None) or (None, None)
+    module = f"{gap.path}.{gap.position}"
+    return {"module": module, "side": INPUT, "norm": norm, "norm_kind": kind}
 
 
 def _first_norm(call: Call) -> tuple[str, str] | None:

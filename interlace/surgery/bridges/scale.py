@@ -23,43 +23,35 @@ from torch import nn
 
 from interlace.errors import PlanError
 from interlace.models.states import shift_input
-from interlace.records import Bridge
 from interlace.surgery.bridges.observe import observe
 from interlace.surgery.bridges.structure import (
     agree,
     find_writers,
+    first_calls,
     predictions,
-    record_calls,
 )
 from interlace.surgery.bridges.weights import Weights, changed, put_weights, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from interlace.surgery.bridges.calibration import Calibration, TokenWeights
+    from interlace.records import Bridge
+    from interlace.surgery.bridges.calibration import Calibration
     from interlace.surgery.bridges.gaps import Gap
+    from interlace.surgery.bridges.observe import Pair
 
 _INSTEAD = "Use bridges='fold' or 'none' for this tower."
 
 
-def fit_scale(
-    teacher: nn.Module,
-    student: nn.Module,
-    gaps: Sequence[Gap],
-    calibration: Calibration,
-    weights: TokenWeights,
-) -> list[Bridge]:
+def fit_scale(pair: Pair, gaps: Sequence[Gap]) -> list[Bridge]:
     """Scale the student behind every gap of one tower, front to back.
 
     Each factor is measured on what the student computes with those before it in place, and holds
     for all that is written behind its gap.
 
     Args:
-        teacher: the model before the cut; only read.
-        student: the model after it; scaled projections get weights of their own.
+        pair: the models; scaled projections of the student get weights of their own.
         gaps: the gaps of the tower, front to back.
-        calibration: the batches.
-        weights: of the tokens of this tower.
 
     Returns:
         What was done at each gap.
@@ -68,6 +60,7 @@ def fit_scale(
         PlanError: the factor cannot be folded: layers behind a gap are not pre-norm, or something
             behind it reads or adds to the stream without a norm.
     """
+    student, calibration = pair.student, pair.calibration
     layers: Any = student.get_submodule(gaps[0].path)
     batch, writers = _writers(student, gaps[0], calibration)
     plain = {each: weights_of(each) for found in writers.values() for each in found}
@@ -77,9 +70,9 @@ def fit_scale(
     for gap in gaps:
         if gap.ends:
             note = "no layer behind it is read, so no weights are left to fold a factor into"
-            made.append(Bridge(gap.tower, "none", gap.dropped, gap.after, note=note))
+            made.append(gap.bridge(note=note))
             continue
-        sums = _measure(teacher, student, gap, calibration, weights)
+        sums = _measure(pair, gap)
         # the student's stream is short of all factors so far, so this ratio holds them all
         before, whole = whole, sums.length_of_goal / sums.length_of_state
         factors[gap.position] = whole / before
@@ -88,11 +81,8 @@ def fit_scale(
                 weight, bias = (_divided(each, whole) for each in plain[writer])
                 put_weights(writer, (weight, bias))
         made.append(
-            Bridge(
-                gap.tower,
+            gap.bridge(
                 "scale",
-                gap.dropped,
-                gap.after,
                 error_before=sums.error(before),
                 error_after=sums.error(whole),
                 settings={"factor": factors[gap.position]},
@@ -118,15 +108,9 @@ class _Sums:
         return max(0.0, left / self.goal_goal)
 
 
-def _measure(
-    teacher: nn.Module,
-    student: nn.Module,
-    gap: Gap,
-    calibration: Calibration,
-    weights: TokenWeights,
-) -> _Sums:
+def _measure(pair: Pair, gap: Gap) -> _Sums:
     sums = _Sums()
-    for seen in observe(teacher, student, gap, calibration, weights):
+    for seen in observe(pair, gap):
         goal, state, weight = seen.goal.double(), seen.state.double(), seen.weight
         sums.length_of_goal += float(weight @ goal.norm(dim=1))
         sums.length_of_state += float(weight @ state.norm(dim=1))
@@ -147,23 +131,22 @@ def _writers(
     """
     layers: Any = student.get_submodule(first.path)
     behind = list(layers)[first.position :]
-    for batch in calibration.probes:
-        calls = record_calls(behind, partial(calibration.run, student, batch))
-        if len(calls) < len(behind):
-            continue
-        found: dict[int, list[nn.Linear]] = {}
-        for position, call in enumerate(calls, start=first.position):
-            writers = find_writers(call)
-            if writers is None:
-                raise PlanError(
-                    f"bridges='scale' cannot be folded into the {first.tower} tower: position "
-                    f"{position} ({type(call.layer).__name__}) does not hand its input on beside "
-                    "its attention and feed-forward parts, as post-norm layers and learned "
-                    f"residual scales do not. {_INSTEAD}"
-                )
-            found[position] = writers
-        return batch, found
-    raise PlanError(f"No batch of the data reaches the {first.tower} tower behind {first}.")
+    called = first_calls(behind, calibration.probes, partial(calibration.run, student))
+    if called is None:
+        raise PlanError(f"No batch of the data reaches the {first.tower} tower behind {first}.")
+    batch, calls = called
+    found: dict[int, list[nn.Linear]] = {}
+    for position, call in enumerate(calls, start=first.position):
+        writers = find_writers(call)
+        if writers is None:
+            raise PlanError(
+                f"bridges='scale' cannot be folded into the {first.tower} tower: position "
+                f"{position} ({type(call.layer).__name__}) does not hand its input on beside its "
+                "attention and feed-forward parts, as post-norm layers and learned residual scales "
+                f"do not. {_INSTEAD}"
+            )
+        found[position] = writers
+    return batch, found
 
 
 def _divided(parameter: Any, factor: float) -> Any:

@@ -10,6 +10,7 @@ Legend: B batch, T tokens, D width, F features of the feed-forward part.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from interlace.models.states import hooked, layer_input, layer_output, shift_inp
 from interlace.surgery.bridges.observe import check_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
 # Of the size of what is compared: rounding stays below, a wrong path does not.
@@ -93,6 +94,25 @@ def record_calls(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[Ca
     for call in found:
         check_finite([call.hidden], f"reach a {type(call.layer).__name__} beside a cut")
     return found
+
+
+def first_calls(
+    layers: Sequence[nn.Module],
+    batches: Iterable[Mapping[str, Any]],
+    run: Callable[[Mapping[str, Any]], Any],
+) -> tuple[Mapping[str, Any], list[Call]] | None:
+    """Return the first batch that reaches all of some layers, and their calls; None without one.
+
+    Args:
+        layers: the layers.
+        batches: to try in turn.
+        run: runs the model on a batch.
+    """
+    for batch in batches:
+        calls = record_calls(layers, partial(run, batch))
+        if len(calls) == len(layers):
+            return batch, calls
+    return None
 
 
 def changing(

@@ -25,18 +25,18 @@ from torch import nn
 
 from interlace.errors import PlanError
 from interlace.surgery.bridges.fold import fit_fold
-from interlace.surgery.bridges.observe import observe
+from interlace.surgery.bridges.observe import Pair, observe
 from interlace.surgery.bridges.statistics import NormalEquations, choose
 
 
 def _fit(dense: Any, student: Any, gaps: Any, data: Any) -> Any:
     with torch.no_grad():
-        return fit_fold(dense, student, gaps, data, Weights())
+        return fit_fold(Pair(dense, student, data, Weights()), gaps)
 
 
 def _left(dense: Any, student: Any, gap: Any) -> float:
     """Squared error of the held-out samples behind a gap, as a share of their squared size."""
-    seen = list(observe(dense, student, gap, calibration(num_batches=8), Weights()))
+    seen = list(observe(Pair(dense, student, calibration(num_batches=8), Weights()), gap))
     left = sum(float(s.weight[s.held] @ (s.goal - s.state)[s.held].square().sum(1)) for s in seen)
     return left / sum(float(s.weight[s.held] @ s.goal[s.held].square().sum(1)) for s in seen)
 
@@ -102,7 +102,7 @@ def test_fold_is_the_ridge_solution_of_all_samples() -> None:
     data = calibration()
     linear = student.layers[2].down
     plain = linear.weight.clone(), linear.bias.clone()
-    seen = list(observe(dense, student, gaps[0], data, Weights(), {"x": linear}))
+    seen = list(observe(Pair(dense, student, data, Weights()), gaps[0], {"x": linear}))
     x, goal, state, w = (
         torch.cat(each)
         for each in zip(*((s.inputs["x"], s.goal, s.state, s.weight) for s in seen), strict=True)
@@ -154,7 +154,7 @@ def test_layers_behind_a_cut_rest_while_it_is_looked_at() -> None:
         up = dense.layers[number].up
         up.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
     with torch.no_grad():
-        passes = list(observe(dense, student, gaps[0], calibration(num_batches=8), Weights()))
+        passes = list(observe(Pair(dense, student, calibration(num_batches=8), Weights()), gaps[0]))
     assert len(passes) == counts["goal"] == 8
     assert counts["behind"] == 1
     assert not any("forward" in vars(layer) for layer in (*dense.layers, *student.layers))

@@ -16,11 +16,12 @@ from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
 from interlace.surgery.bridges.fold import fit_fold
 from interlace.surgery.bridges.gaps import Gap
+from interlace.surgery.bridges.observe import Pair
 
 
 def _fit(dense: Any, student: Any, gaps: Any) -> Any:
     with torch.no_grad():
-        return fit_fold(dense, student, gaps, calibration(num_batches=8), Weights())
+        return fit_fold(Pair(dense, student, calibration(num_batches=8), Weights()), gaps)
 
 
 def _far(dense: Any, student: Any) -> float:

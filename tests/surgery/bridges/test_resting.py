@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from surgery.bridges.test_every_family import BEHIND_PLAIN, ONLY_EXPERTS, _data, _dense
-from surgery.bridges.toys import PostNorm, PreNorm, Weights, calibration, tower, without
+from surgery.bridges.toys import (
+    WIDTH,
+    PostNorm,
+    PreNorm,
+    Weights,
+    calibration,
+    tower,
+    without,
+)
 from tiny import TINY, tiny_inputs
 
 from interlace.records import Plan, TowerPlan
@@ -16,7 +25,10 @@ from interlace.surgery import prune
 from interlace.surgery.bridges.calibration import Calibration
 from interlace.surgery.bridges.fold import fit_fold
 from interlace.surgery.bridges.front import Front, modules_in_front
-from interlace.surgery.bridges.observe import Reached
+from interlace.surgery.bridges.names import RUN_TIME
+from interlace.surgery.bridges.observe import Pair, Reached
+from interlace.surgery.bridges.runtime import fit_run_time
+from interlace.surgery.bridges.scale import fit_scale
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
@@ -54,11 +66,35 @@ def test_every_layer_runs_as_often_as_it_is_looked_at(kind: Any) -> None:
             )
     data = calibration(num_batches=16)
     with torch.no_grad():
-        fit_fold(dense, student, gaps, data, Weights())
+        fit_fold(Pair(dense, student, data, Weights()), gaps)
     rounds = 5 if kind is PostNorm else 1
     # the rest are trials, and one run per gap and look to show what a layer gives
     assert all(count[layer.up] <= 16 * (1 + rounds) + 60 for layer in student.layers)
     assert all(count[layer.up] <= 16 + 60 for layer in dense.layers[:-1])
+
+
+@pytest.mark.parametrize(
+    "fit", [fit_scale, *(partial(fit_run_time, kind=kind, rank=2) for kind in RUN_TIME)]
+)
+def test_scales_and_modules_are_the_same_from_a_known_layer_on(
+    fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = []
+    for known in (True, False):
+        dense = tower(PreNorm, norm=torch.nn.LayerNorm(WIDTH, eps=1e-12))
+        for layer in dense.layers:
+            layer.norm.eps = 1e-12
+        student, gaps = without(dense, (1, 3, 4))
+        if not known:
+            monkeypatch.setattr(Reached, "move", lambda *_, **__: None)
+        with torch.no_grad():
+            bridges = fit(Pair(dense, student, calibration(), Weights()), gaps)
+        fitted.append((bridges, student.state_dict()))
+    (bridges, weights), (plain, expected) = fitted
+    assert bridges == plain
+    assert all(bridge.kind != "none" for bridge in bridges)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
 IN_FRONT = {

@@ -24,7 +24,7 @@ from interlace.models import VLM, family_of, open_model
 from interlace.models.bridges import RunTimeBridge
 from interlace.records import Plan, TowerPlan
 from interlace.surgery import prune
-from interlace.surgery.bridges.observe import observe
+from interlace.surgery.bridges.observe import Pair, observe
 from interlace.surgery.bridges.runtime import fit_run_time
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ RANK: dict[str, Any] = {"lowrank": {"rank": 3}}
 
 
 def _fit(dense: Any, student: Any, gaps: Any, kind: str) -> Any:
+    pair = Pair(dense, student, calibration(), Weights())
     with torch.no_grad():
-        return fit_run_time(dense, student, gaps, calibration(), Weights(), kind=kind, rank=2)
+        return fit_run_time(pair, gaps, kind=kind, rank=2)
 
 
 @pytest.mark.parametrize("place", [2, 6])
@@ -75,7 +76,7 @@ def test_a_low_rank_start_is_the_best_of_its_rank() -> None:
     """Against gradient descent on the same error, begun at the solution and elsewhere."""
     dense = tower(PreNorm)
     student, gaps = without(dense, (3,))
-    seen = list(observe(dense, student, gaps[0], calibration(), Weights()))
+    seen = list(observe(Pair(dense, student, calibration(), Weights()), gaps[0]))
     state, goal, weight = (
         torch.cat([getattr(s, name) for s in seen]) for name in ("state", "goal", "weight")
     )

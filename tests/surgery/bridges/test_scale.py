@@ -21,14 +21,14 @@ from torch import nn
 
 from interlace.errors import PlanError
 from interlace.models.states import shift_input
-from interlace.surgery.bridges.observe import observe
+from interlace.surgery.bridges.observe import Pair, observe
 from interlace.surgery.bridges.scale import fit_scale
 from interlace.surgery.bridges.structure import Call, find_writers
 
 
 def _fit(dense: Any, student: Any, gaps: Any) -> Any:
     with torch.no_grad():
-        return fit_scale(dense, student, gaps, calibration(), Weights())
+        return fit_scale(Pair(dense, student, calibration(), Weights()), gaps)
 
 
 def _normed(drop: tuple[int, ...]) -> tuple[Tower, Tower, Any]:
@@ -50,7 +50,7 @@ def test_weights_hold_what_factors_on_the_stream_would_do() -> None:
     unseen = calibration(seed=2).batches[0]
     assert torch.allclose(student(unseen)[0], plain(unseen)[0], rtol=1e-9, atol=1e-9)
     # and the stream of the reference is as long as the teacher's behind the last gap
-    seen = list(observe(dense, plain, gaps[1], calibration(), Weights()))
+    seen = list(observe(Pair(dense, plain, calibration(), Weights()), gaps[1]))
     lengths = [
         sum(float(s.weight @ getattr(s, what).norm(dim=1)) for s in seen)
         for what in ("goal", "state")
