@@ -68,6 +68,17 @@ def model_inputs(batch: Mapping[str, Any], owner: nn.Module, objective: str) -> 
     return inputs
 
 
+def for_states(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of a pass that is run for its hidden states alone.
+
+    Models that can be told so compute the logits of one token, and are given no labels, whose loss
+    would need those of all. In others the labels may be what a decoder reads.
+    """
+    if not accepts(model, "logits_to_keep"):
+        return dict(inputs)
+    return {key: value for key, value in inputs.items() if key != "labels"} | {"logits_to_keep": 1}
+
+
 def aligned(hidden: Tensor, targets: Tensor) -> Tensor:
     """Return the places of `hidden` that `targets` [B, T] speaks of, [B, T, D].
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from interlace._torch_utils import accepts
 from interlace.data import Collator
 from interlace.data.given import samples_or_batches
 from interlace.data.sample_texts import check_num_images
@@ -111,7 +110,6 @@ class Batches:
         self._items = items
         self._collate: Callable[[Sequence[Sample]], dict[str, Any]] | None = None
         self._packed = packed
-        self._labels = False
         self._answers = answers or _runs_on_answers(vlm)
         if packed:
             refuse_if_unpackable(vlm)
@@ -134,9 +132,9 @@ class Batches:
         return other
 
     def labelled(self) -> Batches:
-        """Return the same samples as batches with answers and labels, padded and never packed."""
+        """Return the same samples as batches with answers, padded and never packed."""
         other = self.padded()
-        other._labels = other._answers = True
+        other._answers = True
         if self._collate is not None:
             other._collate = Collator.for_model(self._vlm, answers=True)
         return other
@@ -162,18 +160,14 @@ class Batches:
         ids = tuple(sample.id for sample in samples)
         images = tuple(sample.id for sample in samples for _ in sample.images)
         if not self._packed:
-            return Batch(number, ids, images, self._ready(self._collate(samples)))
-        singles = tuple(_without_labels(self._vlm, self._collate([sample])) for sample in samples)
+            return Batch(number, ids, images, self._collate(samples))
+        singles = tuple(self._collate([sample]) for sample in samples)
         return Batch(number, ids, images, pack(self._vlm, singles), singles)
 
     def _fed(self, sample: Sample) -> Sample:
         return sample if self._answers else _question_only(sample)
 
-    def _ready(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return inputs if self._labels else _without_labels(self._vlm, inputs)
-
     def _from_ready(self, number: int, ready: list[dict[str, Any]]) -> Batch:
-        ready = [self._ready(inputs) for inputs in ready]
         counts = [_num_samples(inputs) for inputs in ready]
         if not self._packed:
             names = tuple(f"{number}[{row}]" for row in range(counts[0]))
@@ -220,14 +214,6 @@ def _runs_on_answers(vlm: VLM) -> bool:
     if vlm.family.objective == "caption":
         return not getattr(vlm.model.config, "use_decoder_only_language_model", False)
     return vlm.family.objective != "chat"
-
-
-def _without_labels(vlm: VLM, inputs: dict[str, Any]) -> dict[str, Any]:
-    # Where the logits of one token are asked for, there is no loss to compute; elsewhere the
-    # labels may be what the decoder reads.
-    if accepts(vlm.model, "logits_to_keep"):
-        inputs.pop("labels", None)
-    return inputs
 
 
 def _num_samples(inputs: Mapping[str, Any]) -> int:

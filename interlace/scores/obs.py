@@ -30,7 +30,6 @@ import torch
 
 from interlace._progress import track
 from interlace._torch_utils import (
-    accepts,
     failing_together,
     inference,
     sum_over_processes,
@@ -39,6 +38,7 @@ from interlace._torch_utils import (
 from interlace.errors import DataError, ShapeError
 from interlace.models.fisher import Fisher
 from interlace.models.handle import to_model
+from interlace.models.predictor import for_states
 from interlace.models.sites import find_sites
 from interlace.models.states import hooked, watch_state
 from interlace.scores.elimination import prices
@@ -157,10 +157,7 @@ class Eliminations:
 
     def _read(self, batches: Iterable[Batch], lot: _Lot, traces: Mapping[int, Traces]) -> None:
         for batch in batches:
-            inputs = to_model(batch.inputs, self._vlm)
-            # logits would be of no use here
-            if accepts(self._vlm.model, "logits_to_keep"):
-                inputs = {k: v for k, v in inputs.items() if k != "labels"} | {"logits_to_keep": 1}
+            inputs = to_model(for_states(self._vlm.model, batch.inputs), self._vlm)
             with hooked(lot.hooks(self._vlm, batch, traces[batch.number])):
                 self._vlm.model(**inputs)
         for key, squares in lot.squares.items():

@@ -17,6 +17,7 @@ import torch
 from interlace._torch_utils import accepts
 from interlace.errors import ConfigError
 from interlace.models.handle import to_model
+from interlace.models.predictor import for_states
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,13 +59,10 @@ def check_packing(vlm: VLM, singles: Sequence[dict[str, Any]]) -> None:
     Raises:
         ConfigError: the model mixes the samples of a row.
     """
-    row = to_model(pack(vlm, singles), vlm)
-    alone = to_model(singles[-1], vlm)
-    alone.pop("labels", None)
-    row.pop("labels", None)
-    extra = {"logits_to_keep": 1} if accepts(vlm.model, "logits_to_keep") else {}
-    ours = vlm.model(**row, **extra).logits[0, -1]
-    theirs = vlm.model(**alone, **extra).logits[0, -1]
+    ours, theirs = (
+        vlm.model(**to_model(for_states(vlm.model, each), vlm)).logits[0, -1]
+        for each in (pack(vlm, singles), singles[-1])
+    )
     distance = float((ours.double() - theirs.double()).abs().max() / theirs.abs().max().double())
     if not distance <= _TOLERANCE.get(vlm.dtype, _TOLERANCE_HALF):
         raise ConfigError(

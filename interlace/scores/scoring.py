@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from interlace._progress import quiet, track
 from interlace._torch_utils import (
-    accepts,
     failing_together,
     inference,
     joined_processes,
@@ -25,6 +24,7 @@ from interlace._torch_utils import (
 )
 from interlace.errors import ConfigError, DataError, check_numbers, unknown_name
 from interlace.models.handle import check_vlm, to_model
+from interlace.models.predictor import for_states
 from interlace.records import Provenance, Scores, TowerScores
 from interlace.scores.alignment import Alignment, meeting_layers
 from interlace.scores.batches import Batch, Batches
@@ -265,10 +265,6 @@ def _watch(
 
 
 def _run(vlm: VLM, batches: Iterable[Batch], watches: Sequence[_Watch]) -> None:
-    extra: dict[str, Any] = {}
-    # Neither the logits of all tokens nor a KV cache is of use here, and both cost memory.
-    if accepts(vlm.model, "logits_to_keep"):
-        extra["logits_to_keep"] = 1
     with contextlib.ExitStack() as stack:
         stack.enter_context(inference(vlm.model))
         stack.enter_context(without_cache(vlm.model))
@@ -276,13 +272,12 @@ def _run(vlm: VLM, batches: Iterable[Batch], watches: Sequence[_Watch]) -> None:
             stack.enter_context(watch.tap)
         checked = False
         for batch in batches:
-            inputs = to_model(batch.inputs, vlm)
             if len(batch.singles) > 1 and not checked:
                 check_packing(vlm, batch.singles)
                 checked = True
             for watch in watches:
                 watch.tap.start(partial(batch.units, vlm, watch.tower))
-            vlm.model(**inputs, **extra)
+            vlm.model(**to_model(for_states(vlm.model, batch.inputs), vlm))
             finished = [
                 watch
                 for watch in sorted(watches, key=lambda watch: watch.tap.began)

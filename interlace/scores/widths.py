@@ -21,7 +21,7 @@ from interlace._progress import track
 from interlace._torch_utils import inference, without_cache
 from interlace.errors import DataError, ShapeError
 from interlace.models.handle import to_model
-from interlace.models.predictor import check_gradients
+from interlace.models.predictor import check_gradients, for_states
 from interlace.models.sites import find_sites
 from interlace.models.states import hooked, watch_state
 from interlace.scores.losses import SampleLoss
@@ -243,16 +243,15 @@ class Gauges:
 
 
 def _run(vlm: VLM, batch: Batch, watches: Sequence[_Watch], loss: SampleLoss | None) -> None:
-    inputs = to_model(batch.inputs, vlm)
     for watch in watches:
         watch.units = None
         watch.gates.clear()
         watch.describe = partial(batch.units, vlm, watch.tower)
     if loss is None:
-        vlm.model(**inputs)
+        vlm.model(**to_model(for_states(vlm.model, batch.inputs), vlm))
         return
     # of the sum, a token gets the slope of its own sample's loss, whatever shares the batch
-    total = loss(inputs).sum()
+    total = loss(to_model(batch.inputs, vlm)).sum()
     gates = [entry for watch in watches for entry in watch.gates]
     if not gates:
         # a batch without images has nothing for a vision tower

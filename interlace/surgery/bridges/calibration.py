@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from interlace._torch_utils import FORWARD_REFUSALS, accepts
+from interlace._torch_utils import FORWARD_REFUSALS
 from interlace.data import Collator
 from interlace.data.given import samples_or_batches
 from interlace.data.samples import Sample, samples, scenes_tasks
 from interlace.errors import ConfigError, DataError, check_numbers
 from interlace.models.fisher import Fisher
 from interlace.models.handle import to_model
+from interlace.models.predictor import for_states
 from interlace.models.states import hooked, watch_state
 from interlace.models.tokens import token_units
 from interlace.surgery.bridges.front import Front, modules_in_front
@@ -106,12 +107,6 @@ class Calibration:
         self.batches = [dict(item) for item in items]
         self.probes = [*([dict(probe)] if probe is not None else []), *self.batches]
         self.token_weights = token_weights
-        self._labels = [batch.get("labels") for batch in self.batches]
-        self._extra: dict[str, Any] = {}
-        if accepts(vlm.model, "logits_to_keep"):
-            self._extra = {"logits_to_keep": 1}
-            for batch in self.probes:
-                batch.pop("labels", None)
         self._fronts: dict[nn.Module, Front] = {}
         # tower -> what ends before it begins, and what that gave in the teacher
         self._in_front: dict[str, tuple[dict[str, str], dict[str, dict[Any, Any]]]] = {}
@@ -121,7 +116,7 @@ class Calibration:
         """Run either model on a batch."""
         front = self._fronts.get(model)
         with front.resting(batch) if front is not None else contextlib.nullcontext():
-            return model(**to_model(batch, self._vlm), **self._extra)
+            return model(**to_model(for_states(model, batch), self._vlm))
 
     @contextlib.contextmanager
     def looking_at(self, tower: str, student: nn.Module, changed: Iterable[str]) -> Iterator[None]:
@@ -211,9 +206,8 @@ class Calibration:
         """Tell the token weights of towers how much the teacher's predictions hang on each."""
         vlm = self._vlm
         fisher = Fisher(vlm)
-        for batch, labels in zip(self.batches, self._labels, strict=True):
-            given = batch if labels is None else {**batch, "labels": labels}
-            inputs = to_model(given, vlm)
+        for batch in self.batches:
+            inputs = to_model(batch, vlm)
             try:
                 found = fisher.traces(inputs, weights)
             except torch.OutOfMemoryError as error:
