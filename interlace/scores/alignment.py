@@ -180,19 +180,9 @@ class Alignment(Meter):
         self._changes += likeness.diff(dim=0).abs().sum(1)
         self._counts[0] += likeness.shape[1]
 
-    def totals(self) -> Tensor:
+    def sums(self) -> Sequence[Tensor]:
         """Return the sums; see `Meter`."""
-        return torch.cat([self._changes, self._counts])
-
-    def load_totals(self, totals: Tensor) -> None:
-        """Replace the sums; see `Meter`."""
-        if totals.numel() != self.num_layers + 3:
-            raise ShapeError(
-                f"Sums of alignment with {totals.numel()} numbers do not fit a meter with "
-                f"{self.num_layers + 3}: merge meters of the same tower."
-            )
-        self._changes.copy_(totals[: self.num_layers])
-        self._counts.copy_(totals[self.num_layers :])
+        return self._changes, self._counts
 
     def results(self) -> dict[str, Any]:
         """Return the fields metrics, group_samples, num_samples, num_tokens and notes."""

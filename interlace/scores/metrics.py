@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from interlace.errors import ConfigError, unknown_name
+import torch
+
+from interlace.errors import ConfigError, ShapeError, unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
 # Metric name -> "module:class". Adding a metric is adding its file and its line here.
 METRICS: dict[str, str] = {
@@ -97,7 +97,35 @@ class NotFinite:
     num_units: int
 
 
-class Meter(ABC):
+class Summed(ABC):
+    """What keeps sums over data, to which those of other processes are added."""
+
+    @abstractmethod
+    def sums(self) -> Sequence[torch.Tensor]:
+        """Return the sums themselves, fp64 on the CPU, always in the same order."""
+
+    def totals(self) -> torch.Tensor:
+        """Return all sums as one flat fp64 tensor; those of two processes add up."""
+        return torch.cat([each.flatten() for each in self.sums()])
+
+    def load_totals(self, totals: torch.Tensor) -> None:
+        """Replace the sums by `totals`, in the form that `totals` gives.
+
+        Raises:
+            ShapeError: they are of other metrics, towers or packs.
+        """
+        sums = self.sums()
+        sizes = [each.numel() for each in sums]
+        if totals.numel() != sum(sizes):
+            raise ShapeError(
+                f"{totals.numel()} sums do not fit a {type(self).__name__} with {sum(sizes)}. Add "
+                "up those of the same metrics, towers and packs."
+            )
+        for own, new in zip(sums, torch.split(totals, sizes), strict=True):
+            own.copy_(new.view_as(own))
+
+
+class Meter(Summed):
     """Measures one tower while its hidden states pass by, and keeps sums that add up.
 
     Order of calls, for every batch: `start`; for every run of the tower `begin_run`, `state` with
@@ -135,14 +163,6 @@ class Meter(ABC):
     @abstractmethod
     def finish(self) -> NotFinite | None:
         """End the batch and add it to the totals, or say where it is not finite and add nothing."""
-
-    @abstractmethod
-    def totals(self) -> torch.Tensor:
-        """Return all sums as one flat fp64 tensor on the CPU; those of two meters add up."""
-
-    @abstractmethod
-    def load_totals(self, totals: torch.Tensor) -> None:
-        """Replace the sums by `totals`, in the form that `totals` gives."""
 
     @abstractmethod
     def results(self) -> dict[str, Any]:

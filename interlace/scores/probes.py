@@ -20,15 +20,16 @@ from interlace._torch_utils import (
     union_over_processes,
     without_cache,
 )
-from interlace.errors import DataError, ShapeError
+from interlace.errors import DataError
 from interlace.models.handle import to_model
 from interlace.scores.losses import SampleLoss
+from interlace.scores.metrics import Summed
 from interlace.scores.replay import Replay
 from interlace.scores.similarity import Similarity
 from interlace.scores.tap import Tap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -178,7 +179,7 @@ def suffix_forwards(vlm: VLM, tower: str) -> float:
     return computed / max(1, sum(map(sum, sizes.values())))
 
 
-class Probes:
+class Probes(Summed):
     """Runs all probes over labelled batches and keeps sums that add up over processes."""
 
     def __init__(
@@ -244,24 +245,9 @@ class Probes:
                 sums[0] += trial.num_reaching(tower)
                 sums[1:] += trial.num_samples * means.double().cpu()
 
-    def totals(self) -> Tensor:
-        """Return all sums as one flat fp64 tensor on the CPU; those of two processes add up."""
-        return torch.cat([torch.zeros(0, dtype=torch.float64), *self._sums.values()])
-
-    def load_totals(self, totals: Tensor) -> None:
-        """Replace the sums.
-
-        Raises:
-            ShapeError: they are of other probes or towers.
-        """
-        lengths = [len(each) for each in self._sums.values()]
-        if totals.numel() != sum(lengths):
-            raise ShapeError(
-                f"Sums with {totals.numel()} numbers do not fit probes with {sum(lengths)}: add up "
-                "those of the same metrics and towers."
-            )
-        for own, new in zip(self._sums.values(), torch.split(totals, lengths), strict=True):
-            own.copy_(new)
+    def sums(self) -> Sequence[Tensor]:
+        """Return the sums; see `Summed`."""
+        return list(self._sums.values())
 
     def share_notes(self) -> None:
         """Give every process the notes of all: a tower may have run in some of them only."""

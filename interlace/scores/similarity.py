@@ -161,23 +161,9 @@ class Similarity(Meter):
             self._tokens[row] += count.sum()
         return None
 
-    def totals(self) -> torch.Tensor:
+    def sums(self) -> Sequence[torch.Tensor]:
         """Return the sums; see `Meter`."""
-        return torch.cat([self._means.flatten(), self._samples, self._tokens])
-
-    def load_totals(self, totals: torch.Tensor) -> None:
-        """Replace the sums; see `Meter`."""
-        parts = (self._means, self._samples, self._tokens)
-        expected = sum(part.numel() for part in parts)
-        if totals.numel() != expected:
-            raise ShapeError(
-                f"Sums of similarity with {totals.numel()} numbers do not fit a meter with "
-                f"{expected}: merge meters of the same tower and the same packs."
-            )
-        first = 0
-        for part in parts:
-            part.copy_(totals[first : first + part.numel()].view_as(part))
-            first += part.numel()
+        return self._means, self._samples, self._tokens
 
     def results(self) -> dict[str, Any]:
         """Return the fields similarity, tail, num_samples, num_tokens and group_samples."""

@@ -15,9 +15,10 @@ import torch
 
 from interlace._progress import track
 from interlace.errors import ConfigError, DataError
+from interlace.scores.metrics import Summed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 Measure = Callable[[str, tuple[int, ...]], float]
 
 
-class TaskRelevance:
+class TaskRelevance(Summed):
     """Calls back once per layer and once for the whole model: L + 1 calls per tower.
 
     The calls are shared between processes. What a skipped layer means is the callback's: it may
@@ -73,14 +74,9 @@ class TaskRelevance:
                 )
             self._values[name][1 + layer] = value
 
-    def totals(self) -> Tensor:
-        """Return all values as one flat fp64 tensor; 0 where another process holds it."""
-        return torch.cat(list(self._values.values()))
-
-    def load_totals(self, totals: Tensor) -> None:
-        """Replace the values by the sums over processes."""
-        lengths = [len(each) for each in self._values.values()]
-        self._values = dict(zip(self._values, torch.split(totals, lengths), strict=True))
+    def sums(self) -> Sequence[Tensor]:
+        """Return the values, 0 where another process holds one; see `Summed`."""
+        return list(self._values.values())
 
     def results(self, tower: str) -> dict[str, Any]:
         """Return fields of `TowerScores`."""

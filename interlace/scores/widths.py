@@ -25,6 +25,7 @@ from interlace.models.predictor import check_gradients, for_states
 from interlace.models.sites import find_sites
 from interlace.models.states import hooked, watch_state
 from interlace.scores.losses import SampleLoss
+from interlace.scores.metrics import Summed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,7 +110,7 @@ class _Watch:
             for name, site in find_sites(layer).items()
             if site.kind == kind.kind and site.groups
         }
-        self.samples = 0
+        self.samples = torch.zeros((), dtype=torch.float64)
         self.units: Units | None = None
         self.describe: Callable[[torch.Tensor], Units] | None = None
         self.residual = torch.empty(0)
@@ -158,7 +159,7 @@ class _Watch:
         return made
 
 
-class Gauges:
+class Gauges(Summed):
     """Runs the data once for every metric of units, and keeps sums that add up over processes."""
 
     def __init__(
@@ -205,28 +206,14 @@ class Gauges:
                         "Open the model in another dtype, or leave out the samples it fails on."
                     )
 
-    def _sums(self) -> Iterator[tuple[_Watch, list[Gauge]]]:
-        for watches in self._watches.values():
-            for watch in watches:
-                yield watch, list(watch.gauges.values())
-
-    def totals(self) -> torch.Tensor:
-        """Return all sums as one flat fp64 tensor on the CPU; those of two processes add up."""
-        parts = []
-        for watch, gauges in self._sums():
-            parts.append(torch.tensor([float(watch.samples)], dtype=torch.float64))
-            parts += [gauge.total for gauge in gauges]
-        return torch.cat(parts)
-
-    def load_totals(self, totals: torch.Tensor) -> None:
-        """Replace the sums by `totals`, in the form that `totals` gives."""
-        for watch, gauges in self._sums():
-            lengths = [1, *(len(gauge.total) for gauge in gauges)]
-            count, *parts = torch.split(totals[: sum(lengths)], lengths)
-            totals = totals[sum(lengths) :]
-            watch.samples = int(count)
-            for gauge, part in zip(gauges, parts, strict=True):
-                gauge.total = part
+    def sums(self) -> Sequence[torch.Tensor]:
+        """Return the sums; see `Summed`."""
+        return [
+            each
+            for watches in self._watches.values()
+            for watch in watches
+            for each in (watch.samples, *(gauge.total for gauge in watch.gauges.values()))
+        ]
 
     def results(self, tower: str) -> dict[str, Any]:
         """Return fields of `TowerScores`: importance and group_samples."""
@@ -238,7 +225,7 @@ class Gauges:
         }
         return {
             "importance": {name: watch.results() for name, watch in seen.items()},
-            "group_samples": {name: watch.samples for name, watch in seen.items()},
+            "group_samples": {name: int(watch.samples) for name, watch in seen.items()},
         }
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as functional
 from scores.written_out import TOLERANCE, batch_of, opened
 from tiny import IMAGE
 
-from interlace.errors import DataError, ShapeError
+from interlace.errors import DataError
 from interlace.scores import score
 from interlace.scores.alignment import Alignment
 from interlace.scores.metrics import Units
@@ -146,8 +146,3 @@ def test_activations_that_are_not_finite_are_located() -> None:
     batch["pixel_values"] = batch["pixel_values"] * float("nan")
     with pytest.raises(DataError, match="the input of layer 0 of the tower 'vision'"):
         score(opened("llava"), [batch], metrics=("alignment",), progress=False)
-
-
-def test_meters_of_other_towers_do_not_merge() -> None:
-    with pytest.raises(ShapeError, match="same tower"):
-        Alignment(6, (), whole=False).load_totals(Alignment(5, (), whole=False).totals())

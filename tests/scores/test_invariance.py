@@ -74,7 +74,7 @@ def test_scores_of_parts_merge_into_the_scores_of_the_whole() -> None:
 
 
 def test_meters_of_other_packs_do_not_merge() -> None:
-    with pytest.raises(ShapeError, match="same packs"):
+    with pytest.raises(ShapeError, match="same metrics, towers and packs"):
         Similarity(6, (1, 2), whole=False).load_totals(
             Similarity(6, (1, 2, 3), whole=False).totals()
         )
