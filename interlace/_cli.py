@@ -14,7 +14,7 @@ from interlace.errors import ConfigError
 from interlace.surgery.bridges.names import BRIDGES, TOKEN_WEIGHTS, check_bridges
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from matplotlib.figure import Figure
@@ -210,71 +210,63 @@ def guarded_layers(text: str) -> Any:
     return whole_numbers(word, "--protect", "auto, alignment, none")
 
 
-def metric_weights(text: str | None) -> dict[str, float] | None:
-    """Read the option --weights; None stays None.
+def pairs(
+    text: str | None,
+    option: str,
+    advice: str,
+    kind: Callable[[str], Any] = str,
+    *,
+    alone: bool = False,
+) -> Any:
+    """Read an option of comma separated NAME=VALUE; None stays None.
+
+    Args:
+        text: what was given.
+        option: its name, for the message.
+        advice: what to give, for the message.
+        kind: makes a value out of its text, or raises ValueError.
+        alone: take a single value without a name as well.
+
+    Returns:
+        Name -> value, or the single value.
 
     Raises:
-        ConfigError: a part is not NAME=NUMBER, or a name stands twice.
+        ConfigError: a part has no name or no usable value, or a name stands twice.
     """
     if text is None:
         return None
+    found: dict[str, Any] = {}
     try:
-        return {name: float(weight) for name, weight in pairs(text).items()}
+        if alone and "=" not in text:
+            return kind(text.strip())
+        for part in split_names(text) or ():
+            name, _, value = (each.strip() for each in part.partition("="))
+            if not name or not value or name in found:
+                raise ValueError(part)
+            found[name] = kind(value)
     except ValueError as error:
-        raise ConfigError(
-            f"--weights is {text!r}; give every metric once with a number, such as "
-            "similarity=1,relevance=2."
-        ) from error
+        raise ConfigError(f"{option} is {text!r}; give {advice}.") from error
+    return found
+
+
+def metric_weights(text: str | None) -> dict[str, float] | None:
+    """Read the option --weights; see `pairs`."""
+    advice = "every metric once with a number, such as similarity=1,relevance=2"
+    found: dict[str, float] | None = pairs(text, "--weights", advice, float)
+    return found
 
 
 def shares(text: str | None, option: str) -> float | dict[str, float] | None:
-    """Read an option that is a share, or one per tower; None stays None.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if text is None:
-        return None
-    try:
-        if "=" not in text:
-            return float(text)
-        return {tower: float(share) for tower, share in pairs(text).items()}
-    except ValueError as error:
-        raise ConfigError(
-            f"{option} is {text!r}; give a share such as 0.25, or every tower once with one, such "
-            "as text=0.25,vision=0.1."
-        ) from error
+    """Read an option that is a share, or one per tower; see `pairs`."""
+    advice = "a share such as 0.25, or every tower once with one, such as text=0.25,vision=0.1"
+    found: float | dict[str, float] | None = pairs(text, option, advice, float, alone=True)
+    return found
 
 
 def judges(text: str | None) -> dict[str, str] | None:
-    """Read the option --width-metrics; None stays None.
-
-    Raises:
-        ConfigError: a part is not KIND=METRIC, or a kind stands twice.
-    """
-    if text is None:
-        return None
-    try:
-        return pairs(text)
-    except ValueError as error:
-        raise ConfigError(
-            f"--width-metrics is {text!r}; give heads or ffn once with a metric, such as "
-            "heads=head_taylor,ffn=random."
-        ) from error
-
-
-def pairs(text: str) -> dict[str, str]:
-    """Split a comma separated option of NAME=VALUE.
-
-    Raises:
-        ValueError: a part has no name or no value, or a name stands twice.
-    """
-    found: dict[str, str] = {}
-    for part in split_names(text) or ():
-        name, _, value = (each.strip() for each in part.partition("="))
-        if not name or not value or name in found:
-            raise ValueError(part)
-        found[name] = value
+    """Read the option --width-metrics; see `pairs`."""
+    advice = "heads or ffn once with a metric, such as heads=head_taylor,ffn=random"
+    found: dict[str, str] | None = pairs(text, "--width-metrics", advice)
     return found
 
 
@@ -284,13 +276,8 @@ def read_bridges(text: str) -> str | dict[str, str]:
     Raises:
         ConfigError: an unknown bridge, a part without a tower, or a tower that stands twice.
     """
-    try:
-        found: str | dict[str, str] = pairs(text) if "=" in text else text.strip()
-    except ValueError as error:
-        raise ConfigError(
-            f"--bridges is {text!r}; give one bridge, or every tower once with one, such as "
-            "text=fold,vision=none."
-        ) from error
+    advice = "one bridge, or every tower once with one, such as text=fold,vision=none"
+    found: str | dict[str, str] = pairs(text, "--bridges", advice, alone=True)
     check_bridges(found)
     return found
 
