@@ -232,7 +232,8 @@ def _run_once(
     plan_key = sha256_of([scores.fingerprint, settings.plan.to_dict(), asked])
 
     def choose() -> Plan:
-        loss = recipe_loss(settings, vlm, calibration)
+        rule, size = settings.plan.rule, settings.score.batch_size
+        loss = recipe_loss(vlm, calibration, rule, settings.prune, size)
         return plan_by(settings.plan, scores, loss)
 
     plan = stages.record("plan", Plan, plan_key, choose)

@@ -5,7 +5,7 @@ Legend: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from interlace.config import PlanSettings, PruneSettings, ScoreSettings
+    from interlace.config import PruneSettings
     from interlace.data.samples import Sample
     from interlace.models import VLM
     from interlace.plan.rules import Loss
@@ -47,19 +47,6 @@ if TYPE_CHECKING:
 LOSS_SAMPLES = 128
 # The rules that judge students with repaired cuts.
 COMPENSATED, COMPENSATED_PARTS = "compensated", "compensated_parts"
-
-
-class _Sections(Protocol):
-    """A recipe, or what a progressive run is given."""
-
-    @property
-    def score(self) -> ScoreSettings: ...
-
-    @property
-    def plan(self) -> PlanSettings: ...
-
-    @property
-    def prune(self) -> PruneSettings: ...
 
 
 class _Measure:
@@ -287,7 +274,9 @@ def layer_loss(
     return TaskLoss(vlm, data, batch_size)
 
 
-def recipe_loss(settings: _Sections, vlm: VLM, data: Sequence[Sample]) -> Loss | None:
+def recipe_loss(
+    vlm: VLM, data: Sequence[Sample], rule: str, settings: PruneSettings, batch_size: int
+) -> Loss | None:
     """Make the loss that the rule of a recipe asks for; None where it asks for none.
 
     It looks at the first 128 samples, since a rule asks it very often, and judges students that
@@ -295,14 +284,15 @@ def recipe_loss(settings: _Sections, vlm: VLM, data: Sequence[Sample]) -> Loss |
     docs/decisions/0006-default-rule.md.
 
     Args:
-        settings: with the sections of the stages.
         vlm: the model that the plan is for.
         data: calibration samples.
+        rule: of the plan.
+        settings: of the cut.
+        batch_size: samples per forward pass.
     """
-    rule = settings.plan.rule
     if rule not in USE_LOSS:
         return None
-    size, bridges = settings.score.batch_size, settings.prune.bridges
+    bridges = settings.bridges
     if isinstance(bridges, dict):
         bridges = {name: _judged_by(kind) for name, kind in bridges.items()}
     else:
@@ -311,9 +301,9 @@ def recipe_loss(settings: _Sections, vlm: VLM, data: Sequence[Sample]) -> Loss |
         vlm,
         data[:LOSS_SAMPLES],
         rule,
-        batch_size=size,
+        batch_size=batch_size,
         bridges=bridges,
-        token_weights=settings.prune.token_weights,
+        token_weights=settings.token_weights,
     )
 
 

@@ -227,7 +227,13 @@ class Run:
         )
 
         def make() -> Plan:
-            loss = recipe_loss(setup, before.student, setup.calibration)
+            loss = recipe_loss(
+                before.student,
+                setup.calibration,
+                setup.plan.rule,
+                setup.prune,
+                setup.score.batch_size,
+            )
             if setup.progressive.stages == 1:
                 return plan_by(setup.plan, scores, loss)
             return plan_stage(
