@@ -19,7 +19,7 @@ from interlace.errors import PlanError
 from interlace.plan.rules import Choice, by_score
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from interlace.plan.rules import Problem
 
@@ -126,26 +126,19 @@ def interlace_oa(problem: Problem) -> Choice:
     """
     values = problem.group_scores(3, lambda start: start)
     measure = "s3" if problem.weighted is None else "weighted"
-    drop: list[int] = []
-    taken: set[int] = set()
-    reasons: dict[int, str] = {}
-    for start in by_score(values.items()):
-        triplet = range(start, start + 3)
-        if taken.isdisjoint(triplet) and start not in problem.protected:
-            taken.update(triplet)
-            drop.append(start)
-            name = f"triplet {start}-{start + 1}-{start + 2} ({measure} {values[start]:.4f})"
-            reasons[start] = f"{name}: first layer"
-            reasons[start + 1] = f"{name}: takes over from layer {start}"
-            reasons[start + 2] = f"{name}: anchor"
-        if len(drop) == problem.num_drop:
-            break
-    else:
+    drop = _disjoint(problem, values, 3)
+    if len(drop) < problem.num_drop:
         advice = (
             "Triplets ran out, and the rule 'interlace_oa' has no fallback to pairs (the published "
             "code fails here too). Drop fewer layers, or use 'interlace' or 'triplet_optimal'."
         )
         raise problem.shortage(len(drop), "disjoint triplets", advice)
+    reasons: dict[int, str] = {}
+    for start in drop:
+        name = f"triplet {start}-{start + 1}-{start + 2} ({measure} {values[start]:.4f})"
+        reasons[start] = f"{name}: first layer"
+        reasons[start + 1] = f"{name}: takes over from layer {start}"
+        reasons[start + 2] = f"{name}: anchor"
     return Choice(
         tuple(drop), tuple(i + 1 for i in drop), tuple(i + 2 for i in drop), reasons=reasons
     )
@@ -158,24 +151,30 @@ def interlace_tn(problem: Problem) -> Choice:
         PlanError: disjoint pairs run out (where the published code fails).
     """
     scores = problem.scored()
-    drop: list[int] = []
-    taken: set[int] = set()
-    reasons: dict[int, str] = {}
-    for layer in by_score(scores.items()):
-        # A recorded tail gives the last layer a score, but it has no next layer.
-        pair = (layer, layer + 1)
-        if layer + 1 < problem.num_layers and taken.isdisjoint(pair):
-            if layer in problem.protected:
-                continue
-            taken.update(pair)
-            drop.append(layer)
-            reasons[layer] = f"score {scores[layer]:.4f}"
-            reasons[layer + 1] = f"next to layer {layer}"
-        if len(drop) == problem.num_drop:
-            break
-    else:
+    drop = _disjoint(problem, scores, 2)
+    if len(drop) < problem.num_drop:
         raise problem.shortage(len(drop), "disjoint pairs of neighbours", FEWER)
+    reasons = {layer: f"score {scores[layer]:.4f}" for layer in drop}
+    reasons |= {layer + 1: f"next to layer {layer}" for layer in drop}
     return Choice(tuple(drop), tuple(layer + 1 for layer in drop), reasons=reasons)
+
+
+def _disjoint(problem: Problem, values: Mapping[int, float], length: int) -> list[int]:
+    """Return the starts of disjoint groups by falling value, as many as layers are to go at most.
+
+    Groups whose first layer is protected, or that pass the end of the tower, are left out.
+    """
+    starts: list[int] = []
+    taken: set[int] = set()
+    for start in by_score(values.items()):
+        group = range(start, start + length)
+        inside = group.stop <= problem.num_layers
+        if inside and taken.isdisjoint(group) and start not in problem.protected:
+            taken.update(group)
+            starts.append(start)
+        if len(starts) == problem.num_drop:
+            break
+    return starts
 
 
 def random(problem: Problem) -> Choice:
