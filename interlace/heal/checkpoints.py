@@ -89,14 +89,7 @@ def complete(output: Path, step: int, manifest: Manifest) -> Path:
     """Seal what was written: hash every file, write the manifest, sync, rename."""
     part, target = part_of(output, step), output / checkpoint_name(step)
     files = {path.name: sha256_of_file(path) for path in sorted(part.iterdir())}
-    content = {
-        "schema": SCHEMA,
-        "step": manifest.step,
-        "identity": manifest.identity,
-        "progress": manifest.progress,
-        "scheduler": manifest.scheduler,
-        "files": files,
-    }
+    content = {"schema": SCHEMA, **vars(manifest), "files": files}
     (part / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
     for path in part.iterdir():
         sync(path)
