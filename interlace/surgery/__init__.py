@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from interlace._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from interlace.surgery.depth import prune
+    from interlace.surgery.pruning import prune
 
 __all__ = ["prune"]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "prune": "depth",
+        "prune": "pruning",
     },
 )

@@ -42,7 +42,7 @@ def test_a_failure_at_any_stage_leaves_the_model_as_it_was(
     if stage == "remap":
         monkeypatch.setattr(Family, "remap", fail)
     elif stage == "check":
-        monkeypatch.setattr("interlace.surgery.depth.check_same_attributes", fail)
+        monkeypatch.setattr("interlace.surgery.pruning.check_same_attributes", fail)
     else:
         real, calls = shell.fill, []
 
@@ -50,7 +50,7 @@ def test_a_failure_at_any_stage_leaves_the_model_as_it_was(
             calls.append(1)
             fail() if len(calls) == 2 else real(*args, **settings)
 
-        monkeypatch.setattr("interlace.surgery.depth.fill", second)
+        monkeypatch.setattr("interlace.surgery.pruning.fill", second)
     before = _state(llava.vlm)
     with pytest.raises(PlanError, match="on purpose"):
         prune(llava.vlm, kit.plan_of(llava.vlm, {"text": (2,), "vision": (1,)}, text=(3,)))
