@@ -8,8 +8,7 @@ was made from, and is refused on loading when its content no longer matches its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 from interlace._records.base import (
     Provenance,
@@ -17,12 +16,12 @@ from interlace._records.base import (
     parse_object,
     read_record_text,
 )
+from interlace._records.evaluation import EvalReport
 from interlace._records.healing import HealReport
 from interlace._records.plan import Action, Bridge, Plan, PruneRecord, TowerPlan
 from interlace._records.progressive import ProgressiveRecord, StageRecord
 from interlace._records.scores import Scores, TowerScores
 from interlace._records.shape import ModelShape, SiteShape, TowerShape
-from interlace._records.tables import plain_table
 from interlace.errors import CheckpointError, unknown_name
 
 if TYPE_CHECKING:
@@ -47,49 +46,6 @@ __all__ = [
     "TowerShape",
     "load_record",
 ]
-
-
-@dataclass(frozen=True)
-class EvalReport(Record):
-    """What a model measured on tasks, beside a baseline where one was given.
-
-    `print(report)` shows it as a table.
-
-    Attributes:
-        metrics: task -> metric -> value.
-        baseline: the same of the baseline; None without one.
-        retention: task -> metric -> value / baseline value, or baseline value / value where lower
-            is better; None without a baseline.
-        num_samples: task -> samples.
-        details: anything else (any JSON values).
-        model_name: name or path the model was opened by.
-    """
-
-    kind: ClassVar[str] = "eval"
-
-    metrics: dict[str, dict[str, float]]
-    baseline: dict[str, dict[str, float]] | None = None
-    retention: dict[str, dict[str, float]] | None = None
-    num_samples: dict[str, int] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
-    model_name: str = ""
-
-    def __str__(self) -> str:
-        """Lay out the metrics, one a line, with baseline and retention where measured."""
-        rows = []
-        for task, metrics in self.metrics.items():
-            for name, value in metrics.items():
-                row = [task, name, f"{value:.4g}"]
-                if self.baseline is not None:
-                    before = self.baseline.get(task, {}).get(name)
-                    kept = (self.retention or {}).get(task, {}).get(name)
-                    row.append("" if before is None else f"{before:.4g}")
-                    row.append("" if kept is None else f"{100 * kept:.1f} %")
-                rows.append(row)
-        header = ["task", "metric", "value"]
-        if self.baseline is not None:
-            header += ["baseline", "retention"]
-        return plain_table(header, rows)
 
 
 _KINDS: dict[str, type[Record]] = {
