@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -63,7 +64,7 @@ def remove_parts(path: Path) -> None:
     Args:
         path: the folder; nobody else may be making it now.
     """
-    for left in path.parent.glob(f".{path.name}.*-*.tmp"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
 
 

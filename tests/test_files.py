@@ -15,6 +15,7 @@ from interlace._files import (
     atomic_write_bytes,
     atomic_write_text,
     check_new_file,
+    remove_parts,
     sha256_of,
 )
 from interlace._progress import bar, quiet, track
@@ -130,6 +131,16 @@ def test_an_existing_folder_is_replaced_only_on_request(tmp_path, monkeypatch):
     monkeypatch.chdir(target)
     with pytest.raises(ConfigError, match="working folder"), atomic_folder(tmp_path, True):
         pass
+
+
+@pytest.mark.parametrize("name", ["out", "run[1]"])
+def test_what_a_killed_process_left_of_a_folder_is_removed_and_nothing_else(tmp_path, name):
+    with atomic_folder(tmp_path / name) as made:
+        pass
+    made.mkdir()
+    (tmp_path / ".other.1-ab.tmp").mkdir()
+    remove_parts(tmp_path / name)
+    assert names(tmp_path) == sorted([name, ".other.1-ab.tmp"])
 
 
 def test_sha256_does_not_depend_on_the_order_of_keys():
