@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from interlace._files import atomic_write_text, sha256_of
+from interlace._files import as_path, atomic_write_text, check_place, sha256_of
 from interlace.errors import CheckpointError, ConfigError
 from interlace.records import Record
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from interlace.models import VLM
 
@@ -60,15 +60,20 @@ class Stages:
         keys: stage -> "key" (what it was made from) and "fingerprint" (of what came of it).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, output: str | os.PathLike[str]) -> None:
         """Read what an earlier run left.
 
         Args:
-            folder: the output folder; need not exist.
+            output: the output folder; need not exist.
 
         Raises:
-            CheckpointError: what it left is damaged.
+            ConfigError: it is no path, or a file.
+            CheckpointError: it cannot be written to, or what an earlier run left is damaged.
         """
+        folder = as_path(output)
+        if folder.is_file():
+            raise ConfigError(f"The output {folder} is a file; name a folder.")
+        check_place(folder / STATE)
         self.folder = folder
         self.skipped: list[str] = []
         self.keys: dict[str, dict[str, str]] = {}

@@ -13,13 +13,19 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from interlace._files import as_path, check_new_folder, check_place, remove_parts, sha256_of
+from interlace._files import check_new_folder, remove_parts, sha256_of
 from interlace._fused_evaluation import evaluate_fused
 from interlace._launch import check_single_process
 from interlace._recipe_checks import check_names, check_towers
-from interlace._stages import STATE, Stages, key_of
+from interlace._stages import Stages, key_of
 from interlace._torch_utils import default_device
-from interlace.config import DataSettings, EvalSettings, ProgressiveSettings, Recipe
+from interlace.config import (
+    DataSettings,
+    EvalSettings,
+    ExportSettings,
+    ProgressiveSettings,
+    Recipe,
+)
 from interlace.data.samples import Samples, samples, scenes_tasks, split_to_measure
 from interlace.errors import ConfigError, PlanError
 from interlace.evaluate import evaluate
@@ -48,6 +54,8 @@ __all__ = ["RunResult", "run"]
 log = logging.getLogger(__name__)
 
 SCENES_HEAL_COUNT = 4096
+# folder of the exported checkpoint in that of the run
+MODEL = "model"
 
 
 @dataclass(frozen=True)
@@ -184,15 +192,8 @@ def run(
     check_single_process("A recipe")
     settings = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     check_names(settings)
-    folder = as_path(output)
-    if folder.is_file():
-        raise ConfigError(f"The output {folder} is a file; name a folder.")
-    check_place(folder / STATE)
-    stages = Stages(folder)
-    target = folder / "model"
-    # a folder that an earlier run of this recipe made is its own to replace
-    replace = settings.export.overwrite or "export" in stages.keys
-    check_new_folder(target, overwrite=replace)
+    stages = Stages(output)
+    _check_target(stages.folder / MODEL, stages, settings.export)
     vlm = open_model(
         settings.model.path,
         dtype=settings.model.dtype,
@@ -209,15 +210,11 @@ def run(
     calibration = _calibration(settings.data, vlm)
     with stages.alone():
         if settings.progressive is None:
-            return _run_once(settings, vlm, calibration, stages, target, replace)
-        return _run_progressive(
-            settings, settings.progressive, vlm, calibration, stages, target, replace
-        )
+            return _run_once(settings, vlm, calibration, stages)
+        return _run_progressive(settings, settings.progressive, vlm, calibration, stages)
 
 
-def _run_once(
-    settings: Recipe, vlm: VLM, calibration: Samples, stages: Stages, target: Path, replace: bool
-) -> RunResult:
+def _run_once(settings: Recipe, vlm: VLM, calibration: Samples, stages: Stages) -> RunResult:
     """Do the flow with a single cut."""
     model_key = key_of(vlm, vlm.fingerprint)
     scores_key = sha256_of([model_key, calibration.fingerprint, settings.score.to_dict()])
@@ -291,8 +288,26 @@ def _run_once(
     result = stages.record("eval", EvalReport, eval_key, lambda: measured(finished(), **measure))
 
     records = [scores, plan, *([healed] if healed else []), result]
-    _export(finished, target, records, eval_key, stages, replace, verify=settings.export.verify)
+    target = stages.folder / MODEL
+    _export(finished, target, records, eval_key, stages, settings.export)
     return RunResult(target, scores, plan, healed, raw, result, tuple(stages.skipped))
+
+
+def _check_target(target: Path, stages: Stages, settings: ExportSettings) -> tuple[str, bool]:
+    """Refuse a folder to export to that exists and is not this run's own to replace.
+
+    Returns:
+        The name of the stage that exports to it, and whether the folder may be replaced.
+
+    Raises:
+        ConfigError: as `check_new_folder` raises it.
+    """
+    # the last stage is "export", whatever its folder is called; others are named after theirs
+    name = "export" if target.name == MODEL else f"export/{target.name}"
+    # what an earlier run of this recipe made
+    replace = settings.overwrite or name in stages.keys
+    check_new_folder(target, overwrite=replace)
+    return name, replace
 
 
 def _export(
@@ -301,14 +316,11 @@ def _export(
     records: list[Record],
     made_of: str,
     stages: Stages,
-    replace: bool,
-    *,
-    verify: bool,
+    settings: ExportSettings,
 ) -> None:
     """Export a student, unless the folder is there and still belongs to what it is made of."""
-    # the last stage is "export", whatever its folder is called; others are named after theirs
-    name = "export" if target.name == "model" else f"export/{target.name}"
-    key = sha256_of([made_of, [record.fingerprint for record in records], verify])
+    name, replace = _check_target(target, stages, settings)
+    key = sha256_of([made_of, [record.fingerprint for record in records], settings.verify])
     if stages.is_done(name, key) and target.exists():
         log.info("%s: unchanged, %s", name, target)
         stages.skipped.append(name)
@@ -316,7 +328,7 @@ def _export(
     remove_parts(target)
     # noted before the folder is there, so that a run killed in between knows it for its own
     stages.mark(name, "")
-    export(student(), target, records=records, overwrite=replace, verify=verify)
+    export(student(), target, records=records, overwrite=replace, verify=settings.verify)
     stages.mark(name, key)
 
 
@@ -326,16 +338,14 @@ def _run_progressive(
     vlm: VLM,
     calibration: Samples,
     stages: Stages,
-    target: Path,
-    replace: bool,
 ) -> RunResult:
     """Do the flow with scoring, cutting and healing in stages; see `interlace.progressive`."""
-    smaller: dict[int, tuple[Path, bool]] = {}
-    for number in range(1, chosen.stages if chosen.export_stages else 1):
-        folder = target.with_name(f"model-stage-{number}")
-        own = settings.export.overwrite or f"export/{folder.name}" in stages.keys
-        check_new_folder(folder, overwrite=own)
-        smaller[number] = (folder, own)
+    smaller = {
+        number: stages.folder / f"model-stage-{number}"
+        for number in range(1, chosen.stages if chosen.export_stages else 1)
+    }
+    for folder in smaller.values():
+        _check_target(folder, stages, settings.export)
     held_out = _measured(settings.data, settings.eval, vlm)
     healing = _healing(settings.data, vlm)
     _warn_of_overlap(held_out, calibration, healing)
@@ -375,14 +385,14 @@ def _run_progressive(
     key = sha256_of([made.record.fingerprint, model_key, *eval_inputs])
     measured = evaluate_fused if settings.eval.fuse else evaluate
     result = stages.record("eval", EvalReport, key, lambda: measured(made.student, **measure))
-    verify = settings.export.verify
     for stage in made.stages[:-1]:
         if stage.record.number in smaller:
-            folder, own = smaller[stage.record.number]
-            given, about = list(stage.records), sha256_of([stage.plan.fingerprint, model_key])
-            _export(stage.student, folder, given, about, stages, own, verify=verify)
+            folder = smaller[stage.record.number]
+            about = sha256_of([stage.plan.fingerprint, model_key])
+            _export(stage.student, folder, list(stage.records), about, stages, settings.export)
+    target = stages.folder / MODEL
     records = [*made.records, result]
-    _export(lambda: made.student, target, records, key, stages, replace, verify=verify)
+    _export(lambda: made.student, target, records, key, stages, settings.export)
     skipped = tuple(stages.skipped)
     return RunResult(
         target, made.stages[0].scores, last.plan, last.healed, None, result, skipped, made.record

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from interlace._files import as_path, check_place
 from interlace._launch import check_single_process
 from interlace._recommended import RECOMMENDED_HEAL, RECOMMENDED_PLAN, RECOMMENDED_PRUNE
-from interlace._stages import STATE, Stages
+from interlace._stages import Stages
 from interlace.config import (
     HealSettings,
     PlanSettings,
@@ -189,11 +188,7 @@ def progressive(
     if held_out is None:
         held_out = held_out_scenes(vlm, chosen.guard, count=HELD_OUT, seed=1, split="test")
     held_out = as_samples(held_out, "held-out data")
-    folder = as_path(output)
-    if folder.is_file():
-        raise ConfigError(f"The output {folder} is a file; name a folder.")
-    check_place(folder / STATE)
-    state = Stages(folder)
+    state = Stages(output)
     dense = vlm.fingerprint
     setup = Setup(
         vlm=vlm,
@@ -231,7 +226,7 @@ def progressive(
         },
         provenance=Provenance.collect(planned.seed),
     )
-    record.save(folder / RECORD)
+    record.save(state.folder / RECORD)
     kept = tuple(stage for stage in done if stage.record.kept)
     return ProgressiveResult(
         student=student,
