@@ -16,11 +16,22 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from cells import Cells, read
-from subjects import BUNDLED, SUBJECTS, measure, open_subject, scenes, test_samples, train_samples
+from subjects import (
+    BUNDLED,
+    SUBJECTS,
+    Subject,
+    measure,
+    open_subject,
+    scenes,
+    test_samples,
+    train_samples,
+)
 
 import interlace as il
 from interlace.config import HealSettings, PlanSettings, ScoreSettings
@@ -74,6 +85,10 @@ def _cell(
     }
 
 
+def _dense(subject: Subject, vlm: Any, test: Any) -> dict[str, Any]:
+    return {"healed": measure(subject, vlm, test)}
+
+
 def measure_all(names: list[str], sizes: argparse.Namespace, path: Path) -> None:
     """Fill the results file cell by cell."""
     keys = ("calibration", "healing", "heal_batch", "held_out")
@@ -83,19 +98,9 @@ def measure_all(names: list[str], sizes: argparse.Namespace, path: Path) -> None
         subject = SUBJECTS[name]
         test = test_samples(subject, vlm, sizes.held_out)
 
-        def dense(subject: Any = subject, vlm: Any = vlm, test: Any = test) -> dict[str, Any]:
-            return {"healed": measure(subject, vlm, test)}
-
-        keep([name, "dense"], dense)
-        for fraction in sizes.fractions:
-            for way in sizes.ways:
-                for seed in range(sizes.seeds):
-                    keep(
-                        [name, fraction, way, seed],
-                        lambda v=vlm, n=name, f=fraction, w=way, s=seed, t=test: _cell(
-                            v, n, f, w, s, sizes, t
-                        ),
-                    )
+        keep([name, "dense"], partial(_dense, subject, vlm, test))
+        for cell in product([name], sizes.fractions, sizes.ways, range(sizes.seeds)):
+            keep(list(cell), partial(_cell, vlm, *cell, sizes, test))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
