@@ -18,16 +18,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
 HALF = (torch.float16, torch.bfloat16)
-
-
-def _configs(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None:
-            yield config
 
 
 def make_shell(model: nn.Module, own: Collection[str] = ()) -> nn.Module:
@@ -49,7 +42,8 @@ def make_shell(model: nn.Module, own: Collection[str] = ()) -> nn.Module:
             value = value.to(torch.float32 if value.dtype in HALF else value.dtype, copy=True)
         shared[id(parameter)] = nn.Parameter(value, requires_grad=name in own)
     shell = copy.deepcopy(model, shared)
-    for config in _configs(shell):
+    for module in shell.modules():
+        config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", None):
             config.use_cache = False
     return shell.eval()
