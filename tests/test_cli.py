@@ -238,6 +238,7 @@ def test_bad_input_ends_with_code_2_and_says_why(
         (("prune", "MODEL", "FILE", "-o", "NEW", "--bridges", "fold", "--root", "x"), "root is"),
         (("prune", "MODEL", "FILE", "-o", "NEW", "--data", "x.json"), "only to fit bridges"),
         (("progressive", "MODEL", "-o", "NEW", "--root", "there"), "root is 'there'"),
+        (("plan", "FILE", "-o", "FILE"), "exists already"),
         (("plan", "FILE", "-o", "NEW", "--picture", "FILE/p.png"), "Cannot create"),
         (("prune", "MODEL", "FILE", "-o", "FILE/student"), "Cannot create"),
         (("heal", "MODEL", "FILE", "-o", "FILE/student"), "Cannot create"),
@@ -368,15 +369,6 @@ def test_bridges_are_fitted_where_they_are_asked_for(
     manifest = json.loads((tmp_path / "healed" / "interlace.json").read_text())
     assert [bridge["kind"] for bridge in manifest["bridges"]] == ["scale"]
     assert manifest["bridges"][0]["settings"]["token_weights"] == "fisher"
-
-
-def test_existing_output_is_kept(interlace, scores: Path, tmp_path: Path) -> None:
-    plan = tmp_path / "plan.json"
-    plan.write_text("mine")
-    code, _, err = interlace("plan", scores, "-o", plan)
-    assert code == 2
-    assert "exists" in err
-    assert plan.read_text() == "mine"
 
 
 def test_ops_and_doctor_speak_within_the_terminal(

@@ -7,7 +7,7 @@ import pytest
 from interlace.errors import ConfigError, DataError, PlanError
 from interlace.plan import make_plan, rule_names
 from interlace.plan.protection import expressible
-from interlace.plan.rules import USE_GROUP, USE_LOSS
+from interlace.plan.rules import USE_GROUP, USE_LOSS, USE_WEIGHTS
 from interlace.records import ModelShape, Plan, Scores, TowerScores, TowerShape
 
 
@@ -57,7 +57,8 @@ def scores(random_scores):
         ({"num_drop": 2, "weights": {"similarty": 1}}, PlanError, "Did you mean 'similarity'"),
         *(
             ({"num_drop": 2, "weights": {"similarity": 1}, "rule": rule}, PlanError, "weights mean")
-            for rule in ("random", "last", "uniform", "uidl", "sleb")
+            for rule in rule_names()
+            if rule not in USE_WEIGHTS
         ),
         ({"num_drop": 2, "protect": "alignment"}, PlanError, "metrics=.*'alignment'"),
         *(

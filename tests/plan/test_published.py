@@ -13,7 +13,7 @@ from interlace.records import Scores
 PUBLISHED = ("interlace", "interlace_oa", "interlace_tn", "random", "consecutive")
 
 
-class PublishedPublishedFailsErrorError(Exception):
+class PublishedFailsError(Exception):
     pass
 
 
@@ -46,7 +46,7 @@ def told_interlace(packs, n, num_layers):
                 role[i + 2] = "freeze"
                 freeze.append(i + 2)
     if len(drop) < n:
-        raise PublishedPublishedFailsErrorError
+        raise PublishedFailsError
     return tuple(drop), tuple(tune), tuple(freeze)
 
 
@@ -58,7 +58,7 @@ def told_oa(packs, n, num_layers):
             role[i : i + 3] = ["drop", "tune", "freeze"]
             drop, tune, freeze = [*drop, i], [*tune, i + 1], [*freeze, i + 2]
     if len(drop) < n:
-        raise PublishedPublishedFailsErrorError
+        raise PublishedFailsError
     return tuple(drop), tuple(tune), tuple(freeze)
 
 
@@ -70,13 +70,13 @@ def told_tn(packs, n, num_layers):
             role[i : i + 2] = ["drop", "tune"]
             drop.append(i)
     if len(drop) < n:
-        raise PublishedPublishedFailsErrorError
+        raise PublishedFailsError
     return tuple(drop), tuple(i + 1 for i in drop), ()
 
 
 def told_random(packs, n, num_layers):
     if 2 * n > num_layers:
-        raise PublishedPublishedFailsErrorError
+        raise PublishedFailsError
     random.seed(42)
     drop = random.sample(range(num_layers), n)
     rest = []
@@ -89,7 +89,7 @@ def told_random(packs, n, num_layers):
 def told_consecutive(packs, n, num_layers):
     start = falling(packs[1])[0]
     if start + 2 * n > num_layers:
-        raise PublishedPublishedFailsErrorError
+        raise PublishedFailsError
     return tuple(range(start, start + n)), tuple(range(start + n, start + 2 * n)), ()
 
 
@@ -114,7 +114,7 @@ def test_selection_order_equals_the_literal_telling(rule, levels, random_scores)
                 n = int(num_layers * fraction)
                 try:
                     expected = TOLD[rule](packs, n, num_layers)
-                except PublishedPublishedFailsErrorError:
+                except PublishedFailsError:
                     failed += 1
                     with pytest.raises(PlanError):
                         make_plan(scores, drop_fraction=fraction, rule=rule)

@@ -10,7 +10,7 @@ import statistics
 import pytest
 
 from interlace.errors import InterlaceError, PlanError
-from interlace.plan import make_plan, rule_names
+from interlace.plan import make_plan
 from interlace.plan.rules import USE_LOSS, USE_WEIGHTS
 from interlace.records import Scores, TowerScores
 
@@ -145,23 +145,6 @@ def test_importance_alone_needs_no_similarity() -> None:
     ].drop == (2,)
     with pytest.raises(PlanError, match=r"similarity was not scored.* --weights relevance=1"):
         make_plan(scores, num_drop=2, weights={"relevance": 1, "similarity": 1})
-
-
-def test_every_rule_either_takes_weights_or_refuses_them(random_scores) -> None:
-    scores = random_scores(12, 0)
-    for rule in rule_names():
-        if rule in USE_WEIGHTS:
-            assert make_plan(
-                scores,
-                num_drop=1,
-                rule=rule,
-                weights={"similarity": 1.0},
-                protect=(11,),
-                loss=_sum if rule in USE_LOSS else None,
-            )
-        else:
-            with pytest.raises(PlanError, match="Leave weights out"):
-                make_plan(scores, num_drop=2, rule=rule, weights={"similarity": 1.0})
 
 
 def test_the_balanced_group_gives_image_and_text_equal_mass() -> None:

@@ -229,10 +229,11 @@ def test_a_share_of_all_parameters_is_scored_by_what_pays_where_it_is_repaired()
         check_width_settings(PlanSettings(parameters=0.4), ("similarity", "head_norm"))
 
 
-def test_of_what_was_scored_the_metric_that_took_most_is_taken() -> None:
+@pytest.mark.parametrize("better", ["head_obs", "head_gate"])
+def test_of_what_is_there_the_metric_that_took_most_is_taken(better: str) -> None:
     given = scores()
     reverse = tuple(tuple(float(8 - unit) for unit in range(8)) for _ in range(LAYERS))
-    importance = {**given["text"].importance, "head_obs": {"attn": reverse}}
+    importance = {**given["text"].importance, better: {"attn": reverse}}
     both = dataclasses.replace(
         given, towers={"text": dataclasses.replace(given["text"], importance=importance)}
     )
@@ -241,15 +242,7 @@ def test_of_what_was_scored_the_metric_that_took_most_is_taken() -> None:
     assert by_norm["text"].cut == make_plan(given, heads=0.25)["text"].cut
 
 
-def test_gates_are_judged_by_where_they_are_and_a_recipe_has_none_yet() -> None:
-    given = scores()
-    flat = tuple(tuple(float(8 - unit) for unit in range(8)) for _ in range(LAYERS))
-    importance = {**given["text"].importance, "head_gate": {"attn": flat}}
-    gated = dataclasses.replace(given["text"], importance=importance)
-    gated_scores = dataclasses.replace(given, towers={"text": gated})
-    assert make_plan(gated_scores, heads=0.25)["text"].cut["attn"][0] == (6, 7)
-    by_norm = make_plan(gated_scores, heads=0.25, width_metrics={"heads": "head_norm"})
-    assert by_norm["text"].cut == make_plan(scores(), heads=0.25)["text"].cut
+def test_a_recipe_has_no_gates_yet() -> None:
     learned = PlanSettings(heads=0.25, width_metrics={"heads": "head_gate"})
     with pytest.raises(ConfigError, match="'head_gate' is learned while healing"):
         check_width_settings(learned, ("head_norm",))
