@@ -74,6 +74,14 @@ def without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
+def rounding_tolerance(dtype: torch.dtype) -> float:
+    """Return how far two ways to compute the same may be apart, as a share of the largest value.
+
+    Rounding stays below it, a wrong way does not.
+    """
+    return {torch.float64: 1e-6, torch.float32: 1e-3}.get(dtype, 5e-2)
+
+
 def accepts(model: nn.Module, argument: str) -> bool:
     """Tell whether a model's forward names an argument."""
     return argument in inspect.signature(model.forward).parameters

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from interlace._torch_utils import accepts
+from interlace._torch_utils import accepts, rounding_tolerance
 from interlace.errors import ConfigError
 from interlace.models.handle import to_model
 from interlace.models.predictor import for_states
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
     from interlace.models.handle import VLM
 
-# Of the largest logit: how far a sample in a row may be from the same sample alone.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_TOLERANCE_HALF = 5e-2
 # Tensors with one row per text, laid end to end; anything else is per image and just follows.
 _PER_TOKEN = ("input_ids", "mm_token_type_ids", "token_type_ids", "labels")
 
@@ -64,7 +61,7 @@ def check_packing(vlm: VLM, singles: Sequence[dict[str, Any]]) -> None:
         for each in (pack(vlm, singles), singles[-1])
     )
     distance = float((ours.double() - theirs.double()).abs().max() / theirs.abs().max().double())
-    if not distance <= _TOLERANCE.get(vlm.dtype, _TOLERANCE_HALF):
+    if not distance <= rounding_tolerance(vlm.dtype):
         raise ConfigError(
             f"{vlm.name} does not keep the samples of a packed row apart (its logits differ by "
             f"{distance:.1e} of their size), so packed=True would give wrong scores. Use "

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from interlace._torch_utils import rounding_tolerance
 from interlace.models.discovery import routes
 from interlace.models.states import hooked, layer_input, layer_output, shift_input
 from interlace.surgery.bridges.observe import check_finite
@@ -23,10 +24,6 @@ from interlace.surgery.bridges.observe import check_finite
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
-
-# Of the size of what is compared: rounding stays below, a wrong path does not.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_TOLERANCE_HALF = 5e-2
 
 
 def agree(found: torch.Tensor, expected: torch.Tensor, beside: torch.Tensor | None = None) -> bool:
@@ -42,7 +39,7 @@ def agree(found: torch.Tensor, expected: torch.Tensor, beside: torch.Tensor | No
         return False
     if not found.numel():
         return True
-    allowed = _TOLERANCE.get(found.dtype, _TOLERANCE_HALF) * expected.double().abs().max()
+    allowed = rounding_tolerance(found.dtype) * expected.double().abs().max()
     if beside is not None:
         allowed = allowed + 4 * torch.finfo(beside.dtype).eps * beside.double().abs()
     # written so that NaN fails
