@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import interlace as il
-from interlace.errors import PlanError
+from interlace.plan.shares import shape_of
 from interlace.plan.split_ways import Widths, widths_for
 from methods.case import Case, Made, Method
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from interlace.records import TowerShape
 
 
 def width(case: Case) -> Made:
@@ -42,26 +40,14 @@ def choose_widths(case: Case, make: Callable[[Mapping[str, Widths]], Any]) -> di
     Raises:
         PlanError: a tower's heads or neurons cannot be cut.
     """
-    shapes = shapes_of(case)
     chosen: dict[str, Widths] = {}
     for tower in case.counts():
         layers = range(case.vlm.towers[tower].num_layers)
-        found = widths_for(shapes[tower], case.parameters(tower), layers)
+        shape = shape_of(case.shared.width_scores, tower)
+        found = widths_for(shape, case.parameters(tower), layers)
         losses = [case.shared.loss_of(make({tower: each}).model) for each in found]
         chosen[tower] = found[losses.index(min(losses))]
     return chosen
-
-
-def shapes_of(case: Case) -> Mapping[str, TowerShape]:
-    """Return the sizes of all towers.
-
-    Raises:
-        PlanError: they are not known.
-    """
-    shape = case.shared.width_scores.shape
-    if shape is None:
-        raise PlanError("The scores do not know the sizes of the model.")
-    return shape.towers
 
 
 def _cut(case: Case, shares: Mapping[str, Widths]) -> Any:
