@@ -1,4 +1,4 @@
-"""Measuring a model as it runs on fused kernels."""
+"""Evaluating a model on fused kernels."""
 
 from __future__ import annotations
 

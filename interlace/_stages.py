@@ -32,10 +32,10 @@ LOCK = ".lock"
 
 
 def key_of(vlm: VLM, fingerprint: str) -> str:
-    """Return what a model is as it is run, which its fingerprint does not tell alone.
+    """Return a key of a model as it is run: fingerprint, dtype, processor, generation settings.
 
-    It is the same in every precision, with every processor and with all generation settings; what
-    is made and measured is not.
+    The fingerprint is the same in every precision, with every processor and with all settings of
+    generation; results are not.
 
     Args:
         vlm: the model.
@@ -90,7 +90,7 @@ class Stages:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Let no other run work in the folder, which is made, inside the block.
+        """Make the folder and lock it against other runs for a block.
 
         Raises:
             ConfigError: another run works in it. A killed one does not keep others out.

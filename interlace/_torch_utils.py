@@ -106,14 +106,14 @@ def process_rank() -> tuple[int, int]:
 
 
 def leave_processes() -> None:
-    """Take leave of the other processes, where this one has joined them."""
+    """Destroy the default group of torch.distributed, where this process is in one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def joined_processes() -> Iterator[tuple[int, int]]:
-    """Join the processes that torchrun started, for the block only where nobody has joined yet.
+    """Join the processes that torchrun started for a block, unless they are joined already.
 
     Yields:
         This process's number and how many there are.

@@ -150,7 +150,7 @@ def _measure(
 
 
 def _warn_of_overlap(held_out: Mapping[str, Samples] | None, *seen: Samples) -> None:
-    """Say so when the student is measured on what it was made with."""
+    """Warn where samples to measure on were also used to score or heal."""
     if not held_out:
         return
     # a sample has no name outside of its source, so what is said in it tells it apart; as another

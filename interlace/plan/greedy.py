@@ -94,7 +94,7 @@ def losses_of(
 ) -> tuple[dict[T, float], PlanError | None]:
     """Return candidate -> loss without it, and the last refusal of a student.
 
-    What is no number is infinite, and what cannot be made as well.
+    NaN counts as infinite, and so does the loss of a student that cannot be made.
     """
     found: dict[T, float] = {}
     refused = None

@@ -219,7 +219,7 @@ def check_use(
     drops: bool,
     named: bool | None = None,
 ) -> None:
-    """Refuse what says how layers are chosen where nothing would come of it.
+    """Refuse a rule, weights or a token group that would have no effect.
 
     Args:
         rule: name of the rule.
@@ -299,7 +299,7 @@ def finish(
     reasons: dict[int, str],
     layer_scores: tuple[float | None, ...] | None = None,
 ) -> Choice:
-    """Let the nearest kept layers be tuned, for rules that do not say which to train."""
+    """Make the choice of a rule that does not say which layers to tune: the nearest kept ones."""
     tune = nearest_kept(problem, drop)
     reasons = reasons | {
         layer: f"nearest kept neighbour of layer {gone}"

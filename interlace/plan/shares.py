@@ -12,22 +12,22 @@ if TYPE_CHECKING:
 
 __all__ = ["ceil_share", "check_share", "count_of", "floor_share", "shape_of"]
 
-# places of a share in advice, which has to hold when it is followed
+# decimal places of the shares that error messages advise
 _PLACES = 1e4
 
 
 def count_of(total: int, share: float) -> int:
-    """Return how many of a number a share is, rounded down; 0.29 of 100 is 29, in floats too."""
+    """Return floor(total * share) without rounding error: 0.29 of 100 is 29."""
     return int(total * share + 1e-9)
 
 
 def ceil_share(share: float) -> float:
-    """Round the smallest share that can be given up."""
+    """Round a smallest allowed share up, so that the rounded one is allowed too."""
     return math.ceil(share * _PLACES - 1e-6) / _PLACES
 
 
 def floor_share(share: float) -> float:
-    """Round the largest share that can be given down."""
+    """Round a largest allowed share down, so that the rounded one is allowed too."""
     return math.floor(share * _PLACES + 1e-6) / _PLACES
 
 

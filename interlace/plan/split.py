@@ -191,10 +191,10 @@ def plan_by(settings: PlanSettings, scores: Scores, loss: Loss | None) -> Plan:
 
 
 def check_settings(settings: PlanSettings) -> None:
-    """Refuse a share of the parameters that is none, or that the other settings contradict.
+    """Refuse `parameters` where it is out of range or contradicts other settings.
 
     Raises:
-        ConfigError: it is no share, others say how much of something goes, or the rule is another.
+        ConfigError: it is no share, other amounts are given too, or the rule is not "compensated".
     """
     if settings.parameters is None:
         return

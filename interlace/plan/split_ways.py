@@ -41,7 +41,7 @@ class Widths:
         return f"{self.heads:.0%} of the heads, {self.ffn:.0%} of the neurons"
 
     def arguments(self, tower: str) -> dict[str, Any]:
-        """Return what `make_plan` is to be given."""
+        """Return the shares as arguments of `make_plan`."""
         shares = {"heads": self.heads, "ffn": self.ffn}
         return {name: {tower: share + _HAIR} for name, share in shares.items() if share}
 
@@ -67,15 +67,15 @@ class Split:
 
 
 def widths_for(shape: TowerShape, wanted: int, layers: Sequence[int]) -> list[Widths]:
-    """List the widths at which some layers of a tower lose so many parameters.
+    """List pairs of head and neuron shares with which layers lose about `wanted` parameters.
 
-    For growing numbers of KV groups, the bundles of neurons with which the loss comes nearest to
-    it; what stays further away than one bundle is left out, unless nothing comes nearer.
+    For each number of KV groups, the number of neuron bundles that comes nearest. Pairs that miss
+    by more than one bundle are left out, unless none comes nearer.
 
     Args:
         shape: of the tower.
-        wanted: parameters that are to go.
-        layers: from which they go, from each as much.
+        wanted: parameters to remove in all.
+        layers: the layers to narrow, all by the same shares.
 
     Raises:
         PlanError: no heads or neurons are known that could be cut.
@@ -99,16 +99,16 @@ def widths_for(shape: TowerShape, wanted: int, layers: Sequence[int]) -> list[Wi
 
 
 def splits(shape: TowerShape, wanted: int, most: int, fixed: int = 0) -> list[Split]:
-    """List the ways for a tower to lose so many parameters.
+    """List the ways for a tower to lose about `wanted` parameters.
 
     Args:
         shape: of the tower.
-        wanted: parameters that are to go.
-        most: layers that may go at most.
-        fixed: parameters that a layer counts for beside its own, and that go with all of it alone.
+        wanted: parameters to remove in all.
+        most: the largest number of layers to drop.
+        fixed: parameters that a layer counts for beside its own; only dropping it removes them.
 
     Raises:
-        PlanError: no split comes to so many; or as `widths_for`.
+        PlanError: no split comes near `wanted`; or as `widths_for` raises it.
     """
     depth = shape.num_layers
     total = sum(shape.layer_parameters) + depth * fixed

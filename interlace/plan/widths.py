@@ -53,7 +53,7 @@ def check_widths(
     graft: float | None,
     drops: bool,
 ) -> None:
-    """Refuse options of widths that are not known, or that nothing would make use of.
+    """Refuse options of widths that are unknown or would have no effect.
 
     Args:
         heads: as of `make_plan`, like those that follow.

@@ -60,7 +60,7 @@ class _Measure:
         )
 
     def of_teacher(self, batches: Batches) -> list[Tensor]:
-        """Return what the teacher says to each batch, kept on the CPU."""
+        """Return what `HealModel.of_teacher` gives for each batch, on the CPU."""
         inputs = (to_model(batch, self._vlm) for batch in batches)
         return [self._model.of_teacher(each).cpu() for each in inputs]
 
@@ -234,7 +234,7 @@ def layer_loss(
     bridges: str | dict[str, str] = FOLD,
     token_weights: str = EVEN,
 ) -> Loss:
-    """Make what a rule that chooses by the loss asks: `make_plan(..., rule=rule, loss=...)`.
+    """Make the loss callback of a rule that chooses by it: `make_plan(..., rule=rule, loss=...)`.
 
     `sleb` asks for the loss of the task with layers skipped: one forward pass over the data a call.
     `compensated` and `compensated_parts` ask how far a student with repaired cuts is from the whole

@@ -23,7 +23,7 @@ METRIC = "gates"
 
 
 def drop_counts(scores: Scores, vlm: VLM, settings: PlanSettings) -> dict[str, int]:
-    """Return how many layers of which towers are to go in all, as one single cut would count them.
+    """Return how many layers each tower loses in all: as many as in a single cut.
 
     Raises:
         PlanError: too many for a tower, or for what is not protected.
@@ -129,7 +129,7 @@ def plan_stage(
 
 
 def _at_positions(protect: Any, student: VLM, towers: Iterable[str]) -> Any:
-    """Bring protected layers of the first model to where they stand in the student."""
+    """Translate protected layers of the first model into positions in the student."""
     if isinstance(protect, str):
         return protect
     given = protect if isinstance(protect, dict) else dict.fromkeys(towers, protect)

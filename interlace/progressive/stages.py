@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Setup:
-    """What a progressive run is given; the settings are those of the stages of the flow."""
+    """The arguments of a progressive run; see `interlace.progressive`."""
 
     vlm: VLM
     calibration: Samples
@@ -209,7 +209,7 @@ class Run:
     def _cut(
         self, number: int, before: _Before, scores: Scores, counts: Mapping[str, int]
     ) -> tuple[Plan, str]:
-        """Plan what this stage alone drops; also the key that stands for the choice."""
+        """Plan what this stage alone drops. Returns the plan and its key."""
         setup = self.setup
         counts = {name: count for name, count in counts.items() if count}
         gates = before.gates if self.weight else {}

@@ -238,7 +238,7 @@ def progressive(
 
 
 def check_amounts(settings: PlanSettings, stages: int, scored: Sequence[str]) -> None:
-    """Refuse a plan that cuts within layers in several stages, or by what is not scored or used.
+    """Refuse a plan that cuts within layers in several stages, or by metrics that are not scored.
 
     Args:
         settings: of the plan.
@@ -284,5 +284,5 @@ def _check_prune(settings: PruneSettings) -> None:
 
 
 def _given(settings: Any, **values: Any) -> Any:
-    """Replace the settings that a value was given for."""
+    """Replace settings by those of `values` that are not None."""
     return settings.replace(**{name: v for name, v in values.items() if v is not None})

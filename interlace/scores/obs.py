@@ -145,7 +145,7 @@ class Eliminations:
                         self._found[key] = _priced(site, squares / samples, moment)
 
     def _traces(self, batches: Iterable[Batch], moments: Moments) -> dict[int, Traces]:
-        """Return what every token of every batch counts for the predictions, and add up G."""
+        """Return the Fisher traces of the tokens of every batch, and add up G."""
         fisher = Fisher(self._vlm, self._names, "'head_norm' and 'ffn_norm'")
         towers = {key.tower for key in self._sites}
         return {

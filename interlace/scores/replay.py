@@ -158,7 +158,7 @@ class Replay:
             self._changed = self._change = None
 
     def verify(self, run: Callable[[], Tensor]) -> None:
-        """Find the towers that cannot be replayed: with nothing changed, all must be answered.
+        """Find the towers that cannot be replayed: with nothing changed, no layer may be computed.
 
         Their names go into `refusals`; from then on their layers are always computed.
         """

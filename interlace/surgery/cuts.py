@@ -25,7 +25,7 @@ _LAYERS = re.compile(
 
 @dataclass(frozen=True)
 class Cut:
-    """One tower under the knife.
+    """What happens to one tower.
 
     Attributes:
         tower: the tower before the cut.
@@ -54,7 +54,7 @@ class Cut:
 
 
 def check_plan(vlm: VLM, plan: Plan, fingerprint: str) -> None:
-    """Check that a plan is of this model, as far as it says.
+    """Check that a plan was made for this model, as far as it says.
 
     Args:
         vlm: the model.

@@ -157,7 +157,7 @@ def narrow_layers(draft: nn.Module, cuts: Iterable[Cut]) -> None:
 def uneven_widths(
     vlm: VLM, plan: Plan, draft: nn.Module, cuts: Mapping[str, Cut]
 ) -> dict[str, Widths]:
-    """Return the widths of a draft that are not to be stated by its config.
+    """Return the widths of a draft that its config does not state.
 
     Returns:
         Path of a tower -> position -> place -> query heads of every KV head, or neurons. Empty for

@@ -39,7 +39,7 @@ _ALIKE = 1.0
 
 
 def default_data(vlm: VLM) -> tuple[Sequence[Sample], str]:
-    """Take the built-in scenes, and say so.
+    """Return the built-in scenes, and a note for the manifest that they were used.
 
     Raises:
         ConfigError: the model has no processor to give them to.
@@ -120,7 +120,9 @@ class Calibration:
 
     @contextlib.contextmanager
     def looking_at(self, tower: str, student: nn.Module, changed: Iterable[str]) -> Iterator[None]:
-        """Let what ends before a tower begins run once per batch; nothing of it may be changed.
+        """Run the modules in front of a tower once per batch and replay their outputs afterwards.
+
+        Nothing may change these modules inside the block.
 
         Args:
             tower: name of the tower.
@@ -144,7 +146,7 @@ class Calibration:
             self._fronts.clear()
 
     def _try(self, number: int, batch: Mapping[str, Any]) -> None:
-        """Run the teacher on a batch that nobody has run before."""
+        """Run the teacher on a batch for the first time, and word what it refuses."""
         try:
             self.run(self._vlm.model, batch)
         except FORWARD_REFUSALS as error:
@@ -155,7 +157,7 @@ class Calibration:
             ) from error
 
     def survey(self, towers: Iterable[str]) -> dict[str, TokenWeights]:
-        """Run the teacher once over all batches and look who reads what.
+        """Run the teacher once over all batches and count the tokens of every tower.
 
         Args:
             towers: the towers to look at.
@@ -203,7 +205,7 @@ class Calibration:
         return found
 
     def _ask_predictions(self, weights: Mapping[str, TokenWeights]) -> None:
-        """Tell the token weights of towers how much the teacher's predictions hang on each."""
+        """Give the token weights of towers the Fisher traces of their tokens."""
         vlm = self._vlm
         fisher = Fisher(vlm)
         for batch in self.batches:
@@ -251,7 +253,7 @@ class TokenWeights:
         self._count = int(counts.sum())
 
     def learn(self, traces: Mapping[int, Sequence[torch.Tensor]]) -> None:
-        """Take in the traces of a batch: state -> [N] of every run."""
+        """Add the Fisher traces of a batch: state -> [N] of every run."""
         for state, runs in traces.items():
             self._traces.setdefault(state, []).extend(runs)
 
@@ -262,7 +264,7 @@ class TokenWeights:
     def of(
         self, batch: Mapping[str, Any], hidden: torch.Tensor, state: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tell what the tokens of the next run of the tower count.
+        """Return the weights of the tokens of the tower's next run.
 
         Args:
             batch: the inputs the models were run on.

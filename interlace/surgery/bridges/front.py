@@ -1,4 +1,4 @@
-"""What runs in front of a tower runs once per batch; every later look at the tower is given it.
+"""Outputs of the modules in front of a tower, computed once per batch and replayed afterwards.
 
 A vision tower costs much more than the one text layer that a fit looks at.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def modules_in_front(
     model: nn.Module, path: str, others: Mapping[str, str], runs: Iterable[Callable[[], Any]]
 ) -> dict[str, str]:
-    """Find what ends before a tower begins.
+    """Find the modules that have finished before a tower begins.
 
     Args:
         model: the model.
@@ -73,21 +73,21 @@ def _enclosing(path: str) -> list[str]:
 
 
 class Front:
-    """What modules of a model gave for every batch, kept on the CPU."""
+    """Outputs of modules of a model for every batch, kept on the CPU."""
 
     def __init__(self, model: nn.Module, kept: Mapping[str, dict[Any, Any]]) -> None:
-        """Say which modules rest once they have run.
+        """Name the modules.
 
         Args:
             model: the model.
-            kept: path of a module -> where what it gives is kept; shared by models in which it
-                gives the same. It must give the same whenever the model runs on a batch.
+            kept: path of a module -> where its outputs are kept; models in which it gives the same
+                may share that. It must give the same whenever the model runs on a batch.
         """
         self._modules = [(model.get_submodule(path), found) for path, found in kept.items()]
 
     @contextlib.contextmanager
     def resting(self, batch: Mapping[str, Any]) -> Iterator[None]:
-        """Give again what is known of a batch; the same object must be given for the same one."""
+        """Replay the outputs for a batch, which is recognised by its identity, inside the block."""
         with contextlib.ExitStack() as stack:
             for module, kept in self._modules:
                 stack.enter_context(standing_in([module], partial(_replay, kept, id(batch))))

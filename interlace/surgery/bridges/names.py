@@ -84,7 +84,7 @@ def check_rank(rank: int, bridges: str | Mapping[str, str]) -> None:
 
 
 def of_use(bridges: str | Mapping[str, str], plan: Plan) -> str | dict[str, str]:
-    """Leave out the bridges that have nothing to stand in for in the towers of a plan.
+    """Leave out the bridges of towers that lose nothing such a bridge can repair.
 
     Args:
         bridges: a name for all towers, or tower name -> name.

@@ -23,15 +23,15 @@ Forms = dict[Any, tuple[Any, ...] | None]
 def idling(
     layers: Iterable[nn.Module], name: str, forms: Forms, *, read: bool = False
 ) -> Iterator[None]:
-    """Let layers hand on the hidden states that they are given.
+    """Let layers return their input instead of running, inside the block.
 
     Args:
         layers: the layers.
         name: of their tower, for messages.
-        forms: of the layers that have run before. Those that are not there run once as they are, to
-            show it.
-        read: others go by what the layers give beside hidden states (T5's position bias). If they
-            give any such thing, all of them run.
+        forms: what layers return beside hidden states. Layers that are missing run once as they
+            are, and are added.
+        read: later layers read what these return beside hidden states (T5's position bias). If
+            they return any such thing, all of them run.
     """
 
     def idle(forward: Any) -> Any:
@@ -71,7 +71,7 @@ class Start:
 
 @contextlib.contextmanager
 def starting(layers: Any, start: Start, name: str, forms: Forms) -> Iterator[None]:
-    """Let a tower begin with what a layer is known to be given, run by run.
+    """Start a tower at a layer whose input is known, run by run, inside the block.
 
     Args:
         layers: of the tower.

@@ -124,7 +124,7 @@ def _measure(pair: Pair, gap: Gap) -> _Sums:
 def _writers(
     student: nn.Module, first: Gap, calibration: Calibration
 ) -> tuple[Mapping[str, Any], dict[int, list[nn.Linear]]]:
-    """Find what the layers behind the first gap write with, and a batch that reaches them.
+    """Find the projections with which layers behind the first gap write, and a batch to try them.
 
     Raises:
         PlanError: one of them is not pre-norm.
@@ -160,7 +160,7 @@ def _check(
     plain: Mapping[nn.Linear, Weights],
     run: Any,
 ) -> None:
-    """Check that the folded factors do what factors on the stream itself do.
+    """Check that the folded factors have the same effect as factors on the stream itself.
 
     Raises:
         PlanError: the predictions differ, so something reads or adds to the stream as it is.

@@ -31,7 +31,7 @@ class NormalEquations:
     def __init__(
         self, num_features: int, width: int, *, intercept: bool, device: torch.device
     ) -> None:
-        """Start with sums of nothing."""
+        """Start with empty sums."""
         rows = num_features + intercept
         self.intercept = intercept
         self.gram = torch.zeros(rows, rows, dtype=torch.float64, device=device)
@@ -45,7 +45,7 @@ class NormalEquations:
         weight: torch.Tensor,
         goal: torch.Tensor,
     ) -> None:
-        """Take tokens in.
+        """Add tokens to the sums.
 
         Args:
             features: X [N, F], any floating dtype.

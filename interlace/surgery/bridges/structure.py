@@ -146,7 +146,7 @@ class Norm:
 
 
 def _known(module: Any, given: torch.Tensor, made: torch.Tensor) -> Norm | None:
-    """Describe a norm by what it made of an input; None where it is of another kind."""
+    """Describe a norm, checked against its own output; None where it is of another kind."""
     weight = module.weight.detach().double()
     if isinstance(module, nn.LayerNorm):
         return Norm(module, weight, True, module.eps)
@@ -296,7 +296,7 @@ def _chain(trace: _Trace, norm: nn.Module) -> tuple[Norm, ...]:
 
 
 def find_writers(call: Call) -> list[nn.Linear] | None:
-    """Find the linear modules of a layer that write into the residual stream.
+    """Find the linear modules of a layer whose outputs are added to the residual stream.
 
     Without their outputs the layer hands its input on unchanged, and it needs every one of them
     back to be itself.

@@ -21,7 +21,7 @@ def weights_of(linear: nn.Linear) -> Weights:
 
 
 def put_weights(linear: nn.Linear, weights: Weights) -> None:
-    """Make parameters those of a linear module; those it had stay as they are."""
+    """Give a linear module other parameters; the ones it had are not written to."""
     linear.weight, linear.bias = weights
 
 
