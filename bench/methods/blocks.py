@@ -19,8 +19,8 @@ from interlace.errors import PlanError
 from interlace.models.states import layer_input
 from interlace.surgery.bridges.calibration import Calibration
 from interlace.surgery.bridges.gaps import Gap, find_gaps
+from interlace.surgery.bridges.least_squares import NormalEquations, choose
 from interlace.surgery.bridges.observe import Pair, Seen, observe
-from interlace.surgery.bridges.statistics import NormalEquations, choose
 from interlace.surgery.bridges.structure import find_projection, record_calls
 from interlace.surgery.bridges.weights import changed, put_weights
 from interlace.surgery.cuts import read_cut

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from interlace.errors import CheckpointError, ConfigError, DataError
-from interlace.heal import checkpoints, moments
+from interlace.heal import checkpoints, optimizer_state
 from interlace.heal.batches import COUNTED
 from interlace.heal.interpolation import interpolate
 from interlace.heal.model import TERMS, HealModel, mean_terms
@@ -325,8 +325,9 @@ class HealTrainer(Trainer):  # type: ignore[misc]
                 checkpoints.begin(output, step)
             self.accelerator.wait_for_everyone()
             part = checkpoints.part_of(output, step)
-            weights = gathered(trained.items(), keep=self.args.should_save)
-            tensors = moments.tensors_of(self.optimizer, trained, keep=self.args.should_save)
+            keep = self.args.should_save
+            weights = gathered(trained.items(), keep=keep)
+            tensors = optimizer_state.tensors_of(self.optimizer, trained, keep=keep)
             rng = part / f"rng-{self.args.process_index}.json"
             rng.write_text(json.dumps(checkpoints.rng_state()), encoding="utf-8")
             self.accelerator.wait_for_everyone()
@@ -338,7 +339,7 @@ class HealTrainer(Trainer):  # type: ignore[misc]
                     step=step,
                     identity=self._identity,
                     progress=self.progress,
-                    scheduler=moments.schedule_of(self.lr_scheduler),
+                    scheduler=optimizer_state.schedule_of(self.lr_scheduler),
                 )
                 checkpoints.complete(output, step, manifest)
                 checkpoints.rotate(output, KEPT_CHECKPOINTS)
@@ -368,10 +369,10 @@ class HealTrainer(Trainer):  # type: ignore[misc]
         self.progress = dict(manifest.progress)
         self._logged_step = manifest.step
         trained = self._trained()
-        moments.load(
+        optimizer_state.load(
             self.optimizer, trained, checkpoints.read_tensors(folder / checkpoints.OPTIMIZER)
         )
-        moments.load_schedule(self.optimizer, self.lr_scheduler, manifest.scheduler)
+        optimizer_state.load_schedule(self.optimizer, self.lr_scheduler, manifest.scheduler)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Do nothing: bfloat16 needs no gradient scaler."""

@@ -16,7 +16,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from heal.toys import heal_model, toy, toy_collate, toy_samples
 from safetensors.torch import save_file
 
-from interlace.heal import checkpoints, heal, moments
+from interlace.heal import checkpoints, heal, optimizer_state
 from interlace.heal.interpolation import interpolate
 from interlace.heal.model import HealModel
 from interlace.heal.shell import gathered, like_parameter, reshard
@@ -224,11 +224,11 @@ def sharded(folder: Path) -> None:
         (2 * terms["loss"]).backward()
         gradients = gathered(((n, p.grad) for n, p in trained.items()), keep=rank == 0)
         optimizer.step()
-    stored = moments.tensors_of(optimizer, trained, keep=True)
+    stored = optimizer_state.tensors_of(optimizer, trained, keep=True)
     weights = gathered(trained.items(), keep=True)
     fresh = torch.optim.AdamW(trained.values(), lr=1e-2)
-    moments.load(fresh, trained, stored)
-    again = moments.tensors_of(fresh, trained, keep=True)
+    optimizer_state.load(fresh, trained, stored)
+    again = optimizer_state.tensors_of(fresh, trained, keep=True)
     same = all(torch.equal(value, again[name]) for name, value in stored.items())
     for name, parameter in trained.items():
         part = like_parameter(weights[name], parameter).to_local()

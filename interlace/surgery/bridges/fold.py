@@ -34,10 +34,10 @@ import torch
 
 from interlace.errors import PlanError
 from interlace.models.discovery import routes
+from interlace.surgery.bridges.least_squares import NormalEquations, choose
 from interlace.surgery.bridges.names import FOLD, REFIT
 from interlace.surgery.bridges.observe import Pair, observe
 from interlace.surgery.bridges.resting import Start, idling, starting
-from interlace.surgery.bridges.statistics import NormalEquations, choose
 from interlace.surgery.bridges.structure import (
     Norm,
     Projection,

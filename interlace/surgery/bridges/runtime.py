@@ -20,8 +20,8 @@ from torch import nn
 from interlace.models.bridges import DIAGONAL, INPUT, OUTPUT, attach, norm_arguments
 from interlace.models.states import hooked
 from interlace.ops import bridge_norm
+from interlace.surgery.bridges.least_squares import NormalEquations, choose
 from interlace.surgery.bridges.observe import observe
-from interlace.surgery.bridges.statistics import NormalEquations, choose
 from interlace.surgery.bridges.structure import agree, first_calls
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from torch import nn
 
 from interlace.errors import PlanError
 from interlace.surgery.bridges.fold import fit_fold
+from interlace.surgery.bridges.least_squares import NormalEquations, choose
 from interlace.surgery.bridges.observe import Pair, observe
-from interlace.surgery.bridges.statistics import NormalEquations, choose
 
 
 def _fit(dense: Any, student: Any, gaps: Any, data: Any) -> Any:
