@@ -5,34 +5,30 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from heal.toys import assert_gated_runs_resume, toy, toy_collate, toy_samples
-from tiny import TINY, tiny_inputs
+from heal.toys import (
+    assert_gated_runs_resume,
+    double_vlm,
+    outputs,
+    toy,
+    toy_collate,
+    toy_samples,
+)
+from tiny import tiny_inputs
 from torch import nn
 
 from interlace.errors import ConfigError
 from interlace.heal import heal
 from interlace.heal.sparsity import Gates, find_branches, fold, importance
-from interlace.models.handle import VLM
-from interlace.models.registry import family_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-
-def _vlm(name: str) -> VLM:
-    model = TINY[name]().double()
-    return VLM(model, family_of(model))
-
-
-def _outputs(model: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    with torch.no_grad():
-        given = model(**inputs, return_dict=True)
-    return [each for each in given.values() if isinstance(each, torch.Tensor)]
+    from interlace.models.handle import VLM
 
 
 def test_a_gate_of_zero_takes_a_branch_away() -> None:
     """What a gate stands on is the whole branch: without both, a layer hands on its input."""
-    vlm = _vlm("qwen3_vl")
+    vlm = double_vlm("qwen3_vl")
     branches = find_branches(vlm, ("text",))
     fold(vlm.model, branches, [0.0 if each.layer == 3 else 1.0 for each in branches])
     seen: list[torch.Tensor] = []
@@ -43,12 +39,12 @@ def test_a_gate_of_zero_takes_a_branch_away() -> None:
     vlm.towers["text"].layers[3].register_forward_hook(keep, with_kwargs=True)
     inputs = tiny_inputs("qwen3_vl", vlm.model, 2, seed=1)
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    _outputs(vlm.model, inputs)
+    outputs(vlm.model, inputs)
     assert torch.equal(seen[0], seen[1])
 
 
 def test_towers_that_cannot_be_gated_are_refused_in_words() -> None:
-    vlm = _vlm("llava")
+    vlm = double_vlm("llava")
     layer: Any = vlm.towers["text"].layers[2]
     layer.post_feedforward_layernorm = nn.Identity()
     with pytest.raises(ConfigError, match="normalises its branches"):
@@ -59,7 +55,7 @@ def test_towers_that_cannot_be_gated_are_refused_in_words() -> None:
     with pytest.raises(ConfigError, match=r"exactly one must end its mlp branch, and none is"):
         find_branches(vlm, ("text",))
     assert find_branches(vlm, ("vision",))
-    other = _vlm("clip")
+    other = double_vlm("clip")
     layers: Any = other.towers["text"].layers
     layers[1].mlp.fc2.weight = layers[0].mlp.fc2.weight
     with pytest.raises(ConfigError, match="shares its weight with"):
@@ -67,7 +63,7 @@ def test_towers_that_cannot_be_gated_are_refused_in_words() -> None:
 
 
 def test_hard_concrete_gates_follow_their_distribution() -> None:
-    branches = find_branches(_vlm("clip"), ("text",))
+    branches = find_branches(double_vlm("clip"), ("text",))
     gates = Gates(branches, "hard_concrete")
     with torch.no_grad():
         gates.values.fill_(0.4)
@@ -113,20 +109,6 @@ def test_healing_learns_gates_and_leaves_the_teacher_alone(kind: str) -> None:
     assert max(found) < 1.0 or kind == "hard_concrete"
     assert min(found) < 1.0
     assert "gates" in report.final
-    # a frozen layer is the dense one but for its two last projections, which the gates scaled
-    frozen = next(layer for layer in layers if layer not in (1, 2))
-    position = student.towers["text"].position(frozen)
-    module = student.towers["text"].layers[position]
-    path = teacher.towers["text"].path
-    for name, value in module.named_parameters():
-        old = before[f"{path}.{frozen}.{name}"]
-        gate = 1.0
-        if "o_proj" in name:
-            gate = table[frozen]["attention"]
-        elif "down_proj" in name:
-            gate = table[frozen]["mlp"]
-        torch.testing.assert_close(value, old * gate)
-    assert importance(table)[frozen] == pytest.approx(sum(table[frozen].values()) / 2)
 
 
 def test_a_penalty_sinks_gates_and_none_leaves_them_near_one() -> None:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from heal.toys import assert_gated_runs_resume, toy, toy_collate, toy_samples
+from heal.toys import (
+    assert_gated_runs_resume,
+    double_vlm,
+    outputs,
+    toy,
+    toy_collate,
+    toy_samples,
+)
 from tiny import TINY, tiny_inputs
 from torch import nn
 
@@ -31,20 +38,9 @@ ALL = ("branches", *UNITS)
 GATED = {"branches": ("branches",), "units": UNITS}
 
 
-def _vlm(name: str) -> VLM:
-    model = TINY[name]().double()
-    return VLM(model, family_of(model))
-
-
 def _inputs(name: str, vlm: VLM) -> dict[str, Any]:
     given = tiny_inputs(name, vlm.model, 2, seed=1)
     return {k: v.to(vlm.dtype) if v.is_floating_point() else v for k, v in given.items()}
-
-
-def _outputs(model: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    with torch.no_grad():
-        given = model(**inputs, return_dict=True)
-    return [each for each in given.values() if isinstance(each, torch.Tensor)]
 
 
 def _report(places: Any, values: list[float]) -> HealReport:
@@ -77,7 +73,7 @@ TAKEN = [(kind, name) for kind in GATED for name in TINY if (kind, name) not in 
 
 @pytest.mark.parametrize(("kind", "name"), REFUSED)
 def test_what_is_not_found_or_does_not_count_alone_is_refused(kind: str, name: str) -> None:
-    vlm = _vlm(name)
+    vlm = double_vlm(name)
     with pytest.raises(ConfigError, match=REFUSED[kind, name]):
         find_gated(vlm, vlm.towers, GATED[kind])
 
@@ -86,15 +82,15 @@ def test_what_is_not_found_or_does_not_count_alone_is_refused(kind: str, name: s
 def test_folded_gates_are_the_same_function_and_give_every_place_its_value(
     kind: str, name: str
 ) -> None:
-    vlm = _vlm(name)
+    vlm = double_vlm(name)
     places = find_gated(vlm, vlm.towers, GATED[kind])
     inputs = _inputs(name, vlm)
     gated, folded = copy.deepcopy(vlm.model), copy.deepcopy(vlm.model)
     gates = Gates(places, "l1").double()
     gates.attach(gated)
-    plain = _outputs(vlm.model, inputs)
+    plain = outputs(vlm.model, inputs)
     gates.draw()
-    assert all(map(torch.equal, _outputs(gated, inputs), plain))
+    assert all(map(torch.equal, outputs(gated, inputs), plain))
     with torch.no_grad():
         # drawn as fp32 numbers, as they are trained
         gates.values.copy_(0.5 + torch.rand(len(gates.values)))
@@ -103,7 +99,7 @@ def test_folded_gates_are_the_same_function_and_give_every_place_its_value(
     fold(folded, places, values)
     apart = 0.0
     for one, other, before in zip(
-        _outputs(gated, inputs), _outputs(folded, inputs), plain, strict=True
+        outputs(gated, inputs), outputs(folded, inputs), plain, strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
         apart = max(apart, float((one - before).abs().max()))
@@ -194,7 +190,7 @@ def test_useless_heads_and_neurons_sink_and_a_plan_cuts_exactly_them(
     # what was cut was useless indeed: the function is the same but for 1e-4 of it
     smaller = prune(student, plan, allow_pinned=True)
     for one, other in zip(
-        _outputs(student.model, inputs), _outputs(smaller.model, inputs), strict=True
+        outputs(student.model, inputs), outputs(smaller.model, inputs), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-3)
 
@@ -240,14 +236,14 @@ def test_healing_leaves_a_standard_checkpoint_and_tells_its_gates(tmp_path: Path
     student.model.save_pretrained(tmp_path)
     read = type(student.model).from_pretrained(tmp_path)
     inputs = tiny_inputs("llava", read, 2, seed=1)
-    assert all(map(torch.equal, _outputs(read, inputs), _outputs(student.model, inputs)))
+    assert all(map(torch.equal, outputs(read, inputs), outputs(student.model, inputs)))
     report.save(tmp_path / "heal.json")
     assert load_record(tmp_path / "heal.json") == report
 
 
 @pytest.mark.parametrize("kind", ["l1", "hard_concrete"])
 def test_each_kind_of_units_has_a_mean_penalty_of_its_own(kind: Any) -> None:
-    vlm = _vlm("clip")
+    vlm = double_vlm("clip")
     alone = Gates(find_gated(vlm, ("text",), ("branches",)), kind)
     joint = Gates(find_gated(vlm, ("text",), ALL), kind)
     penalties = [gates.draw() for gates in (alone, joint)]
@@ -274,7 +270,7 @@ def test_a_layer_counts_by_the_mean_of_its_branches_and_sites() -> None:
 
 
 def test_sites_that_cannot_be_gated_are_refused_in_words() -> None:
-    vlm = _vlm("clip")
+    vlm = double_vlm("clip")
     layers: Any = vlm.towers["text"].layers
     # the bias stays as it is, so it may be shared
     layers[1].mlp.fc2.bias = layers[0].mlp.fc2.bias
@@ -283,7 +279,7 @@ def test_sites_that_cannot_be_gated_are_refused_in_words() -> None:
     assert find_gated(vlm, ("text",), ("heads",))
     with pytest.raises(ConfigError, match="shares its weight with"):
         find_gated(vlm, ("text",), ("neurons",))
-    other = _vlm("llava")
+    other = double_vlm("llava")
     layer: Any = other.towers["text"].layers[2]
     layer.mlp.experts = nn.ModuleList([layer.mlp.down_proj])
     del layer.mlp.down_proj
@@ -295,7 +291,7 @@ def test_sites_that_cannot_be_gated_are_refused_in_words() -> None:
 
 
 def test_gates_of_another_model_are_no_importance() -> None:
-    vlm = _vlm("clip")
+    vlm = double_vlm("clip")
     places = find_gated(vlm, ("text",), UNITS)
     report = _report(places, [1.0] * sum(place.count for place in places))
     with pytest.raises(ConfigError, match=r"towers \['text'\], the scores are of \['vision'\]"):

@@ -176,3 +176,16 @@ def assert_gated_runs_resume(folder: Path, **settings: Any) -> None:
     assert run_child(gated_run, folder / "b", other, None, settings) == 0
     left, right = load_file(one), load_file(other)
     assert all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def double_vlm(name: str) -> VLM:
+    """A tiny model in fp64."""
+    model = TINY[name]().double()
+    return VLM(model, family_of(model))
+
+
+def outputs(model: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """All tensors that a model gives."""
+    with torch.no_grad():
+        given = model(**inputs, return_dict=True)
+    return [each for each in given.values() if isinstance(each, torch.Tensor)]
