@@ -65,12 +65,8 @@ def _head_input(head: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     def keep(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
         last.append(output)
 
-    handles = (head.register_forward_pre_hook(narrow), head.register_forward_hook(keep))
-    try:
+    with head.register_forward_pre_hook(narrow), head.register_forward_hook(keep):
         yield hidden, last
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

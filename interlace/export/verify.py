@@ -126,7 +126,7 @@ def _in_memory(
             stack.enter_context(_without_flags(vlm.model))
             for name, tower in vlm.towers.items():
                 watch = partial(_note, ran, name)
-                stack.callback(tower.layers[0].register_forward_pre_hook(watch).remove)
+                stack.enter_context(tower.layers[0].register_forward_pre_hook(watch))
             try:
                 used = to_model(make(), vlm)
                 outputs = _reload.run(vlm.model, used)

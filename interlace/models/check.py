@@ -15,6 +15,7 @@ from torch import nn
 
 from interlace._torch_utils import FORWARD_REFUSALS, inference
 from interlace.errors import FamilyError
+from interlace.models.states import hooked
 from interlace.models.synthetic import image_features, synthetic_images, synthetic_inputs
 
 if TYPE_CHECKING:
@@ -30,22 +31,15 @@ def _calls(stacks: Mapping[str, Stack]) -> Iterator[dict[str, list[int]]]:
     """Record the positions of the layers that run, per tower, in the order in which they run."""
     order: dict[str, list[int]] = {name: [] for name in stacks}
 
-    def recorder(name: str, position: int) -> Callable[[nn.Module, Any], None]:
-        def hook(_module: nn.Module, _args: Any) -> None:
-            order[name].append(position)
+    def ran(name: str, position: int, *_: Any) -> None:
+        order[name].append(position)
 
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(recorder(name, position))
+    with hooked(
+        layer.register_forward_pre_hook(partial(ran, name, position))
         for name, stack in stacks.items()
         for position, layer in enumerate(stack.layers)
-    ]
-    try:
+    ):
         yield order
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
