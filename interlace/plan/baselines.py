@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from interlace.plan.published import FEWER
 from interlace.plan.rules import Choice, by_score, finish
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def shortgpt(problem: Problem) -> Choice:
     ranked = [layer for layer in by_score(scores.items()) if layer not in problem.protected]
     drop = ranked[: problem.num_drop]
     if len(drop) < problem.num_drop:
-        raise problem.shortage(len(drop), "layers with a score", FEWER)
+        raise problem.shortage(len(drop), "layers with a score")
     table = tuple(scores.get(layer) for layer in range(problem.num_layers))
     if problem.weighted is not None:
         reasons = {layer: f"score {scores[layer]:.4f}" for layer in drop}
@@ -65,7 +64,7 @@ def uidl(problem: Problem) -> Choice:
         if all(layer not in problem.protected for layer in range(start, start + count))
     ]
     if not free:
-        raise problem.shortage(0, f"blocks of {count} neighbouring layers", FEWER)
+        raise problem.shortage(0, f"blocks of {count} neighbouring layers")
     start = min(free, key=lambda each: (angles[each], each))
     drop = list(range(start, start + count))
     why = f"block {start}..{start + count - 1} at angular distance {angles[start]:.4f}"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from interlace._progress import track
 from interlace.errors import ConfigError, PlanError
-from interlace.plan.published import FEWER
 from interlace.plan.rules import by_score, finish
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ def _greedy(problem: Problem, name: str, shortlist: Shortlist) -> Choice:
         )
     inner = [layer for layer in problem.candidates if 0 < layer < problem.num_layers - 1]
     if len(inner) < problem.num_drop:
-        raise problem.shortage(len(inner), "layers between the first and the last", FEWER)
+        raise problem.shortage(len(inner), "layers between the first and the last")
     drop: list[int] = []
     reasons: dict[int, str] = {}
     alone: tuple[float | None, ...] | None = None

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from interlace._progress import track
 from interlace.errors import ConfigError, PlanError
 from interlace.plan.greedy import losses_of, no_choice
-from interlace.plan.published import FEWER
 from interlace.plan.rules import Choice, nearest_kept
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def compensated_parts(problem: Problem) -> Choice:
     left = problem.num_drop * sum(shape.layer_parameters) / problem.num_layers
     if sum(sizes.values()) < left - half:
         inner = len({layer for _, layer in sizes})
-        raise problem.shortage(inner, "layers between the first and the last", FEWER)
+        raise problem.shortage(inner, "layers between the first and the last")
     gone: list[Part] = []
     reasons: dict[int, str] = {}
     first: dict[Part, float] = {}

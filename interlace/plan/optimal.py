@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from interlace.plan.published import FEWER, Assembly
+from interlace.plan.published import Assembly
 from interlace.plan.rules import by_score
 
 if TYPE_CHECKING:
@@ -126,4 +126,4 @@ def triplet_optimal(problem: Problem) -> Choice:
         for start in by_score((start, pairs[start]) for start in packing[1]):
             made.add(start, 2, pairs[start])
         return made.choice()
-    raise problem.shortage(most, "disjoint triplets, and not enough pairs,", FEWER)
+    raise problem.shortage(most, "disjoint triplets, and not enough pairs,")

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from interlace.plan.rules import Problem
 
-FEWER = "Drop fewer layers, protect fewer, or use another rule (such as 'shortgpt')."
-
 
 class Assembly:
     """Collects triplets and pairs into a choice."""
@@ -113,7 +111,7 @@ def interlace(problem: Problem) -> Choice:
             if made.complete():
                 break
     if not made.complete():
-        raise problem.shortage(len(made.drop), "disjoint triplets and pairs", FEWER)
+        raise problem.shortage(len(made.drop), "disjoint triplets and pairs")
     return made.choice()
 
 
@@ -153,7 +151,7 @@ def interlace_tn(problem: Problem) -> Choice:
     scores = problem.scored()
     drop = _disjoint(problem, scores, 2)
     if len(drop) < problem.num_drop:
-        raise problem.shortage(len(drop), "disjoint pairs of neighbours", FEWER)
+        raise problem.shortage(len(drop), "disjoint pairs of neighbours")
     reasons = {layer: f"score {scores[layer]:.4f}" for layer in drop}
     reasons |= {layer + 1: f"next to layer {layer}" for layer in drop}
     return Choice(tuple(drop), tuple(layer + 1 for layer in drop), reasons=reasons)
@@ -236,7 +234,7 @@ def consecutive(problem: Problem) -> Choice:
     if problem.guarded:
         starts = [start for start in starts if _block_fits(problem, start)]
         if not starts:
-            raise problem.shortage(0, f"blocks of {count} layers with {count} after them", FEWER)
+            raise problem.shortage(0, f"blocks of {count} layers with {count} after them")
     start = starts[0]
     if start + 2 * count > problem.num_layers:
         raise _past_the_end(problem, start)

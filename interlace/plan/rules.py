@@ -65,6 +65,8 @@ WITHOUT_MODEL = tuple(name for name in RULES if name not in USE_LOSS)
 
 DEFAULT_RULE = "interlace"
 
+FEWER = "Drop fewer layers, protect fewer, or use another rule (such as 'shortgpt')."
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -156,7 +158,7 @@ class Problem:
         usable = [i for i in starts if i in scores and i + 1 in scores]
         return self.weighted.group_values(similarity, {i: dropped(i) for i in usable})
 
-    def shortage(self, found: int, of_what: str, advice: str) -> PlanError:
+    def shortage(self, found: int, of_what: str, advice: str = FEWER) -> PlanError:
         """Word the error of a rule that cannot find enough layers to drop."""
         guard = ""
         if self.protected:
