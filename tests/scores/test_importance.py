@@ -8,10 +8,11 @@ import pytest
 import torch.multiprocessing as mp
 from scores.written_out import (
     every_metric,
+    farthest,
     in_turn,
     opened,
     parts_of_the_whole,
-    score_everything_in_process,
+    score_in_process,
 )
 
 from interlace.records import Scores
@@ -35,12 +36,14 @@ def _equal(one: Scores, other: Scores) -> None:
         assert scores.num_samples == other[tower].num_samples
 
 
-def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    mp.spawn(score_everything_in_process, args=(str(tmp_path),), nprocs=2)
+def test_two_processes_give_what_one_gives_and_fail_together(tmp_path: Path) -> None:
+    mp.spawn(score_in_process, args=(str(tmp_path),), nprocs=2)
     one = every_metric(parts_of_the_whole())
     assert set(one["text"].metrics) == set(OTHERS)
     for rank in (0, 1):
-        _equal(one, Scores.from_json((tmp_path / f"all-{rank}.json").read_text()))
+        all_of_them = Scores.from_json((tmp_path / f"all-{rank}.json").read_text())
+        _equal(one, all_of_them)
+        assert max(farthest(all_of_them[tower], one[tower]) for tower in one.towers) < 1e-12
         noted = Scores.from_json((tmp_path / f"noted-{rank}.json").read_text())
         assert noted["vision"].notes[0].startswith("no replay")
         assert noted["text"].notes == ()
@@ -52,6 +55,9 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
                 for site, rows in sites.items():
                     for row, other in zip(rows, two[tower].importance[metric][site], strict=True):
                         assert other == pytest.approx(row, rel=1e-2, abs=1e-2 * max(row))
+    messages = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert messages[0].startswith("Process 1 of 2 failed, so process 0 stops: ")
+    assert all("'vision', batch 3" in message for message in messages)
 
 
 def test_one_record_holds_all_and_parts_of_the_samples_merge() -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
-import torch.multiprocessing as mp
 from scores.written_out import (
     TOLERANCE,
     batch_of,
     farthest,
     one_by_one,
     opened,
-    score_in_process,
 )
 from tiny import TINY
 
@@ -20,9 +16,6 @@ from interlace.errors import ShapeError
 from interlace.records import Scores
 from interlace.scores import score
 from interlace.scores.similarity import Similarity
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -78,15 +71,3 @@ def test_meters_of_other_packs_do_not_merge() -> None:
         Similarity(6, (1, 2), whole=False).load_totals(
             Similarity(6, (1, 2, 3), whole=False).totals()
         )
-
-
-def test_two_processes_give_what_one_gives_and_fail_together(tmp_path: Path) -> None:
-    mp.spawn(score_in_process, args=(str(tmp_path),), nprocs=2)
-    one = score(opened("qwen3_vl"), one_by_one(batch_of("qwen3_vl")), progress=False)
-    for rank in (0, 1):
-        two = Scores.from_json((tmp_path / f"{rank}.json").read_text())
-        for tower in one.towers:
-            assert farthest(two[tower], one[tower]) < 1e-12
-    messages = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
-    assert messages[0].startswith("Process 1 of 2 failed, so process 0 stops: ")
-    assert all("'vision', batch 1" in message for message in messages)

@@ -162,21 +162,9 @@ def _leave() -> None:
 
 
 def score_in_process(rank: int, folder: str) -> None:
-    """One of two processes: scores, then scores data that breaks in the second process alone."""
-    _join(rank, folder)
-    vlm, singles = opened("qwen3_vl"), one_by_one(batch_of("qwen3_vl"))
-    scores = score(vlm, singles, progress=False)
-    (Path(folder) / f"{rank}.json").write_text(scores.to_json())
-    singles[1]["pixel_values"] = torch.full_like(singles[1]["pixel_values"], float("nan"))
-    try:
-        score(vlm, singles, progress=False)
-    except DataError as error:
-        (Path(folder) / f"{rank}.txt").write_text(str(error))
-    _leave()
-
-
-def score_everything_in_process(rank: int, folder: str) -> None:
-    """One of two processes: scores all metrics, then a tower that only the first one runs."""
+    """One of two processes: scores all metrics, a tower that only the first one runs, and data
+    that breaks in the second one alone.
+    """
     _join(rank, folder)
     vlm, parts = opened("qwen3_vl"), parts_of_the_whole()
     (Path(folder) / f"all-{rank}.json").write_text(every_metric(parts).to_json())
@@ -186,4 +174,9 @@ def score_everything_in_process(rank: int, folder: str) -> None:
     (Path(folder) / f"noted-{rank}.json").write_text(noted.to_json())
     handle.remove()
     (Path(folder) / f"turns-{rank}.json").write_text(in_turn(parts).to_json())
+    parts[3]["pixel_values"] = torch.full_like(parts[3]["pixel_values"], float("nan"))
+    try:
+        score(vlm, parts, progress=False)
+    except DataError as error:
+        (Path(folder) / f"{rank}.txt").write_text(str(error))
     _leave()

@@ -47,8 +47,10 @@ def _exact(vlm: Any, batch: dict[str, torch.Tensor], tower: str, state: int) -> 
     total = torch.zeros(caught[0][..., 0].numel(), dtype=torch.float64)
     for z in predictions:
         p = z.detach().double().softmax(-1)
-        slopes = [torch.autograd.grad(each, caught[0], retain_graph=True)[0] for each in z]
-        jacobian = torch.stack(slopes).double().flatten(1, -2)
+        (slopes,) = torch.autograd.grad(
+            z, caught[0], torch.eye(len(z)), retain_graph=True, is_grads_batched=True
+        )
+        jacobian = slopes.double().flatten(1, -2)
         mean = torch.einsum("v,vnd->nd", p, jacobian)
         total += torch.einsum("v,vnd->n", p, jacobian.square())
         total -= mean.square().sum(-1)
