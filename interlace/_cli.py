@@ -147,16 +147,12 @@ def say(text: str) -> None:
         typer.echo(text)
 
 
-def terminal_width() -> int:
-    """Columns of the terminal; 80 where there is none."""
-    return shutil.get_terminal_size((80, 24)).columns
-
-
 def say_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Write a table to standard output, no wider than the terminal."""
     from interlace._records.tables import plain_table
 
-    say(plain_table(head, rows, width=terminal_width()))
+    # 80 columns where there is no terminal
+    say(plain_table(head, rows, width=shutil.get_terminal_size((80, 24)).columns))
 
 
 def say_result(result: RunResult) -> None:
