@@ -10,7 +10,6 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import interlace as il
-from interlace.config import Recipe
 from interlace.errors import CheckpointError, ConfigError, InterlaceError, PlanError
 
 if TYPE_CHECKING:
@@ -254,11 +253,6 @@ def test_a_damaged_state_is_told(tmp_path: Path, text: str) -> None:
     (out / "run.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"run\.json is damaged.*Remove the folder"):
         il.run(_recipe(tmp_path), out)
-
-
-def test_recipe_object_and_file_are_the_same(tmp_path: Path) -> None:
-    recipe = Recipe.load(_recipe(tmp_path))
-    assert recipe.model.path == "bundled:qwen3-vl"
 
 
 def test_measuring_on_what_was_healed_with_is_told(

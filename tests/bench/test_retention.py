@@ -16,7 +16,7 @@ from methods import COMPARED
 from PIL import Image
 from presets import PRESETS
 from retention import Bench, Job, jobs_of, measure_all, parse
-from retention_chart import plot, points, speed_up
+from retention_chart import plot, points
 from retention_report import summary, table
 from subjects import (
     CROWDED_SUBJECTS,
@@ -286,10 +286,6 @@ def test_variants_share_a_process_and_exact_shares_are_not_rounded(all_jobs: Any
     jobs = all_jobs("parameters", speed="no")
     assert not any(job.same_as for job in jobs)
     assert {job.cell[2] for job in jobs if job.cell[1] == "width"} == {0.3, 0.4, 0.5}
-
-
-def test_speed_up_is_the_geometric_mean_of_what_was_timed() -> None:
-    assert speed_up(speed(1.3)) == pytest.approx(1.3)
 
 
 def test_points_are_means_after_healing_beside_the_speed_of_their_kind() -> None:
