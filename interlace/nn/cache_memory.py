@@ -77,6 +77,20 @@ class CacheMemory:
             self._layers, self._num_places = memory_of(cache), len(cache.layers)
             self._owner = weakref.ref(cache)
 
+    def left_by(self, cache: Any) -> bool:
+        """Tell whether the cache that had the memory has other memory now, as beam search does."""
+        owned = self._owner is not None and self._owner() is cache
+        return owned and not same_memory(self._layers, memory_of(cache))
+
+
+def same_memory(one: Memory, other: Memory) -> bool:
+    """Tell whether two caches lie in the same memory."""
+    return one.keys() == other.keys() and all(
+        mine is theirs
+        for place, each in one.items()
+        for mine, theirs in zip(each, other[place], strict=True)
+    )
+
 
 def memory_of(cache: Any) -> Memory:
     """Keys, values and length of every place of a static cache that is in use."""

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from interlace.nn import preparing
-from interlace.nn.cache_memory import CACHE, CacheMemory, is_static, memory_of
+from interlace.nn.cache_memory import CACHE, CacheMemory, is_static, memory_of, same_memory
 from interlace.nn.layers import FusedAttention
 from interlace.nn.masks import Pattern, attach, pattern_of
 from interlace.nn.stepping import stepping
@@ -85,16 +85,10 @@ class _Recording:
 
     def takes(self, cache: Any) -> bool:
         """Tell whether a cache lies in the memory that was recorded, and follow it there."""
-        if self.cache() is cache:
-            return True
-        found = memory_of(cache)
-        if found.keys() != self._kept.keys() or any(
-            one is not other
-            for place, kept in self._kept.items()
-            for one, other in zip(kept, found[place], strict=True)
-        ):
+        if not same_memory(self._kept, memory_of(cache)):
             return False
-        self.cache = weakref.ref(cache)
+        if self.cache() is not cache:
+            self.cache = weakref.ref(cache)
         return True
 
     def record(self, recorder: Recorder) -> None:
@@ -175,7 +169,7 @@ class GraphedForward:
             return self._other(*args, **kwargs)
         recording = self._recording
         if recording is None or not self._fits(recording, kwargs):
-            recording = self._record(kwargs)
+            recording = None if self._was_reordered(kwargs[CACHE]) else self._record(kwargs)
         self._replayed = recording is not None
         if recording is None:
             return stock(decoder, **kwargs)
@@ -237,6 +231,16 @@ class GraphedForward:
             same = recording.makeup == makeup(self._decoder.modules())
             self._trusted = same and not self._heard()
         return self._trusted
+
+    def _was_reordered(self, cache: Any) -> bool:
+        """Tell whether a cache has moved since it was filled, and so will move again.
+
+        Beam search gives it other memory after every token, which no recording would follow.
+        """
+        if self._memory.left_by(cache):
+            return True
+        recording = self._recording
+        return recording is not None and recording.cache() is cache and not recording.takes(cache)
 
     def _heard(self) -> bool:
         return listened_to(each for each in self._decoder.modules() if each is not self._decoder)

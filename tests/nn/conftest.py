@@ -227,7 +227,7 @@ def generate(model: Any, name: str, **settings: Any) -> torch.Tensor:
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in inputs.items()}
     with torch.no_grad():
-        return model.generate(**inputs, **_SETTINGS, **settings)
+        return model.generate(**inputs, **(_SETTINGS | settings))
 
 
 def fused(name: str, model: Any, route: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from recorders import Replayer
+from tiny import generation_inputs
 from transformers import StaticCache
 
 import interlace as il
@@ -105,6 +106,49 @@ def test_a_mask_of_the_callers_own_is_heeded(kit: Any) -> None:
         )
         visible = inputs["attention_mask"][:, 0, 0, : tokens.shape[1]]
         assert torch.equal(visible, mask.bool())
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_beams_decode_without_a_recording(name: str, kit: Any) -> None:
+    model = kit.build(name)
+    # long enough for beams to change places
+    settings = {"num_beams": 3, "max_new_tokens": 16, "cache_implementation": "static"}
+    plain = kit.generate(model, name, **settings)
+    tokens = kit.generate(model, name, cache_implementation="static")
+    forward = _recorded(model)
+    for _ in range(2):
+        assert torch.equal(kit.generate(model, name, **settings), plain)
+    # every reordering gives a cache other memory
+    assert (forward.num_recordings, forward.num_replays) == (0, 0)
+    assert torch.equal(kit.generate(model, name, cache_implementation="static"), tokens)
+    assert (forward.num_recordings, forward.num_replays) == (1, 5)
+
+
+def test_a_copied_cache_that_is_reordered_is_read_where_it_went(kit: Any) -> None:
+    model = kit.build("llava")
+    twin = copy.deepcopy(model)
+    forward = _recorded(model)
+    found = []
+    for each in (twin, model):
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+        tokens = kit.generate(each, "llava", **{CACHE: cache})
+        padding = generation_inputs("llava", model)["attention_mask"]
+        mask = torch.ones_like(tokens)
+        mask[:, : padding.shape[1]] = padding
+        # nothing of the decoder filled it
+        cache = copy.deepcopy(cache)
+        for _ in range(2):
+            step = each.prepare_inputs_for_generation(
+                tokens, next_sequence_length=1, **{CACHE: cache}, attention_mask=mask
+            )
+            with torch.no_grad():
+                logits = each(**step).logits
+            cache.reorder_cache(torch.tensor([1, 0]))
+            tokens = torch.cat((tokens, logits[:, -1].argmax(-1, keepdim=True)), 1).flip(0)
+            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1).flip(0)
+        found.append(logits)
+    torch.testing.assert_close(*found)
+    assert (forward.num_recordings, forward.num_replays) == (2, 6)
 
 
 def test_what_is_not_recorded_runs_as_before(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
