@@ -109,9 +109,11 @@ def head_map(q_start: Sequence[int], device: torch.device) -> Tensor:
     return on_device(numbers, device)
 
 
-def side_by_side(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if the elements of its rows do not lie side by side."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+def side_by_side(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy if the elements of its rows do not lie side by side; None stays."""
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
 
 
 def on_hopper(tensor: Tensor) -> bool:

@@ -265,6 +265,7 @@ def forward(
     """Launch the kernel; arguments as in interlace/ops/ragged_attention.py."""
     num_tokens, num_heads, asked = q.shape
     q, k, v = map(side_by_side, (q, k, v))
+    gate, cu_seqlens_q, cu_seqlens_kv = map(side_by_side, (gate, cu_seqlens_q, cu_seqlens_kv))
     if launch is None:
         q, k, v = fetchable(q, k, v)
     head_dim = q.shape[2]

@@ -402,6 +402,7 @@ def backward(
         zeros = (torch.zeros(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
         return (*zeros, torch.zeros(gates, dtype=torch.float32, device=device))
     grad_out, out, q, k, v = map(side_by_side, (grad_out, out, q, k, v))
+    gate, cu_seqlens_q, cu_seqlens_kv = map(side_by_side, (gate, cu_seqlens_q, cu_seqlens_kv))
     if launch_keys is None and launch_queries is None:
         grad_out, out, q, k, v = fetchable(grad_out, out, q, k, v)
     head_dim = q.shape[2]

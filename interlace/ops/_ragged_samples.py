@@ -103,13 +103,17 @@ class _Maker(Draw):
         groups: tuple[int, ...],
         head_dim: int,
     ) -> OpSample:
-        # q, k and v in one buffer, as a fused projection leaves them; keys head by head
+        # q, k and v in one buffer, as a fused projection leaves them; keys head by head; gates in a
+        # column, and every other bound of a longer list
         plain = self.sample(name, lengths_q, lengths_kv, groups, head_dim)
         num_heads, num_kv = sum(groups), len(groups)
         buffer = self.normal(sum(lengths_q), num_heads + 2 * num_kv, head_dim + 3)[..., 1:-2]
         q, v = buffer[:, :num_heads], buffer[:, -num_kv:]
         k = self.normal(num_kv, sum(lengths_kv), head_dim).transpose(0, 1)
-        return OpSample(name, (q, k, v, *plain.args[3:]))
+        exact = torch.promote_types(self.dtype, torch.float32)
+        gates = self.normal(num_heads, 2).to(exact)[:, 0]
+        bounds = (torch.stack((each, each + 1), dim=1)[:, 0] for each in plain.args[4:6])
+        return OpSample(name, (q, k, v, gates, *bounds, *plain.args[6:]))
 
     def prefix(self, lengths: tuple[int, ...]) -> Tensor:
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.device)
