@@ -182,29 +182,30 @@ def skinny_linear(
     x = x if x.stride(1) == 1 or k == 1 else x.contiguous()
     size = x.element_size()
     sizes = launch or config(len(x), n, k, gated=gated, element_size=size)
-    skinny_linear_kernel[(triton.cdiv(outputs, sizes.block_n),)](
-        out,
-        x,
-        weight,
-        bias,
-        len(x),
-        outputs,
-        k,
-        x.stride(0),
-        weight.stride(0),
-        0 if bias is None else bias.stride(0),
-        ROWS=triton.next_power_of_2(len(x)),
-        GATED=gated,
-        EVEN_K=k % sizes.block_k == 0,
-        PACK=_LOAD // size,
-        BLOCK_N=sizes.block_n,
-        BLOCK_K=sizes.block_k,
-        EVICTION=_EVICTION[sizes.evict_first],
-        num_warps=sizes.num_warps,
-        num_stages=sizes.num_stages,
-        enable_fp_fusion=True,
-        **_overlap.options(x.device),
-    )
+    with torch.cuda.device_of(x):
+        skinny_linear_kernel[(triton.cdiv(outputs, sizes.block_n),)](
+            out,
+            x,
+            weight,
+            bias,
+            len(x),
+            outputs,
+            k,
+            x.stride(0),
+            weight.stride(0),
+            0 if bias is None else bias.stride(0),
+            ROWS=triton.next_power_of_2(len(x)),
+            GATED=gated,
+            EVEN_K=k % sizes.block_k == 0,
+            PACK=_LOAD // size,
+            BLOCK_N=sizes.block_n,
+            BLOCK_K=sizes.block_k,
+            EVICTION=_EVICTION[sizes.evict_first],
+            num_warps=sizes.num_warps,
+            num_stages=sizes.num_stages,
+            enable_fp_fusion=True,
+            **_overlap.options(x.device),
+        )
     return out
 
 

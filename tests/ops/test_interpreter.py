@@ -42,3 +42,45 @@ def test_interpreted_kernels_keep_the_error_budget(op: Op, args: tuple[Any, ...]
     for place, each in enumerate(zip(found, plain, truth, strict=True)):
         excess = op.budget.excess(*each)
         assert excess is None, f"output {place}: {excess}"
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is present; the gpu lane runs these"
+)
+@pytest.mark.parametrize(
+    "op",
+    [op for op in OPS.values() if any(each.name == "triton" for each in op.backends)],
+    ids=lambda op: op.name,
+)
+def test_kernels_are_launched_on_the_device_of_the_tensors(
+    op: Op, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    from triton.runtime.interpreter import GridExecutor
+
+    from interlace.triton_kernels import qk_norm_rope
+
+    inside, launches = [], []
+    stock = GridExecutor.__call__
+
+    class Device:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            inside.append(self)
+
+        def __exit__(self, *_: Any) -> None:
+            inside.pop()
+
+    def call(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        launches.append(bool(inside))
+        return stock(executor, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", call)
+    monkeypatch.setattr(torch.cuda, "device_of", Device)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(qk_norm_rope, "_on", Device)
+    op.run("triton", *op.samples(torch.device("cpu"), torch.float32)[0].args)
+    assert launches
+    assert all(launches)
