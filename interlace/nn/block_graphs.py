@@ -9,7 +9,8 @@ What a recording reads lies in memory of its own: inputs are copied there, excep
 another recording (of the block before), which is read where it lies. What a recording gives lies in
 memory that its next replay fills again, so whatever may keep it gets a copy: hooks of the block and
 of the one behind it, what was put in the place of that one's forward, and whatever is no such
-block. A replay counts up no version of its memory, so nobody could see the change.
+block. A replay counts up no version of its memory, so nobody could see the change. Of several
+threads one at a time replays, from block to block; the others run the blocks meanwhile.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import collections
 import copy
 import logging
+import threading
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -62,6 +64,22 @@ class Shelf:
         # the recordings that read a place keep it
         self._places: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
         self._copied: dict[Any, tuple[weakref.ref[Tensor], int | None]] = {}
+        self._lock = threading.Lock()
+        self._holder: threading.Thread | None = None
+
+    def hold(self) -> bool:
+        """Take all memory of recordings for this thread; False while another one has it."""
+        own = threading.current_thread()
+        with self._lock:
+            if self._holder is None or not self._holder.is_alive():
+                self._holder = own
+            return self._holder is own
+
+    def release(self) -> None:
+        """Give it free: nothing in it is read any more."""
+        with self._lock:
+            if self._holder is threading.current_thread():
+                self._holder = None
 
     def place(self, name: str, source: Tensor) -> Tensor:
         """Copy an input to its place, unless it is what was copied there last."""
@@ -153,10 +171,10 @@ class BlockGraph:
             return run(hidden, **others)
         moved = hidden.device != self._shelf.recorder.device
         if self._shelf.reason or moved or not _may_record(block, hidden):
-            return _run(run, hidden, others)
+            return self._run(run, hidden, others)
         inputs = _Inputs(block, others)
         if inputs.unknown:
-            return _run(run, hidden, others)
+            return self._run(run, hidden, others)
         modules = list(block.modules())
         kind = (_form(hidden), _state(modules), inputs.key)
         # a result bears a norm that is read too, so a recording that reads one reads no other
@@ -165,19 +183,28 @@ class BlockGraph:
         recording = self._recordings.get(key)
         if recording is None and kind not in self._seen:
             self._seen.append(kind)
-            return _run(run, hidden, others)
+            return self._run(run, hidden, others)
         # looked up anew at every call: no count tells that a forward was replaced
         if listened_to(modules[1:]):
-            return _run(run, hidden, others)
+            return self._run(run, hidden, others)
+        if not self._shelf.hold():
+            return self._run(run, hidden, others)
         if recording is None:
             recording = self._record(run, hidden, inputs, static is not None)
             if recording is None:
-                return _run(run, hidden, others)
+                return self._run(run, hidden, others)
             self._recordings[key] = recording
         self._recordings.move_to_end(key)
         if len(self._recordings) > _MOST_SHAPES:
             self._recordings.popitem(last=False)
         return self._replayed(block, recording, hidden, inputs)
+
+    def _run(self, run: Callable[..., Tensor], hidden: Tensor, others: dict[str, Any]) -> Tensor:
+        """Run a block, on memory that its parts and their hooks may keep."""
+        if hasattr(hidden, _STATIC):
+            hidden = hidden.clone()
+        self._shelf.release()
+        return run(hidden, **others)
 
     def _record(
         self, run: Callable[..., Tensor], hidden: Tensor, inputs: _Inputs, is_static: bool
@@ -206,7 +233,9 @@ class BlockGraph:
         self.num_replays += 1
         result = recording.result
         if block._forward_hooks or self._may_be_kept():
-            return result.clone()
+            result = result.clone()
+            self._shelf.release()
+            return result
         if recording.normed is not None:
             bear(result, *recording.normed)
         return result
@@ -297,11 +326,6 @@ def _placed_pattern(name: str, pattern: Pattern, places: dict[str, Tensor]) -> P
         cuts = places[f"{name}.queries"], places[f"{name}.keys"]
     starts, lengths = places[f"{name}.starts"], places[f"{name}.lengths"]
     return Pattern(pattern.causal, pattern.window, starts, lengths, cuts)
-
-
-def _run(run: Callable[..., Tensor], hidden: Tensor, others: dict[str, Any]) -> Tensor:
-    """Run a block, on memory that its parts and their hooks may keep."""
-    return run(hidden.clone() if hasattr(hidden, _STATIC) else hidden, **others)
 
 
 def _may_record(block: Any, hidden: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -280,6 +281,43 @@ def test_what_cannot_be_recorded_runs_as_before(kit: Any, caplog: pytest.LogCapt
         assert _equal(_outputs(kit, model, inputs), wanted)
     assert "not permitted" in blocks[0]._shelf.reason
     assert len([each for each in caplog.records if "without CUDA graphs" in each.message]) == 1
+
+
+def test_a_thread_keeps_its_results_from_another(kit: Any) -> None:
+    class Halting(Replayer):
+        """Lets another thread run between two blocks."""
+
+        def record(self, step: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor]:
+            stock, result = super().record(step)
+
+            def replay() -> None:
+                stock()
+                if threading.current_thread() is first and not second.ident:
+                    second.start()
+                    second.join()
+
+            return replay, result
+
+    def work(place: int) -> None:
+        found[place] = _outputs(kit, model, inputs[place])
+
+    model = kit.build("clip").eval()
+    il.fuse(model)
+    inputs = [_inputs("clip", model, seed) for seed in range(2)]
+    wanted = [_outputs(kit, model, each) for each in inputs]
+    found: dict[int, Any] = {}
+    blocks = record_blocks(model, Halting())
+    first, second = (threading.Thread(target=work, args=(place,)) for place in range(2))
+    for _ in range(2):
+        _outputs(kit, model, inputs[0])
+    before = blocks[0].num_replays
+    first.start()
+    first.join()
+    assert all(_equal(found[place], wanted[place]) for place in range(2))
+    assert blocks[0].num_replays == before + 1
+    # the memory is free again
+    work(1)
+    assert blocks[0].num_replays == before + 2
 
 
 def test_copies_record_for_themselves(kit: Any) -> None:
