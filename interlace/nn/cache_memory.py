@@ -8,6 +8,7 @@ before the prompt fills it. Places that no attention fills, since a layer has no
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
 from typing import Any
 
@@ -38,6 +39,8 @@ class CacheMemory:
         self._layers: Memory = {}
         self._num_places = 0
         self._owner: weakref.ref[Any] | None = None
+        # or two threads could take it at once
+        self._lock = threading.Lock()
 
     def lend(self, cache: Any, batch: int, like: Tensor) -> None:
         """Give a cache that has no memory yet that of the last one, if that is gone and fits.
@@ -47,8 +50,11 @@ class CacheMemory:
             batch: rows that it will hold.
             like: on the device and in the dtype that it will have.
         """
-        if self._owner is None or self._owner() is not None or not is_static(cache):
-            return
+        with self._lock:
+            if self._owner is not None and self._owner() is None and is_static(cache):
+                self._hand_on(cache, batch, like)
+
+    def _hand_on(self, cache: Any, batch: int, like: Tensor) -> None:
         layers, inference = cache.layers, torch.is_inference_mode_enabled()
         if len(layers) != self._num_places or any(each.is_initialized for each in layers):
             return
@@ -74,13 +80,15 @@ class CacheMemory:
     def keep(self, cache: Any) -> None:
         """Remember the memory of a cache that is in use."""
         if is_static(cache) and any(each.is_initialized for each in cache.layers):
-            self._layers, self._num_places = memory_of(cache), len(cache.layers)
-            self._owner = weakref.ref(cache)
+            with self._lock:
+                self._layers, self._num_places = memory_of(cache), len(cache.layers)
+                self._owner = weakref.ref(cache)
 
     def left_by(self, cache: Any) -> bool:
         """Tell whether the cache that had the memory has other memory now, as beam search does."""
-        owned = self._owner is not None and self._owner() is cache
-        return owned and not same_memory(self._layers, memory_of(cache))
+        with self._lock:
+            owned = self._owner is not None and self._owner() is cache
+            return owned and not same_memory(self._layers, memory_of(cache))
 
 
 def same_memory(one: Memory, other: Memory) -> bool:

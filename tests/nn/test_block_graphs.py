@@ -10,10 +10,11 @@ import pytest
 import torch
 from recorders import Replayer
 from tiny import TINY, tiny_inputs
+from transformers import LlamaConfig, StaticCache
 
 import interlace as il
 from interlace.nn import block_graphs, graphs
-from interlace.nn.cache_memory import CACHE
+from interlace.nn.cache_memory import CACHE, CacheMemory
 from interlace.nn.recording import record_blocks, text_decoders
 
 if TYPE_CHECKING:
@@ -95,6 +96,30 @@ def test_memory_is_not_taken_from_a_cache_in_use(kit: Any) -> None:
     assert found[CACHE].layers[1].keys.data_ptr() == lent
     assert torch.equal(found.sequences, plain.sequences)
     assert forward.num_recordings == 3
+
+
+def test_two_threads_do_not_get_one_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, hidden_size=32)
+    memory, like = CacheMemory(), torch.zeros(1)
+    last, *caches = (StaticCache(config=config, max_cache_len=7) for _ in range(3))
+    for layer in range(2):
+        last.update(*torch.randn(2, 3, 4, 5, 8), layer)
+    memory.keep(last)
+    del last
+    other = threading.Thread(target=lambda: memory.lend(caches[1], 3, like))
+    stock = torch.Tensor.zero_
+
+    def zero(tensor: torch.Tensor) -> torch.Tensor:
+        # as where the GPU is asked for something
+        if not other.ident:
+            other.start()
+            other.join(timeout=0.2)
+        return stock(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "zero_", zero)
+    memory.lend(caches[0], 3, like)
+    other.join()
+    assert [bool(cache.layers[0].is_initialized) for cache in caches] == [True, False]
 
 
 def test_hooks_hear_every_pass_and_keep_what_they_heard(kit: Any) -> None:
