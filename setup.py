@@ -28,8 +28,9 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
 
-# machine code for these, and PTX of the newest for what comes after
-ARCHITECTURES = ("80", "89", "90a", "100", "120")
+# machine code for these, and PTX of the newest that nvcc knows for what comes after: so none with
+# features of one generation alone ("90a"), which no later one takes
+ARCHITECTURES = ("80", "89", "90", "100", "120")
 
 
 def _switch(name: str, values: tuple[str, ...]) -> str:
@@ -100,7 +101,7 @@ class Toolkit:
         """Those of ARCHITECTURES that it can generate code for."""
         command = [str(self.nvcc), "--list-gpu-code"]
         listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
-        return [each for each in ARCHITECTURES if f"sm_{each.rstrip('a')}" in listed]
+        return [each for each in ARCHITECTURES if f"sm_{each}" in listed]
 
     def flags(self) -> list[str]:
         """Flags that select what code is generated."""

@@ -220,7 +220,7 @@ def test_doctor_names_gpus_and_whether_their_order_was_measured(
 @pytest.mark.parametrize(
     ("reason", "architectures", "says"),
     [
-        (None, "sm_80, sm_90a", "built for sm_80, sm_90a"),
+        (None, "sm_80, sm_90", "built for sm_80, sm_90"),
         (None, None, "not built: nvcc was not found"),
         ("it was not built", None, "not built: there is no compiled part"),
     ],
