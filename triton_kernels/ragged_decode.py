@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 # splits that the joining kernel adds up at a time
 _JOIN_BLOCK = 16
+# sizes that change as a cache grows, and must not make a kernel of their own whenever they happen
+# to be a multiple of 16
+_PLAIN = ("num_splits", "num_stats", "stats", "capacity")
 
 
 @triton.jit
@@ -50,7 +53,7 @@ def _split_size(begin, end, num_splits, BLOCK_N: tl.constexpr):
     return tl.cdiv(tl.maximum(tl.cdiv(end - begin, num_splits), 1), BLOCK_N) * BLOCK_N
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def attend_kernel(
     # [B, N, Hq, D]; with splits, sums [B, N, Hq, S, D] and, from `stats` on, largest scores and
     # totals [2, B, N, Hq, S]
@@ -187,7 +190,7 @@ def attend_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def join_kernel(
     out,
     parts,
@@ -263,8 +266,10 @@ class Config:
 
 def config(rows: int, width: int, element_size: int, *, paged: bool) -> Config:
     """Choose the sizes for up to `rows` rows of one kv head, D, and bytes of an element."""
-    block_m = min(64, max(16, triton.next_power_of_2(rows)))
     block_d = max(16, triton.next_power_of_2(width))
+    # of wide heads as many rows as fit in 99 KB of shared memory beside the keys and values
+    most = 64 if block_d <= 128 else 64 // element_size
+    block_m = min(most, max(16, triton.next_power_of_2(rows)))
     # fp32 has no matrix units to work on: its products keep more of a step in registers
     block_n = max(16, min(64, (8192 if element_size == 2 else 2048) // block_d))
     num_warps = 8 if block_m == 64 and block_d > 64 else 4
@@ -392,6 +397,8 @@ def variants() -> list[Variant]:
         _attend_variant("bf16, head 128, paged", rows=4, width=128, page=16),
         _attend_variant("bf16, head 128, 8 tokens", rows=32, width=128),
         _attend_variant("bf16, head 128, prompt", rows=64, width=128, split=False),
+        _attend_variant("bf16, head 256, prompt", rows=64, width=256, split=False),
+        _attend_variant("bf16, head 256, prompt, paged", rows=64, width=256, page=16, split=False),
         _attend_variant("fp32, head 128, splits", rows=4, width=128, element="fp32"),
     ]
     joins = (_join_variant(width) for width in (64, 80, 128))
@@ -462,6 +469,4 @@ def _join_variant(width: int) -> Variant:
         "BLOCK_S": _JOIN_BLOCK,
         "OVERLAP": False,
     }
-    return Variant(
-        f"join, head {width}", join_kernel, types, constants, aligned=("out", "parts", "stats")
-    )
+    return Variant(f"join, head {width}", join_kernel, types, constants, aligned=("out", "parts"))
