@@ -47,6 +47,9 @@ BACKWARD_ROWS = {
     16384: (1, 16, 1, 1),
 }
 MAX_BACKWARD_ROW_BYTES = 32768
+# bytes of the next rows of one tensor up to which those of four tensors are on their way twice: in
+# 99 KB of shared memory
+MAX_TWICE = 8192
 # sort of tile (see `sort_of_tile`) -> rows, columns, warps, stages
 FORWARD_TILES = {
     "long rows": (4, 1024, 4, 2),
@@ -153,7 +156,8 @@ def backward(
     with torch.cuda.device_of(grad_normed):
         processors = multiprocessors(dx.get_device())
         if down is None and row_fits(width, dx.element_size(), slots):
-            rows, warps, stages, _ = BACKWARD_ROWS[padded]
+            rows, warps, _, _ = BACKWARD_ROWS[padded]
+            stages = backward_stages(padded, dx.element_size(), both=residual is not None)
             parts = max(1, min(ROW_PROGRAMS * processors, triton.cdiv(num_rows, rows)))
             partials = fp32(slots, parts, width)
             backward_rows[(parts,)](
@@ -228,6 +232,12 @@ def row_fits(width: int, element_size: int, num_sums: int) -> bool:
     return num_sums <= BACKWARD_ROWS[padded][-1]
 
 
+def backward_stages(padded: int, element_size: int, *, both: bool) -> int:
+    """Stages of the loop over rows; with `both`, x and residual are read beside the gradients."""
+    rows, _, stages, _ = BACKWARD_ROWS[padded]
+    return min(stages, 2) if both and rows * padded * element_size > MAX_TWICE else stages
+
+
 def padded_rank(rank: int) -> int:
     """R as the kernels that work by tiles are compiled for."""
     return max(16, triton.next_power_of_2(rank))
@@ -278,6 +288,7 @@ def variants() -> list[Variant]:
         _backward_rows_variant(2048, **layer, scale=2048),
         _backward_rows_variant(4096, **layer, scale=4096),
         _backward_rows_variant(4096, **layer, scale=1, element="fp32"),
+        _backward_rows_variant(1024, **layer, scale=1024, element="fp32"),
         _backward_rows_variant(8192, scale=8192),
         _backward_rows_variant(8192, **layer, element="fp32"),
         _variant("sum of partials", sum_partials, SUM, (), num_warps=SUM_WARPS),
@@ -298,7 +309,9 @@ def _forward_rows_variant(width: int, **options: Any) -> Variant:
 
 
 def _backward_rows_variant(width: int, **options: Any) -> Variant:
-    rows, warps, stages, _ = BACKWARD_ROWS[width]
+    rows, warps, _, _ = BACKWARD_ROWS[width]
+    size = 4 if options.get("element") == "fp32" else 2
+    stages = backward_stages(width, size, both=bool(options.get("scale")))
     constants = {"ROWS": rows, "WIDTH": width, "RELOAD": stages == 1, "STAGES": stages}
     # the next rows are on their way while one is worked on
     parts = ("v4.b32", "cp.async") if stages > 1 else ("v4.b32",)
