@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -89,6 +90,8 @@ def differentiable(
             return outputs
 
         @staticmethod
+        # the op of the backward has none of its own
+        @once_differentiable
         def backward(ctx: Any, *gradients: Tensor) -> Any:
             saved = iter(ctx.saved_tensors)
             kept = [next(saved) if other is None else other[0] for other in ctx.others]

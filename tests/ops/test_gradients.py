@@ -83,6 +83,16 @@ def test_gradcheck(op: Op) -> None:
     assert tried, f"{op.name} has no sample small enough for gradcheck"
 
 
+@pytest.mark.parametrize("op", WITH_GRADIENTS)
+def test_a_gradient_of_a_gradient_is_refused(op: Op) -> None:
+    args, leaves = with_leaves(op, op.samples(torch.device("cpu"), torch.float64)[0].args)
+    found = [out for n, out in enumerate(outputs(op(*args))) if n not in op.backward.constant]
+    total = sum(out.square().sum() for out in found)
+    (first, *_) = torch.autograd.grad(total, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.square().sum().backward()
+
+
 # torch.compile itself makes an instance of the class while it traces
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("op", WITH_GRADIENTS)
