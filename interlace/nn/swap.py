@@ -117,15 +117,37 @@ def listened_to(modules: Iterable[nn.Module]) -> bool:
 
 
 def makeup(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
-    """What a recording of modules rests on: their classes, and where their weights lie."""
+    """What a recording of modules rests on: their classes, and where their weights lie.
+
+    Modules of other packages may be switched, as adapters are; so what they say in plain words and
+    numbers counts too.
+    """
     return tuple(
         part
         for module in modules
         for part in (
             type(module),
             *(each.data_ptr() for each in module._parameters.values() if each is not None),
+            *(_switches(module) if _is_foreign(module) else ()),
         )
     )
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    """Tell whether the class of a module is neither ours nor of torch and transformers."""
+    return type(module).__module__.partition(".")[0] not in ("interlace", "torch", "transformers")
+
+
+def _switches(module: nn.Module) -> list[tuple[str, str]]:
+    return [(name, repr(value)) for name, value in vars(module).items() if _is_plain(value)]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple | set):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def collected() -> set[str]:

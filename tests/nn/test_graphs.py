@@ -247,6 +247,40 @@ def test_a_forward_replaced_between_texts_is_heeded(kit: Any) -> None:
     assert forward.num_replays == 10
 
 
+class _Switched(torch.nn.Module):
+    """A projection with another beside it that may be left out, as adapters are."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.active = ["first"]
+        self.beside = torch.nn.ModuleDict({"first": copy.deepcopy(base)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + sum(self.beside[name](x) for name in self.active)
+
+
+def test_adapters_switched_between_texts_are_heeded(kit: Any) -> None:
+    model = kit.build("llava")
+    layer = model.model.language_model.layers[1].self_attn
+    layer.o_proj = _Switched(layer.o_proj)
+    forward = _recorded(model)
+    blocks = record_blocks(model, Replayer())
+    tokens = []
+    for names in (["first"], [], ["first"]):
+        layer.o_proj.active = names
+        made = forward.num_recordings
+        for _ in range(3):
+            found = kit.generate(model, "llava", cache_implementation="static")
+        assert forward.num_recordings == made + 1
+        tokens.append(found)
+    assert torch.equal(tokens[0], tokens[2])
+    assert not torch.equal(tokens[0], tokens[1])
+    # not in front of the switch
+    recorded = [block.num_recordings for block in blocks]
+    assert max(recorded) > min(recorded) == 1
+
+
 @pytest.mark.parametrize(("graphs", "why"), [("auto", "on a GPU only"), (False, "graphs=False")])
 def test_kernels_overlap_in_recorded_steps_only(graphs: Any, why: str, kit: Any) -> None:
     report = il.fuse(kit.build("llava"), graphs=graphs, overlap=True)
