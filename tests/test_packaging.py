@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -167,3 +168,12 @@ def test_unknown_build_switch_is_refused(checkout: Path, tmp_path: Path) -> None
     result = build(checkout, tmp_path, INTERLACE_EXTENSION="maybe")
     assert result.returncode != 0
     assert "expected 'auto', 'require' or 'skip'" in result.stdout + result.stderr
+
+
+def test_older_compilers_know_what_they_are_asked_about_processors(root: Path) -> None:
+    # of a name that a compiler does not know it is an error to ask: "f16c" for Clang before 18
+    known = {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"}
+    text = "".join(path.read_text() for path in sorted((root / "csrc").rglob("*.[ch]*")))
+    asked = set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', text))
+    assert asked
+    assert asked <= known
