@@ -305,16 +305,19 @@ def output_option(text: str) -> Any:
     return path_option(text, "--output", "-o")
 
 
-def check_outputs(output: Path | None, picture: Path | None, overwrite: bool) -> None:
+def check_outputs(
+    output: Path | None, picture: Path | None, overwrite: bool, *inputs: str | Path
+) -> None:
     """Refuse outputs of a command that cannot be written, before any work is spent on them.
 
     Raises:
-        ConfigError: one exists, is a folder, is a picture of an unknown kind, or both are one file.
+        ConfigError: one exists, is an input, is a folder, is a picture of an unknown kind, or both
+            are one file.
         CheckpointError: the place cannot be written to.
     """
     for path in (output, picture):
         if path is not None:
-            check_new_file(path, overwrite=overwrite)
+            check_new_file(path, overwrite=overwrite, inputs=inputs)
     if picture is not None:
         from interlace.report.plots import figure_format
 

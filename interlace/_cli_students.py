@@ -32,7 +32,7 @@ from interlace._cli import (
     read_samples,
     say,
 )
-from interlace._files import check_new_folder
+from interlace._files import check_new_checkpoint, check_new_folder
 from interlace._launch import is_first_process
 from interlace.config import DEFAULT_RANK, HealSettings
 from interlace.errors import CheckpointError, ConfigError
@@ -75,7 +75,7 @@ def prune(
     from interlace.records import Plan
     from interlace.surgery import prune as run_prune
 
-    check_new_folder(output, overwrite=overwrite)
+    check_new_checkpoint(output, overwrite=overwrite, inputs=(model, data, root))
     cut = prune_settings(allow_pinned, bridges, rank, token_weights)
     unread = [] if has_bridges(cut.bridges) else _options_given(context, _OF_DATA)
     if unread:
@@ -164,7 +164,7 @@ def heal(
     from interlace.records import Plan
     from interlace.surgery import prune as run_prune
 
-    check_new_folder(output, overwrite=overwrite)
+    check_new_checkpoint(output, overwrite=overwrite, inputs=(model, data, root))
     checkpoints = output.with_name(output.name + ".healing")
     # of several processes the first one makes and removes the folder, so no other can judge it
     replaced = checkpoints.exists() and not resume and is_first_process()
@@ -257,7 +257,7 @@ def export(
     from interlace.export import export as run_export
     from interlace.records import load_record
 
-    check_new_folder(output, overwrite=overwrite)
+    check_new_checkpoint(output, overwrite=overwrite, inputs=(model,))
     vlm = open_vlm(model, dtype, "cpu", trust_remote_code)
     records = tuple(load_record(path) for path in record or ())
     say(f"Wrote {run_export(vlm, output, records=records, overwrite=overwrite)}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from interlace.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -193,19 +193,37 @@ def check_place(path: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def check_new_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+def _check_spared(target: Path, inputs: Iterable[str | os.PathLike[str] | None]) -> None:
+    # names of hub models and data sets stand among the inputs too, and are no paths
+    for each in inputs:
+        if each is None or not home_path(each).exists():
+            continue
+        if home_path(each).resolve().is_relative_to(target.resolve()):
+            raise ConfigError(
+                f"Refusing to replace {target}: {os.fspath(each)} is read from there. Choose "
+                "another output."
+            )
+
+
+def check_new_file(
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
+) -> Path:
     """Refuse an output file that exists or cannot be made, before any work is spent on it.
 
     Args:
         path: the file that is to be written.
         overwrite: allow an existing file, which will then be replaced.
+        inputs: what is read to make it, and must not be replaced.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: the file exists and `overwrite` is off, or a folder, device or pipe is in its
-            place.
+        ConfigError: the file exists and `overwrite` is off, or a folder, device, pipe or input is
+            in its place.
         CheckpointError: see `check_place`.
     """
     target = Path(path)
@@ -216,6 +234,7 @@ def check_new_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
         raise ConfigError(
             f"{target} exists already. Choose another name, or allow overwriting (--overwrite)."
         )
+    _check_spared(target, inputs)
     check_place(target)
     return target
 
@@ -249,6 +268,40 @@ def check_new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -
     if Path.cwd().is_relative_to(target.resolve()):
         raise ConfigError(
             f"Refusing to replace {target}: it holds the working folder. Choose another one."
+        )
+    return target
+
+
+def check_new_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
+) -> Path:
+    """Refuse the folder of a new checkpoint, before any work is spent on filling it.
+
+    Args:
+        path: the folder that is to be made.
+        overwrite: allow an existing checkpoint, which will then be replaced as a whole.
+        inputs: what is read to make it, and must not be replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: see `check_new_folder`; or what is to be replaced is no checkpoint, or holds an
+            input.
+        CheckpointError: see `check_place`.
+    """
+    target = check_new_folder(path, overwrite=overwrite)
+    if not target.exists():
+        return target
+    _check_spared(target, inputs)
+    found = sorted(each.name for each in target.iterdir())
+    if found and "config.json" not in found:
+        raise ConfigError(
+            f"Refusing to replace {target}: it holds {found[0]} and no config.json, so it is no "
+            "checkpoint. Choose another output, or remove the folder."
         )
     return target
 

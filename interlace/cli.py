@@ -120,7 +120,7 @@ def score(
     from interlace.scores import score as run_score
     from interlace.scores.metrics import metric_classes
 
-    check_outputs(output, heatmap, overwrite)
+    check_outputs(output, heatmap, overwrite, data)
     check_source(data, root, split)
     settings = ScoreSettings(
         metrics=split_names(metrics) or (),
@@ -189,7 +189,7 @@ def plan(
     from interlace.plan.planner import arguments_of, make_plan
     from interlace.records import Scores
 
-    check_outputs(output, picture, overwrite)
+    check_outputs(output, picture, overwrite, scores)
     if rule is not None:
         check_rule_without_model(rule)
     settings = PlanSettings(
@@ -257,7 +257,7 @@ def evaluate(
     from interlace.evaluate import evaluate as run_evaluate
     from interlace.evaluate.selection import default_tasks
 
-    check_outputs(output, None, overwrite)
+    check_outputs(output, None, overwrite, data)
     check_source(data, root, split)
     vlm = open_vlm(model, dtype, device, trust_remote_code)
     own = None
@@ -349,6 +349,10 @@ def main() -> None:
     except InterlaceError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2)
+    except SystemExit as end:
+        if end.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            typer.echo("Stopped before it was done; what was half written is removed.", err=True)
+        raise
     finally:
         # torch ends noisily where it is left to it; a command that needed no torch loads none here
         if "torch" in sys.modules:

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from interlace._files import check_new_folder, remove_parts, sha256_of
+from interlace._files import check_new_checkpoint, remove_parts, sha256_of
 from interlace._fused_evaluation import evaluate_fused
 from interlace._launch import check_single_process
 from interlace._recipe_checks import check_names, check_towers
@@ -193,7 +193,8 @@ def run(
     settings = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     check_names(settings)
     stages = Stages(output)
-    _check_target(stages.folder / MODEL, stages, settings.export)
+    inputs = (settings.model.path,)
+    _check_target(stages.folder / MODEL, stages, settings.export, inputs)
     vlm = open_model(
         settings.model.path,
         dtype=settings.model.dtype,
@@ -293,20 +294,28 @@ def _run_once(settings: Recipe, vlm: VLM, calibration: Samples, stages: Stages) 
     return RunResult(target, scores, plan, healed, raw, result, tuple(stages.skipped))
 
 
-def _check_target(target: Path, stages: Stages, settings: ExportSettings) -> tuple[str, bool]:
+def _check_target(
+    target: Path, stages: Stages, settings: ExportSettings, inputs: Sequence[str] = ()
+) -> tuple[str, bool]:
     """Refuse a folder to export to that exists and is not this run's own to replace.
+
+    Args:
+        target: the folder.
+        stages: of this run.
+        settings: of the export.
+        inputs: what the run reads.
 
     Returns:
         The name of the stage that exports to it, and whether the folder may be replaced.
 
     Raises:
-        ConfigError: as `check_new_folder` raises it.
+        ConfigError: as `check_new_checkpoint` raises it.
     """
     # the last stage is "export", whatever its folder is called; others are named after theirs
     name = "export" if target.name == MODEL else f"export/{target.name}"
     # what an earlier run of this recipe made
     replace = settings.overwrite or name in stages.keys
-    check_new_folder(target, overwrite=replace)
+    check_new_checkpoint(target, overwrite=replace, inputs=inputs)
     return name, replace
 
 

@@ -48,6 +48,31 @@ def test_what_is_read_and_written_may_lie_at_home(interlace, home: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("call", "read"),
+    [
+        (("plan", "IN/scores.json", "-o", "IN/scores.json"), "IN/scores.json"),
+        (("score", "bundled:clip", "--data", "IN/d.json", "-o", "IN/d.json"), "IN/d.json"),
+        (("eval", "bundled:clip", "--data", "IN/d.json", "-o", "IN/d.json"), "IN/d.json"),
+        (("prune", "IN", "IN/plan.json", "-o", "IN"), "IN"),
+        (("heal", "IN/../IN", "IN/plan.json", "-o", "IN"), "IN/../IN"),
+        (("heal", "bundled:clip", "p", "--data", "IN/d.json", "-o", "IN"), "IN/d.json"),
+        (("export", "IN", "IN"), "IN"),
+    ],
+)
+def test_what_is_read_is_not_replaced(interlace, tmp_path: Path, monkeypatch, call, read) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("IN").mkdir()
+    for name in ("scores.json", "d.json", "plan.json", "config.json"):
+        Path("IN", name).write_text("{}")
+    code, _, error = interlace(*call, "--overwrite")
+    output = call[-1]
+    assert code == 2
+    assert error.startswith(f"Error: Refusing to replace {output}: {read} is read from there."), (
+        error
+    )
+
+
+@pytest.mark.parametrize(
     "call",
     [
         ("plan", "NOWHERE", "-o", "plan.json"),

@@ -14,6 +14,7 @@ from interlace._files import (
     atomic_folder,
     atomic_write_bytes,
     atomic_write_text,
+    check_new_checkpoint,
     check_new_file,
     remove_parts,
     sha256_of,
@@ -188,9 +189,24 @@ def test_progress_on_a_terminal_nests_and_cleans_up(monkeypatch, capsys):
     assert "outer" in captured.err
 
 
-def test_a_command_that_is_told_to_end_leaves_nothing_half_written(tmp_path):
+def test_a_checkpoint_replaces_only_a_checkpoint(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    assert check_new_checkpoint(target, overwrite=True) == target
+    (target / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"holds thesis\.tex and no config\.json"):
+        check_new_checkpoint(target, overwrite=True)
+    (target / "config.json").write_text("{}")
+    assert check_new_checkpoint(target, overwrite=True, inputs=("org/name", None)) == target
+    for read in (target, target / "thesis.tex"):
+        with pytest.raises(ConfigError, match=f"{read} is read from there"):
+            check_new_checkpoint(target, overwrite=True, inputs=(read,))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_told_to_end_leaves_nothing_half_written(tmp_path, number):
     script = f"""
-import sys, time
+import sys, time, typer
 import interlace.cli as cli
 from interlace._files import atomic_folder
 
@@ -200,15 +216,17 @@ def work():
         print("filling", flush=True)
         time.sleep(60)
 
-cli.app = work
+cli.app = typer.Typer()
+cli.app.command()(work)
 cli.main()
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], text=True, **pipes) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "filling\n"
         assert len(names(tmp_path)) == 1
-        process.terminate()
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        process.send_signal(number)
+        told = process.communicate(timeout=60)[1]
+        assert process.returncode == 128 + number
+        assert told == "Stopped before it was done; what was half written is removed.\n"
     assert names(tmp_path) == []

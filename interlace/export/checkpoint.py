@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from interlace._files import atomic_folder, check_new_folder, is_disk_full
+from interlace._files import atomic_folder, check_new_checkpoint, is_disk_full
 from interlace.errors import CheckpointError, ConfigError
 from interlace.export.card import model_card
 from interlace.export.verify import verify_checkpoint
@@ -59,7 +59,7 @@ def export(
         folder: where to write; must not exist, unless `overwrite`.
         records: a record to put beside it, or several in any order; None entries are skipped. The
             plan of the student is added.
-        overwrite: replace an existing folder, once the new one is complete.
+        overwrite: replace an existing checkpoint, once the new one is complete.
         verify: reload the folder in a fresh process, a standard one with transformers alone, and
             compare outputs.
         inputs: forward inputs to compare on; default: synthetic ones.
@@ -68,9 +68,9 @@ def export(
         The folder.
 
     Raises:
-        ConfigError: the folder exists; a record is none, or of another cut or model; weights that
-            are no tensors (quantised by torch), or lie elsewhere than in a model of this class
-            (adapters that are not merged).
+        ConfigError: the folder exists, or is no checkpoint to be replaced; a record is none, or of
+            another cut or model; weights that are no tensors (quantised by torch), or lie elsewhere
+            than in a model of this class (adapters that are not merged).
         CheckpointError: the disk is full, the folder cannot be written, or the checkpoint failed
             its verification. Nothing is left behind.
     """
@@ -79,7 +79,7 @@ def export(
         records = (records,)
     _check_weights(vlm)
     _check_names(vlm)
-    target = check_new_folder(folder, overwrite=overwrite)
+    target = check_new_checkpoint(folder, overwrite=overwrite)
     named = _file_names(_complete(vlm, records))
     try:
         with atomic_folder(target, overwrite=overwrite) as made:

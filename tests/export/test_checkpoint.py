@@ -117,10 +117,12 @@ def test_an_existing_folder_is_kept_unless_overwriting(student: VLM, tmp_path: P
     (target / "precious").write_text("mine")
     with pytest.raises(ConfigError, match="exists already"):
         export(student, target, verify=False)
+    with pytest.raises(ConfigError, match=r"holds precious and no config\.json"):
+        export(student, target, verify=False, overwrite=True)
     assert (target / "precious").read_text() == "mine"
+    (target / "precious").rename(target / "config.json")
     export(student, target, verify=False, overwrite=True)
-    assert not (target / "precious").exists()
-    assert (target / "config.json").exists()
+    assert (target / "config.json").read_text() != "mine"
 
 
 @pytest.mark.parametrize(
