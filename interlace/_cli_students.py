@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path  # noqa: TC003 (typer reads it at run time)
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -253,11 +253,17 @@ def export(
     trust_remote_code: Remote = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a checked transformers checkpoint with its records and a model card."""
+    """Write a checked transformers checkpoint with its records and a model card.
+
+    The records that lie in the folder of a student come along.
+    """
     from interlace.export import export as run_export
-    from interlace.records import load_record
+    from interlace.records import load_record, records_in
 
     check_new_checkpoint(output, overwrite=overwrite, inputs=(model,))
     vlm = open_vlm(model, dtype, "cpu", trust_remote_code)
-    records = tuple(load_record(path) for path in record or ())
+    records = [load_record(path) for path in record or ()]
+    if vlm.record is not None:
+        known = {each.fingerprint for each in records}
+        records += [each for each in records_in(Path(model)) if each.fingerprint not in known]
     say(f"Wrote {run_export(vlm, output, records=records, overwrite=overwrite)}")

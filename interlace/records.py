@@ -8,6 +8,7 @@ was made from, and is refused on loading when its content no longer matches its 
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from interlace._records.base import (
@@ -26,6 +27,7 @@ from interlace.errors import CheckpointError, unknown_name
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
 __all__ = [
     "Action",
@@ -45,8 +47,11 @@ __all__ = [
     "TowerScores",
     "TowerShape",
     "load_record",
+    "records_in",
 ]
 
+
+_logger = logging.getLogger(__name__)
 
 _KINDS: dict[str, type[Record]] = {
     kind.kind: kind
@@ -65,3 +70,18 @@ def load_record(path: str | os.PathLike[str]) -> Record:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise CheckpointError(f"{path}: {unknown_name('kind of record', kind, _KINDS)}")
     return _KINDS[kind].from_json(text, source=str(path))
+
+
+def records_in(folder: Path) -> list[Record]:
+    """Read the records of an exported model, its manifest left out.
+
+    Files of others that have the name of a record are passed over, and named in the log.
+    """
+    found = []
+    for kind in _KINDS:
+        for path in sorted((*folder.glob(f"{kind}.json"), *folder.glob(f"{kind}_*.json"))):
+            try:
+                found.append(load_record(path))
+            except CheckpointError as error:
+                _logger.warning("Left out: %s", error)
+    return found

@@ -30,6 +30,25 @@ def planned(interlace, tmp_path: Path) -> Path:
     return plan
 
 
+def test_a_student_that_is_exported_again_keeps_its_records_and_the_name_of_the_dense_model(
+    interlace, planned: Path, tmp_path: Path
+) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert interlace("prune", "bundled:clip", planned, "-o", first)[0] == 0
+    # what another tool calls so is no record
+    (first / "eval.json").write_text('{"accuracy": 1.0}')
+    scores = tmp_path / "scores.json"
+    code, _, error = interlace("export", first, again, "--record", scores)
+    assert code == 0, error
+    for name in ("plan.json", "scores.json"):
+        assert (again / name).read_text() == (tmp_path / name).read_text()
+    assert not (again / "eval.json").exists()
+    card, before = ((folder / "README.md").read_text() for folder in (again, first))
+    assert "# bundled:clip, pruned" in card
+    layers = [text.split("## Layers")[1].split("## Loading")[0] for text in (card, before)]
+    assert layers[0] == layers[1]
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

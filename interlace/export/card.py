@@ -43,7 +43,8 @@ def model_card(
         Markdown with a YAML front matter.
     """
     known = list(records)
-    parts = [_front_matter(vlm), _title(vlm)]
+    base = _base(vlm, known)
+    parts = [_front_matter(vlm, base), _title(vlm, _public(base))]
     if vlm.record is not None:
         parts.append(_layers(vlm, known))
     parts += [_healing(record) for record in known if isinstance(record, HealReport)]
@@ -52,9 +53,26 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _base(vlm: VLM) -> tuple[str, bool]:
-    """The name of the model before the cut, and whether it names a model on the hub."""
-    return _public(vlm.name), _is_hub_id(vlm.name)
+def _base(vlm: VLM, records: Sequence[Record]) -> str:
+    """The name of the model before the cut; a student that was opened again has its folder's."""
+    if vlm.record is not None:
+        for plan in _plans(vlm, records):
+            if plan.model_name and _counts_original(vlm.record, plan):
+                return plan.model_name
+    return vlm.name
+
+
+def _plans(vlm: VLM, records: Sequence[Record]) -> list[Plan]:
+    given = [each for each in records if isinstance(each, Plan)]
+    # a plan of a student that was pruned before stands beside the same in original numbers
+    return [*given, *([vlm.plan] if vlm.plan is not None else [])]
+
+
+def _counts_original(record: PruneRecord, plan: Plan) -> bool:
+    return all(
+        each.num_layers == len(record.towers[tower]) + len(record.dropped.get(tower, ()))
+        for tower, each in plan.towers.items()
+    )
 
 
 def _is_hub_id(name: str) -> bool:
@@ -66,11 +84,10 @@ def _public(name: str) -> str:
     return name if _is_hub_id(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
-def _front_matter(vlm: VLM) -> str:
-    name, on_hub = _base(vlm)
+def _front_matter(vlm: VLM, base: str) -> str:
     lines = ["---", "library_name: transformers", f"pipeline_tag: {_TASKS[vlm.family.objective]}"]
-    if on_hub:
-        lines.append(f"base_model: {json.dumps(name)}")
+    if _is_hub_id(base):
+        lines.append(f"base_model: {json.dumps(base)}")
     lines += ["tags:", "- interlace"]
     if vlm.record is not None and vlm.record.dropped:
         lines.append("- layer-pruning")
@@ -79,8 +96,7 @@ def _front_matter(vlm: VLM) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _title(vlm: VLM) -> str:
-    name, _ = _base(vlm)
+def _title(vlm: VLM, name: str) -> str:
     record = vlm.record
     if record is not None and not record.dropped and (record.widths or record.config_changes):
         text = f"{name} with fewer heads or neurons in its layers, made with INTERLACE."
@@ -110,8 +126,7 @@ def _listed(layers: Sequence[int]) -> str:
 def _layers(vlm: VLM, records: Sequence[Record]) -> str:
     record: Any = vlm.record
     plans = [each for each in records if isinstance(each, Plan)]
-    # a plan of a student that was pruned before stands beside the same in original numbers
-    numbered = [*plans, *([vlm.plan] if vlm.plan is not None else [])]
+    numbered = _plans(vlm, records)
     rows = []
     strips = []
     width = max(map(len, record.towers))
@@ -132,12 +147,7 @@ def _layers(vlm: VLM, records: Sequence[Record]) -> str:
     if plans:
         rules = ", ".join(dict.fromkeys(f"`{plan.rule}`" for plan in plans))
         text.append(f"Chosen by the rule {rules}; `plan.json` holds the scores and reasons.")
-        again = any(
-            each.num_layers != len(record.towers[tower]) + len(record.dropped.get(tower, ()))
-            for plan in plans
-            for tower, each in plan.towers.items()
-        )
-        if again:
+        if not all(_counts_original(record, plan) for plan in plans):
             text.append(
                 "It counts the layers of the student that was pruned, not the original ones."
             )
