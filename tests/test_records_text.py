@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 from interlace.records import HealReport, Scores, TowerScores
 
@@ -44,6 +45,9 @@ def test_scores_are_printed_as_a_table_of_layers() -> None:
         "a note",
     ]
     assert repr(made).startswith("Scores(inputs=")
+    shown: list[str] = []
+    made._repr_pretty_(SimpleNamespace(text=shown.append), False)
+    assert shown == [str(made)]
     groups = Scores.from_similarity("text", {1: [0.5]}, 2, group="vision")
     assert "similarity 1 (vision)" in str(groups)
 

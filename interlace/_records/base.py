@@ -168,6 +168,10 @@ class Record(Checked):
     inputs: dict[str, str] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=Provenance.collect, compare=False)
 
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        # what notebooks show of a cell's last value: the table, not every number
+        printer.text(str(self))
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the record's own content, provenance left out."""

@@ -11,7 +11,7 @@ import logging
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ _SPARES = 16
 class _RowImage:
     """One image of one row of a map-style data set, read when it is opened."""
 
-    rows: _Rows
+    rows: _Rows = field(repr=False)
     index: int
     column: str
     position: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,9 +66,9 @@ class Tower:
 
     name: str
     path: str
-    layers: nn.ModuleList
-    config: PreTrainedConfig
-    depth_fields: tuple[DepthField, ...]
+    layers: nn.ModuleList = field(repr=False)
+    config: PreTrainedConfig = field(repr=False)
+    depth_fields: tuple[DepthField, ...] = field(repr=False)
     original: tuple[int, ...]
     pinned: dict[int, str]
     bound: dict[int, str]
@@ -238,9 +238,17 @@ def to_model(batch: Mapping[str, Any], vlm: VLM | PreTrainedModel) -> dict[str, 
     """Move the tensors of a batch to a model's device, floating ones (pixels) also to its dtype.
 
     Tensors made under `torch.inference_mode` are copied outside of it, so that writes are counted.
+
+    Raises:
+        ConfigError: the model has shapes alone (device "meta"), so it computes nothing.
     """
     moved: dict[str, Any] = dict(batch)
     device, dtype = vlm.device, vlm.dtype
+    if device.type == "meta":
+        raise ConfigError(
+            "The model lies on the device 'meta', where weights have shapes but no values, so it "
+            "cannot be run. Load its weights, such as by open_model on the checkpoint."
+        )
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):
             kind = dtype if value.is_floating_point() else None

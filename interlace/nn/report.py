@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 _NUMBER = re.compile(r"\d+")
 
@@ -45,6 +46,10 @@ class FuseReport:
     device: str
     dtype: str
     entries: tuple[FuseEntry, ...]
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        # what notebooks show of a cell's last value
+        printer.text(str(self))
 
     @property
     def fused(self) -> tuple[FuseEntry, ...]:

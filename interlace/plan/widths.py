@@ -345,11 +345,10 @@ class _Chooser:
         """Return the KV groups of a layer that matter most, ascending."""
         name, site = next(iter(self.sites.items()))
         bundles = self._bundles(name, site, layer)
-        chosen = bundles[len(bundles) - self._count(len(bundles), share, f"layer {layer}") :]
-        kv_of = site.kv_of(layer)
-        return tuple(sorted({kv_of[each.units[0]] for each in chosen}))
+        chosen = bundles[-self._count(len(bundles), share, f"layer {layer}", graft=True) :]
+        return tuple(sorted({site.kv_of(layer)[each.units[0]] for each in chosen}))
 
-    def _count(self, num_bundles: int, fraction: float, where: str) -> int:
+    def _count(self, num_bundles: int, fraction: float, where: str, graft: bool = False) -> int:
         count = count_of(num_bundles, fraction)
         what = f"bundles of {FFN_MULTIPLE} neurons" if self.kind == "ffn" else "KV groups"
         what = "query heads" if self.kind == "heads" and self.spread == "ragged" else what
@@ -359,10 +358,12 @@ class _Chooser:
                 "so none can be cut."
             )
         if count == 0:
+            asked = "graft" if graft else self.kind
+            more = "" if graft else "; a global spread has more to choose from"
             raise PlanError(
-                f"{self.kind}={fraction:g} of the {num_bundles} {what} in {where} of the tower "
-                f"'{self.tower}' is less than one. The smallest share is "
-                f"{ceil_share(1 / num_bundles)}; a global spread has more to choose from."
+                f"{asked}={fraction:g} of the {num_bundles} {what} in {where} of the tower '"
+                f"{self.tower}' is less than one. The smallest share is "
+                f"{ceil_share(1 / num_bundles)}{more}."
             )
         return count
 

@@ -11,6 +11,7 @@ from tiny import TINY
 
 from interlace.errors import BackendError, CheckpointError, ConfigError, FamilyError
 from interlace.models import open_model
+from interlace.models.handle import to_model
 from interlace.records import PruneRecord
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ def test_device(folder: Path) -> None:
         open_model(folder, device={"": 0})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="'meta' holds shapes without values"):
         open_model(folder, device="meta")
+    shapes = open_model(open_model(folder).model.to("meta"))
+    with pytest.raises(ConfigError, match=r"'meta'.* cannot be run"):
+        to_model({}, shapes)
     with pytest.raises(BackendError, match="device='maia' was asked for, but torch"):
         open_model(folder, device="maia")
     if not torch.cuda.is_available():

@@ -129,7 +129,8 @@ def test_cost_follows_the_widths() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"heads": 0.1}, PlanError, "less than one. The smallest share is 0.25"),
+        ({"heads": 0.1}, PlanError, "less than one. The smallest share is 0.25; a global"),
+        ({"num_drop": 1, "graft": 0.1}, PlanError, r"^graft=0.1 .* smallest share is 0\.25\.$"),
         ({"heads": 1.5}, ConfigError, "above 0 and below 1"),
         ({"ffn": 0.2, "spread": "globally"}, ConfigError, "Did you mean 'global'"),
         ({"heads": 0.5, "width_metrics": {"heads": "head_taylor"}}, PlanError, "head_taylor"),
