@@ -50,6 +50,9 @@ MaxBad = Annotated[
     float, typer.Option(help="Share of samples that cannot be used to skip before it is an error.")
 ]
 Count = Annotated[int, typer.Option(min=1, help="Number of samples.")]
+HiddenWeight = Annotated[
+    float, typer.Option(min=0.0, help="Weight of the hidden states' distillation in healing.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 Metrics = Annotated[
     str,

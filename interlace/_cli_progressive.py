@@ -14,6 +14,7 @@ from interlace._cli import (
     Data,
     Device,
     Dtype,
+    HiddenWeight,
     MaxBad,
     Model,
     Overwrite,
@@ -93,9 +94,7 @@ def progressive(
     max_bad_fraction: MaxBad = 0.01,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of healing.")] = 1e-5,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per pass of healing.")] = 16,
-    hidden_weight: Annotated[
-        float, typer.Option(min=0.0, help="Weight of the hidden states' distillation in healing.")
-    ] = RECOMMENDED_HEAL.hidden_weight,
+    hidden_weight: HiddenWeight = RECOMMENDED_HEAL.hidden_weight,
     validation_fraction: Annotated[
         float | None,
         typer.Option(

@@ -15,6 +15,7 @@ from interlace._cli import (
     Data,
     Device,
     Dtype,
+    HiddenWeight,
     MaxBad,
     Model,
     Overwrite,
@@ -106,6 +107,7 @@ def _options_given(context: typer.Context, names: Sequence[str]) -> list[str]:
 
 
 def heal(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="The DENSE model: folder, hub name, bundled:NAME.")],
     plan_file: Annotated[Path, path_argument("What `interlace plan` wrote.", "PLAN")],
     output: Annotated[Path, output_option("Folder of the healed model.")],
@@ -137,6 +139,7 @@ def heal(
         bool,
         typer.Option(help="Also learn from the dense model; off is the published recipe."),
     ] = True,
+    hidden_weight: HiddenWeight = 1.0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
@@ -165,6 +168,11 @@ def heal(
     from interlace.surgery import prune as run_prune
 
     check_new_checkpoint(output, overwrite=overwrite, inputs=(model, data, root))
+    if not distil and _options_given(context, ("hidden_weight",)):
+        raise ConfigError(
+            f"--hidden-weight {hidden_weight:g} learns from the dense model, and --no-distil asks "
+            "not to. Leave one of them out."
+        )
     checkpoints = output.with_name(output.name + ".healing")
     # of several processes the first one makes and removes the folder, so no other can judge it
     replaced = checkpoints.exists() and not resume and is_first_process()
@@ -180,7 +188,7 @@ def heal(
         batch_size=batch_size,
         accumulation=accumulation,
         validation_fraction=validation_fraction,
-        hidden_weight=1.0 if distil else 0.0,
+        hidden_weight=hidden_weight if distil else 0.0,
         kl_weight=1.0 if distil else 0.0,
         bf16=bf16,
         gradient_checkpointing=gradient_checkpointing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from interlace.errors import InterlaceError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from interlace.config import Recipe
+    from interlace.config import HealSettings, Recipe
 
 HEAL = ("--count", 4, "--max-steps", 2, "--batch-size", 4, "--learning-rate", 1e-4)
 
@@ -47,6 +48,25 @@ def test_a_student_that_is_exported_again_keeps_its_records_and_the_name_of_the_
     assert "# bundled:clip, pruned" in card
     layers = [text.split("## Layers")[1].split("## Loading")[0] for text in (card, before)]
     assert layers[0] == layers[1]
+
+
+def test_the_weight_of_hidden_states_reaches_healing(
+    interlace, planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def healing(*_: object, settings: HealSettings, **__: object) -> None:
+        given.append((settings.hidden_weight, settings.kl_weight))
+        raise _OpenedError("opened")
+
+    monkeypatch.setattr(importlib.import_module("interlace.heal"), "heal", healing)
+    call = ("heal", "bundled:clip", planned, "-o", tmp_path / "out", *HEAL)
+    for options in ((), ("--hidden-weight", 20), ("--no-distil",)):
+        assert interlace(*call, *options)[2].endswith("Error: opened\n")
+    assert given == [(1.0, 1.0), (20.0, 1.0), (0.0, 0.0)]
+    code, _, error = interlace(*call, "--no-distil", "--hidden-weight", 20)
+    assert code == 2
+    assert "--hidden-weight 20 learns from the dense model" in error
 
 
 @pytest.mark.parametrize(
