@@ -10,6 +10,7 @@ Known schemas, by their keys:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -71,7 +72,7 @@ def sample_from_record(
     """
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: a record is {type(record).__name__}; expected an object.")
-    present = {key: value for key, value in record.items() if value is not None}
+    present = {key: value for key, value in record.items() if not _is_missing(value)}
     if present.get("video") or present.get("videos"):
         raise DataError(f"{where}: holds a video; only images are supported. Remove the record.")
     column, stored = _stored_images(present)
@@ -169,9 +170,14 @@ def _plain(text: str) -> str:
     return text.replace(IMAGE_PLACEHOLDER, "").strip()
 
 
+def _is_missing(value: Any) -> bool:
+    # tables write NaN where a cell is empty
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _texts(value: Any) -> tuple[str, ...]:
     """Flatten how answers and captions are stored: text, number, list, or wrapped in objects."""
-    if value is None:
+    if _is_missing(value):
         return ()
     if isinstance(value, list | tuple):
         return tuple(text for item in value for text in _texts(item))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -189,6 +191,19 @@ def test_broken_file(name: str, text: str, message: str | None, tmp_path: Path) 
     with pytest.raises(DataError, match=message) as caught:
         samples(tmp_path / name)
     assert name in str(caught.value)
+
+
+def test_an_empty_cell_of_a_table_is_no_text(tmp_path: Path) -> None:
+    rows = [{"question": "a", "image": math.nan, "answers": ["b", math.nan], "hint": math.nan}]
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(rows))
+    (found,) = samples(path)
+    assert [turn.text for turn in found.turns] == ["a", "b"]
+    assert found.references == ("b",)
+    assert not found.images
+    path.write_text(json.dumps([{"question": math.nan, "answer": "x"}]))
+    with pytest.raises(DataError, match="unknown schema with the keys answer"):
+        samples(path)
 
 
 def test_file_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
