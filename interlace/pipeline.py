@@ -46,7 +46,7 @@ from interlace.surgery import prune
 from interlace.surgery.bridges.names import has_bridges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
 __all__ = ["RunResult", "run"]
