@@ -22,7 +22,6 @@ from interlace._torch_utils import default_device
 from interlace.config import (
     DataSettings,
     EvalSettings,
-    ExportSettings,
     ProgressiveSettings,
     Recipe,
 )
@@ -46,7 +45,7 @@ from interlace.surgery import prune
 from interlace.surgery.bridges.names import has_bridges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 __all__ = ["RunResult", "run"]
@@ -193,8 +192,7 @@ def run(
     settings = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     check_names(settings)
     stages = Stages(output)
-    inputs = (settings.model.path,)
-    _check_target(stages.folder / MODEL, stages, settings.export, inputs)
+    _check_target(stages.folder / MODEL, stages, settings)
     vlm = open_model(
         settings.model.path,
         dtype=settings.model.dtype,
@@ -290,20 +288,12 @@ def _run_once(settings: Recipe, vlm: VLM, calibration: Samples, stages: Stages) 
 
     records = [scores, plan, *([healed] if healed else []), result]
     target = stages.folder / MODEL
-    _export(finished, target, records, eval_key, stages, settings.export)
+    _export(finished, target, records, eval_key, stages, settings)
     return RunResult(target, scores, plan, healed, raw, result, tuple(stages.skipped))
 
 
-def _check_target(
-    target: Path, stages: Stages, settings: ExportSettings, inputs: Sequence[str] = ()
-) -> tuple[str, bool]:
+def _check_target(target: Path, stages: Stages, settings: Recipe) -> tuple[str, bool]:
     """Refuse a folder to export to that exists and is not this run's own to replace.
-
-    Args:
-        target: the folder.
-        stages: of this run.
-        settings: of the export.
-        inputs: what the run reads.
 
     Returns:
         The name of the stage that exports to it, and whether the folder may be replaced.
@@ -314,8 +304,8 @@ def _check_target(
     # the last stage is "export", whatever its folder is called; others are named after theirs
     name = "export" if target.name == MODEL else f"export/{target.name}"
     # what an earlier run of this recipe made
-    replace = settings.overwrite or name in stages.keys
-    check_new_checkpoint(target, overwrite=replace, inputs=inputs)
+    replace = settings.export.overwrite or name in stages.keys
+    check_new_checkpoint(target, overwrite=replace, inputs=(settings.model.path,))
     return name, replace
 
 
@@ -325,11 +315,11 @@ def _export(
     records: list[Record],
     made_of: str,
     stages: Stages,
-    settings: ExportSettings,
+    settings: Recipe,
 ) -> None:
     """Export a student, unless the folder is there and still belongs to what it is made of."""
     name, replace = _check_target(target, stages, settings)
-    key = sha256_of([made_of, [record.fingerprint for record in records], settings.verify])
+    key = sha256_of([made_of, [record.fingerprint for record in records], settings.export.verify])
     if stages.is_done(name, key) and target.exists():
         log.info("%s: unchanged, %s", name, target)
         stages.skipped.append(name)
@@ -337,7 +327,7 @@ def _export(
     remove_parts(target)
     # noted before the folder is there, so that a run killed in between knows it for its own
     stages.mark(name, "")
-    export(student(), target, records=records, overwrite=replace, verify=settings.verify)
+    export(student(), target, records=records, overwrite=replace, verify=settings.export.verify)
     stages.mark(name, key)
 
 
@@ -354,7 +344,7 @@ def _run_progressive(
         for number in range(1, chosen.stages if chosen.export_stages else 1)
     }
     for folder in smaller.values():
-        _check_target(folder, stages, settings.export)
+        _check_target(folder, stages, settings)
     held_out = _measured(settings.data, settings.eval, vlm)
     healing = _healing(settings.data, vlm)
     _warn_of_overlap(held_out, calibration, healing)
@@ -398,10 +388,10 @@ def _run_progressive(
         if stage.record.number in smaller:
             folder = smaller[stage.record.number]
             about = sha256_of([stage.plan.fingerprint, model_key])
-            _export(stage.student, folder, list(stage.records), about, stages, settings.export)
+            _export(stage.student, folder, list(stage.records), about, stages, settings)
     target = stages.folder / MODEL
     records = [*made.records, result]
-    _export(lambda: made.student, target, records, key, stages, settings.export)
+    _export(lambda: made.student, target, records, key, stages, settings)
     skipped = tuple(stages.skipped)
     return RunResult(
         target, made.stages[0].scores, last.plan, last.healed, None, result, skipped, made.record
