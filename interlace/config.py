@@ -78,7 +78,7 @@ class DataSettings(Settings):
         calibration_count: samples to score with, and to fit bridges on.
         heal_count: samples to heal with; default: all, or 4096 of the unlimited "scenes".
         seed: seed of the choice of samples.
-        max_bad_fraction: share of unreadable samples that is skipped before it is an error.
+        max_bad_fraction: share of samples that cannot be used to skip before it is an error.
     """
 
     source: str = "scenes"

@@ -176,7 +176,8 @@ def samples(
 
     Which records are taken is drawn by `seed` with equal probability for all, and is the same in
     every process. Every image taken is decoded once; a record with a bad one is left out, counted,
-    and replaced by a further one where the source has more, as is one that the processor refuses.
+    and replaced by a further one where the source has more, as is one of an unknown layout, or that
+    the processor refuses.
 
     Args:
         source: `"scenes"` (the built-in data), a .json or .jsonl file, a folder of images with
@@ -193,8 +194,8 @@ def samples(
             may lead anywhere.
         processor: Processor of the model the samples are for. What its chat template refuses, such
             as a system turn, counts as a bad record, instead of ending the work on the samples.
-        max_bad_fraction: Largest fraction of the wanted samples that may be skipped because of
-            images that are missing, empty, truncated or not readable, or of the chat template.
+        max_bad_fraction: Largest fraction of the wanted samples that may be skipped because the
+            record is not understood, an image is missing or damaged, or the template refuses it.
         streaming: Read a data set of the hub as a stream, keeping a seeded reservoir of encoded
             rows; needs `count`.
 

@@ -78,11 +78,15 @@ def take(
     bad: list[str] = []
     with bar("Checking images", wanted) as advance, ThreadPoolExecutor(_CHECK_THREADS) as pool:
         while len(good) < wanted:
-            drawn = [
-                reader.read(index) for index in islice(waiting, min(_CHUNK, wanted - len(good)))
-            ]
-            if not drawn:
+            places = list(islice(waiting, min(_CHUNK, wanted - len(good))))
+            if not places:
                 break
+            drawn = []
+            for index in places:
+                try:
+                    drawn.append(reader.read(index))
+                except DataError as error:
+                    bad.append(str(error))
             fitting = [sample for sample in (as_task(item, tasks) for item in drawn) if sample]
             if count is None:
                 # A fraction is one of all records; only bad ones are replaced.
@@ -97,8 +101,9 @@ def take(
                 raise _too_many_bad(reader.name, bad, allowed, max_bad_fraction)
     if not good:
         if bad:
+            others = f", and no other one serves the tasks {', '.join(tasks)}" if tasks else ""
             raise DataError(
-                f"{reader.name}: no sample is left, since all {len(bad)} that fit are unusable. "
+                f"{reader.name}: no sample is left, since {len(bad)} cannot be used{others}. "
                 f"{_listed(bad)}. Repair these, or give another source."
             )
         raise DataError(
@@ -144,6 +149,6 @@ def _too_many_bad(name: str, bad: Sequence[str], allowed: int, fraction: float) 
 
 def _listed(bad: Sequence[str]) -> str:
     # records may share an image
-    named = list(dict.fromkeys(bad))
+    named = [each.rstrip(".") for each in dict.fromkeys(bad)]
     rest = len(named) - _NAMED_IN_ERRORS
     return "; ".join(named[:_NAMED_IN_ERRORS]) + (f"; and {rest} more" if rest > 0 else "")

@@ -32,6 +32,23 @@ def plain(count: int) -> list[Sample]:
     return [Sample(str(index), "chat", (), turns) for index in range(count)]
 
 
+def test_records_that_are_not_understood_count_as_bad(write_json: Callable[..., Path]) -> None:
+    good = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
+    odd = {"conversations": [{"from": "cat", "value": "miaow"}]}
+    path = write_json([*[good] * 10, odd, *[good] * 9])
+    found = samples(path, max_bad_fraction=0.05)
+    assert (len(found), found.num_skipped) == (19, 1)
+    # replaced by another one
+    some = [samples(path, count=10, seed=seed, max_bad_fraction=0.1) for seed in range(9)]
+    assert [len(each) for each in some] == [10] * 9
+    assert {each.num_skipped for each in some} == {0, 1}
+    # of the tasks that are wanted, none is served
+    with pytest.raises(DataError, match=r"since 1 cannot .*serves the tasks caption.*'cat'"):
+        samples(path, tasks=("caption",), max_bad_fraction=0.05)
+    with pytest.raises(DataError, match=r"1 samples that cannot be used .*, 0 allowed .*'cat'"):
+        samples(path)
+
+
 def test_every_record_is_as_likely() -> None:
     data = plain(20)
     counts = Counter(s.id for seed in range(200) for s in samples(data, count=5, seed=seed))
@@ -202,7 +219,7 @@ def test_no_readable_sample_is_told_with_every_image_once(
     image = save_image("one.png")
     _spoil(image, "zero bytes")
     path = write_json([{"id": str(i), "image": "one.png", "caption": "c"} for i in range(8)])
-    with pytest.raises(DataError, match="no sample is left, since all 8 that fit") as told:
+    with pytest.raises(DataError, match=r"no sample is left, since 8 cannot be used\. ") as told:
         samples(path, max_bad_fraction=1.0)
     assert str(told.value).count("one.png") == 1
     assert "max_bad_fraction" not in str(told.value)
