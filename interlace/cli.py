@@ -73,7 +73,8 @@ app = typer.Typer(
     name="interlace",
     help=(
         "Make vision-language models smaller and faster by removing redundant layers.\n\n"
-        "A model goes through score, plan, prune, heal, eval and export; `run` does them all from "
+        "`progressive` does the whole job in one command, the way that keeps most. Step by step a "
+        "model goes through score, plan, prune, heal, eval and export; `run` does them all from "
         "one recipe, `demo` shows them on a bundled model in a few minutes.\n\n"
         "MODEL is a checkpoint folder, a name on the Hugging Face hub, or one of the bundled "
         "models: bundled:qwen3-vl, bundled:clip, bundled:blip."
@@ -183,7 +184,8 @@ def plan(
 ) -> None:
     """Choose which layers to drop, tune and freeze, and what to cut within the others.
 
-    Needs no GPU and no model.
+    Needs no GPU and no model, so it judges by scores alone; `interlace progressive` tries repaired
+    students, and keeps more.
     """
     from interlace.config import PlanSettings
     from interlace.plan.planner import arguments_of, make_plan
