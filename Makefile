@@ -46,7 +46,7 @@ format: $(VENV)/.installed-dev  ## rewrite the code in the project's style
 	$(BIN)/clang-format -i $(CPP)
 
 bench: $(VENV)/.installed-dev  ## time the ops, whole models and scoring on the CPU
-	$(BIN)/python bench/run.py --device cpu --all
+	$(BIN)/interlace bench --device cpu --all
 	$(BIN)/python bench/e2e.py --preset small
 	$(BIN)/python bench/score_speed.py
 
@@ -60,7 +60,7 @@ gpu:  ## on a GPU machine: install, run the GPU tests, time ops and models (RESU
 		$(GPU_PYTHON) -P -m pip install --disable-pip-version-check --no-deps --no-build-isolation .; \
 	step env OMP_NUM_THREADS=1 timeout 280 $(GPU_PYTHON) -P -m pytest -m gpu -n 8 --benchmark-disable \
 		--continue-on-collection-errors $(PYTEST_ARGS) $(GPU_TESTS); \
-	step timeout 180 $(GPU_PYTHON) bench/run.py --device cuda --all --budget 140 \
+	step timeout 180 $(GPU_PYTHON) -P -m interlace bench --device cuda --all --budget 140 \
 		$(if $(RESULTS),--output $(RESULTS)) $(BENCH_ARGS); \
 	step timeout 300 $(GPU_PYTHON) bench/e2e.py --preset full --budget 220 \
 		$(if $(RESULTS),--output $(RESULTS)); \

@@ -224,12 +224,16 @@ def _rules(
     return "\n".join(lines) + "\n"
 
 
+# package -> source folder, for those that lie beside `interlace`
+BESIDE = {"interlace.triton_kernels": "triton_kernels", "interlace.microbenchmarks": "bench/micro"}
+
 setup(
     packages=[
         *find_packages(include=["interlace", "interlace.*"]),
-        "interlace.triton_kernels",
+        *BESIDE,
+        "interlace.microbenchmarks.cases",
     ],
-    package_dir={"interlace": "interlace", "interlace.triton_kernels": "triton_kernels"},
+    package_dir={"interlace": "interlace", **BESIDE},
     ext_modules=[]
     if EXTENSION == "skip"
     else [

@@ -36,12 +36,12 @@ from rich.console import Console
 from rich.table import Table
 
 import interlace as il
-from micro import results
-from micro.case import Setup
-from micro.ceilings import measure_ceilings
-from micro.gate import first_line
-from micro.measure import Bench
-from micro.timing import FULL, clock_for
+from interlace.microbenchmarks import results
+from interlace.microbenchmarks.case import Setup
+from interlace.microbenchmarks.ceilings import measure_ceilings
+from interlace.microbenchmarks.gate import first_line
+from interlace.microbenchmarks.measure import Bench
+from interlace.microbenchmarks.timing import FULL, clock_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from interlace.microbenchmarks.case import Setup
+from interlace.microbenchmarks.registry import cases_of, timed_ops
+from interlace.microbenchmarks.shapes import SHAPES
 from interlace.ops._selection import ORDER
-from micro.case import Setup
-from micro.registry import cases_of, timed_ops
-from micro.shapes import SHAPES
 
 if TYPE_CHECKING:
+    from interlace.microbenchmarks.case import Case
     from interlace.ops._registry import Op
-    from micro.case import Case
 
 
 def tiny_cases() -> list[Any]:

@@ -6,6 +6,7 @@ one line what came of it. Errors of the package end with exit code 2 and no trac
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -319,6 +320,17 @@ def ops() -> None:
 
     rows = [[op, backend, reason or "runs"] for op, backend, reason in table()]
     say_table(["op", "backend", "on this machine"], rows)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Time the ops, every backend beside what PyTorch offers. Options: `interlace bench --help`."""
+    # its source is beside the package's, where type checkers do not find it
+    run = importlib.import_module("interlace.microbenchmarks.run")
+    raise typer.Exit(run.main(context.args))
 
 
 @app.command()

@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from pathlib import Path
 
-PARTS = ("csrc", "interlace", "triton_kernels")
+PARTS = ("csrc", "interlace", "triton_kernels", "bench/micro")
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 LEFT_OUT = ("__pycache__", "*.so", "*.pyc")
 
@@ -124,6 +124,21 @@ def test_triton_kernels_exists_under_the_package_only(installed: Path, tmp_path:
     )
     result = python(script, path=[installed], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_microbenchmarks_are_installed(installed: Path, tmp_path: Path) -> None:
+    script = (
+        "from interlace.cli import main\n"
+        "import sys\n"
+        "sys.argv = ['interlace', 'bench', 'silu_mul', '--device', 'cpu', '--shapes', 'tiny', "
+        "'--quick']\n"
+        "main()\n"
+    )
+    result = python(script, path=[installed], cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    # no checkout to write to
+    (written,) = tmp_path.rglob("*.jsonl")
+    assert written.parent == tmp_path / "interlace-bench/cpu"
 
 
 def test_source_folder_refuses_the_name_of_another_package(checkout: Path) -> None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from micro.timing import Contender, take_turns
+from interlace.microbenchmarks.timing import Contender, take_turns
 
 if TYPE_CHECKING:
-    from micro.timing import Clock, Effort
+    from interlace.microbenchmarks.timing import Clock, Effort
 
 _COPY_BYTES = {"cuda": 1 << 29, "cpu": 1 << 27}
 _SIDE = {"cuda": 8192, "cpu": 1024}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from micro.case import Setup
-    from micro.shapes import Tower
+    from interlace.microbenchmarks.case import Setup
+    from interlace.microbenchmarks.shapes import Tower
 
 
 def uniform(tower: Tower) -> list[int]:

@@ -12,17 +12,17 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
+from interlace.microbenchmarks.gate import first_line
+from interlace.microbenchmarks.timing import Contender, take_turns
 from interlace.ops._check import outputs
-from micro.gate import first_line
-from micro.timing import Contender, take_turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from interlace.microbenchmarks.case import Case, Setup
+    from interlace.microbenchmarks.ceilings import Ceilings
+    from interlace.microbenchmarks.timing import Clock, Effort
     from interlace.ops._registry import Op
-    from micro.case import Case, Setup
-    from micro.ceilings import Ceilings
-    from micro.timing import Clock, Effort
 
 Record = dict[str, Any]
 

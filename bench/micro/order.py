@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from interlace.microbenchmarks.measure import Record
     from interlace.ops._registry import Op
-    from micro.measure import Record
 
 
 def measured_order(op: Op, records: Iterable[Record]) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from micro.measure import Record
+    from interlace.microbenchmarks.measure import Record
 
 _BACKEND_COLOURS = {"cuda": "#1b7837", "triton": "#5aae61", "cpp": "#1b7837", "torch": "#a6611a"}
 

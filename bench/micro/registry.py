@@ -12,9 +12,9 @@ from interlace.ops._registry import OPS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from interlace.microbenchmarks.case import Case, Setup
+    from interlace.microbenchmarks.shapes import ModelShape
     from interlace.ops._registry import Op
-    from micro.case import Case, Setup
-    from micro.shapes import ModelShape
 
 _FOLDER = Path(__file__).parent / "cases"
 
@@ -28,5 +28,5 @@ def timed_ops() -> dict[str, Op]:
 def cases_of(op_name: str) -> Callable[[ModelShape, Setup], Iterator[Case]] | str:
     """Return the function that yields an op's cases, or say that there is none."""
     if not (_FOLDER / f"{op_name}.py").is_file():
-        return f"has no cases: bench/micro/cases/{op_name}.py does not exist"
-    return importlib.import_module(f"micro.cases.{op_name}").cases
+        return f"has no cases: interlace.microbenchmarks has no cases/{op_name}.py"
+    return importlib.import_module(f"interlace.microbenchmarks.cases.{op_name}").cases

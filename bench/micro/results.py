@@ -19,9 +19,13 @@ from interlace._files import atomic_write_text
 from interlace.records import Provenance
 
 if TYPE_CHECKING:
-    from micro.measure import Bench, Record
+    from interlace.microbenchmarks.measure import Bench, Record
 
-ROOT = Path(__file__).resolve().parents[2]
+
+def checkout() -> Path | None:
+    """The checkout that this file lies in, or else the working folder if it is one."""
+    places = (Path(__file__).resolve().parents[2], Path.cwd())
+    return next((each for each in places if (each / "csrc" / "bindings.cpp").is_file()), None)
 
 
 def today() -> str:
@@ -35,9 +39,10 @@ def device_name(device: torch.device) -> str:
 
 
 def results_folder(device: torch.device) -> Path:
-    """bench/results/cpu, or the name of the GPU as a folder."""
+    """A folder "cpu", or named after the GPU: of the checkout, or else of the working folder."""
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return ROOT / "bench" / "results" / slug
+    root = checkout()
+    return (root / "bench" / "results" if root else Path("interlace-bench")) / slug
 
 
 def run_record(op_name: str, bench: Bench, arguments: dict[str, Any]) -> Record:
@@ -100,13 +105,16 @@ def read_lines(path: Path) -> list[Record]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "-dirty" behind it if files differ; empty without git."""
+    """The commit of this checkout, with "-dirty" behind it if files differ; empty without one."""
+    root = checkout()
+    if root is None:
+        return ""
     try:
         found = subprocess.run(
             [
                 "git",
                 "-C",
-                str(ROOT),
+                str(root),
                 "describe",
                 "--always",
                 "--dirty",

@@ -10,7 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from micro.measure import Record
+    from interlace.microbenchmarks.measure import Record
 
 
 def show_case(record: Record, console: Console) -> None:

@@ -1,7 +1,7 @@
 """Which backend goes first on which GPU: measured once, kept as data, never measured while serving.
 
 `order.json` maps the name of a GPU, as torch gives it, to ops, and an op to its backends, fastest
-first. `python bench/run.py --update-order` writes it. Backends that it leaves out follow in the
+first. `interlace bench --update-order` writes it. Backends that it leaves out follow in the
 general order, and so does every op on a GPU that was not measured.
 """
 

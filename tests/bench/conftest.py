@@ -13,13 +13,13 @@ import torch
 from methods import Sizes
 from torch import Tensor
 
+from interlace.microbenchmarks.case import Setup
+from interlace.microbenchmarks.ceilings import Ceilings
+from interlace.microbenchmarks.measure import Bench
+from interlace.microbenchmarks.timing import CpuClock, Effort
 from interlace.ops import _availability
 from interlace.ops._autograd import Backward
 from interlace.ops._registry import OPS, Backend, Op, OpSample
-from micro.case import Setup
-from micro.ceilings import Ceilings
-from micro.measure import Bench
-from micro.timing import CpuClock, Effort
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

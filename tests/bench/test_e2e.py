@@ -12,8 +12,8 @@ import torch
 from e2e_gate import logits_error
 
 import interlace as il
-from micro import results
-from micro.timing import Effort
+from interlace.microbenchmarks import results
+from interlace.microbenchmarks.timing import Effort
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from micro import results
-from micro.case import Case
-from micro.gate import contract_violations
-from micro.measure import measure
-from micro.timing import Contender, CpuClock, Effort, clock_for, take_turns
+from interlace.microbenchmarks import results
+from interlace.microbenchmarks.case import Case
+from interlace.microbenchmarks.gate import contract_violations
+from interlace.microbenchmarks.measure import measure
+from interlace.microbenchmarks.timing import Contender, CpuClock, Effort, clock_for, take_turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from interlace.microbenchmarks.measure import Bench
     from interlace.ops._registry import Op
-    from micro.measure import Bench
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32,)

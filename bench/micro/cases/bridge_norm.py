@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as functional
 
-from micro.case import Case, Setup, compiled, installed
+from interlace.microbenchmarks.case import Case, Setup, compiled, installed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-    from micro.shapes import ModelShape
+    from interlace.microbenchmarks.shapes import ModelShape
 
 RANK = 32
 WIDTHS = (1024, 2048, 8192, 16384)

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from interlace.microbenchmarks.case import Case, Setup, compiled
 from interlace.ops import rope_tables
-from micro.case import Case, Setup, compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-    from micro.shapes import ModelShape, Tower
+    from interlace.microbenchmarks.shapes import ModelShape, Tower
 
 EPS = 1e-6
 

@@ -13,15 +13,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from micro.case import Case, Setup, compiled
-from micro.heads import kv_heads, prefix, ragged, uniform
+from interlace.microbenchmarks.case import Case, Setup, compiled
+from interlace.microbenchmarks.heads import kv_heads, prefix, ragged, uniform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-    from micro.shapes import ModelShape, Tower
+    from interlace.microbenchmarks.shapes import ModelShape, Tower
 
 _SDPA = {
     "SDPA, flash": SDPBackend.FLASH_ATTENTION,

@@ -13,15 +13,15 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from micro.case import Case, Setup, compiled
-from micro.heads import kv_heads, prefix, ragged, uniform
+from interlace.microbenchmarks.case import Case, Setup, compiled
+from interlace.microbenchmarks.heads import kv_heads, prefix, ragged, uniform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-    from micro.shapes import ModelShape, Tower
+    from interlace.microbenchmarks.shapes import ModelShape, Tower
 
 PAGE = 16
 # bytes of keys and values: beyond the first no case is made, beyond the second only the kernels and

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch.nn.functional as functional
 
-from micro.case import Case, Setup, compiled
+from interlace.microbenchmarks.case import Case, Setup, compiled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
-    from micro.shapes import ModelShape
+    from interlace.microbenchmarks.shapes import ModelShape
 
 
 def cases(shape: ModelShape, setup: Setup) -> Iterator[Case]:

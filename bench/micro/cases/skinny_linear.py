@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch.nn.functional as functional
 
-from micro.case import Case, Setup, compiled
+from interlace.microbenchmarks.case import Case, Setup, compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-    from micro.shapes import ModelShape, Tower
+    from interlace.microbenchmarks.shapes import ModelShape, Tower
 
 # a vocabulary, as Qwen's, whose product is the largest of a token
 VOCABULARY = 151936

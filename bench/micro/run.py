@@ -1,9 +1,9 @@
-"""Microbenchmarks of the ops: python bench/run.py --device cpu --all, or the names of ops.
+"""Microbenchmarks of the ops: interlace bench --all, or the names of ops.
 
 Every backend that serves is timed beside what a user would run instead, in turns, in one run. An
 op whose contract test is red on the device is not timed. What could not run is listed with its
-reason, on the terminal and in the JSON lines, which lie in bench/results/<device> unless --output
-says otherwise. How to add an op: bench/micro/__init__.py.
+reason, on the terminal and in the JSON lines, which lie in bench/results/<device> of a checkout, or
+else in interlace-bench/<device>, unless --output says otherwise. How to add an op: see the package.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from micro import results
-from micro.case import Setup
-from micro.ceilings import Ceilings, measure_ceilings
-from micro.gate import contract_violations, first_line
-from micro.measure import Bench, measure
-from micro.order import measured_order, update_order
-from micro.registry import cases_of, timed_ops
-from micro.shapes import DEFAULT, SHAPES
-from micro.table import show_case, show_run
-from micro.timing import FULL, QUICK, clock_for
+from interlace import ops
+from interlace.microbenchmarks import results
+from interlace.microbenchmarks.case import Setup
+from interlace.microbenchmarks.ceilings import Ceilings, measure_ceilings
+from interlace.microbenchmarks.gate import contract_violations, first_line
+from interlace.microbenchmarks.measure import Bench, measure
+from interlace.microbenchmarks.order import measured_order, update_order
+from interlace.microbenchmarks.registry import cases_of, timed_ops
+from interlace.microbenchmarks.shapes import DEFAULT, SHAPES
+from interlace.microbenchmarks.table import show_case, show_run
+from interlace.microbenchmarks.timing import FULL, QUICK, clock_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from interlace.microbenchmarks.measure import Record
     from interlace.ops._registry import Op
-    from micro.measure import Record
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ORDER_FILE = results.ROOT / "interlace" / "ops" / "order.json"
+ORDER_FILE = Path(ops.__file__).with_name("order.json")
 
 
 @dataclass(eq=False)
@@ -81,7 +82,9 @@ class Run:
                 limited, limit = [*options, "--budget", f"{share:.1f}"], share + 60
             try:
                 done = subprocess.run(
-                    [sys.executable, __file__, op.name, *limited], check=False, timeout=limit
+                    [sys.executable, "-P", "-m", "interlace", "bench", op.name, *limited],
+                    check=False,
+                    timeout=limit,
                 )
             except subprocess.TimeoutExpired:
                 self.fail(op.name, f"was stopped after {limit:.0f} s; what it had stays written")
@@ -118,7 +121,7 @@ class Run:
         self.console.print(f"written to {path}", highlight=False, soft_wrap=True)
         timed = [record for record in records if record["kind"] == "case"]
         if arguments.plots and timed:
-            from micro.plots import plot_cases
+            from interlace.microbenchmarks.plots import plot_cases
 
             plot_cases(timed, path.with_suffix(".png"))
         if arguments.update_order and timed:
@@ -158,14 +161,14 @@ class Run:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser("interlace bench", description="Time ops, every backend.")
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(timed_ops())}")
     parser.add_argument("--all", action="store_true", help="every op of the registry")
-    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--shapes", nargs="+", choices=(*SHAPES, "all"), metavar="SHAPE")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bf16 on cuda, or fp32")
     parser.add_argument("--quick", action="store_true", help="few, small cases and short turns")
-    parser.add_argument("--output", type=Path, help="folder; default: bench/results/<device>")
+    parser.add_argument("--output", type=Path, help="folder of the results")
     parser.add_argument("--plots", action="store_true", help="write a PNG per op beside the JSON")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after these")
     parser.add_argument("--commit", help="what is timed, where there is no git to ask")
@@ -176,6 +179,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"write {ORDER_FILE.name}, read by interlace.ops",
     )
     arguments = parser.parse_args(argv)
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     unknown = sorted(set(arguments.ops) - set(timed_ops()))
     if unknown:
         parser.error(f"no op {', '.join(unknown)}; choose of {', '.join(timed_ops())}")
@@ -216,7 +220,3 @@ def _plain(arguments: argparse.Namespace) -> dict[str, Any]:
     # where files go says something of a machine and nothing of the measurement
     left = {name: value for name, value in vars(arguments).items() if name != "output"}
     return {name: list(each) if isinstance(each, tuple) else each for name, each in left.items()}
-
-
-if __name__ == "__main__":
-    sys.exit(main())
