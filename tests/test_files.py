@@ -206,7 +206,7 @@ def test_a_checkpoint_replaces_only_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_command_that_is_told_to_end_leaves_nothing_half_written(tmp_path, number):
     script = f"""
-import sys, time, typer
+import signal, sys, time, typer
 import interlace.cli as cli
 from interlace._files import atomic_folder
 
@@ -216,6 +216,8 @@ def work():
         print("filling", flush=True)
         time.sleep(60)
 
+# tests that run in the background inherit that Ctrl-C is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 cli.app = typer.Typer()
 cli.app.command()(work)
 cli.main()
