@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # A share of exactly 1 would leave nothing that a width could save.
 _MOST = 0.99
+_FEWEST_ROUNDS = 2
 _PHASES = {"prefill": "prefill_seconds", "decode": "decode_tokens_per_second"}
 _ENCODED = {"vision": "images_per_second", "text": "texts_per_second"}
 
@@ -73,10 +74,14 @@ def fixed_time(
         ConfigError: unknown towers or phases, a model over several devices, no processor, or layers
             of which none may go or nothing can be cut.
         DataError: no samples, or layers that take too little of the time to be told from noise.
+        PlanError: as `prune` raises it, for towers that cannot lose every second layer (the
+            Q-Former, BLIP's VQA alone) or half of their heads (T5).
     """
     check_vlm(vlm, "model")
     check_one_device(vlm, "timing its layers")
-    check_numbers(batch_size=batch_size, max_new_tokens=max_new_tokens)
+    check_numbers(batch_size=batch_size, max_new_tokens=max_new_tokens, rounds=rounds)
+    if rounds < _FEWEST_ROUNDS:
+        raise ConfigError(f"rounds is {rounds}; give at least {_FEWEST_ROUNDS}.")
     if phase not in _PHASES:
         raise ConfigError(unknown_name("phase", phase, _PHASES))
     samples = as_samples(data, "data to time the model on")
@@ -86,22 +91,20 @@ def fixed_time(
     for tower in towers or (("text",) if "text" in vlm.towers else tuple(vlm.towers)):
         if tower not in vlm.towers:
             raise ConfigError(unknown_name(f"tower of {vlm.name}", tower, vlm.towers))
-        plans = {"dropped": _shallow(vlm, tower), "narrow": _narrow(tower, shapes[tower])}
-        models = [
-            vlm,
-            *(prune(vlm, Plan({tower: each}, standard=False)) for each in plans.values()),
-        ]
-        results = _timed(models, samples, options, rounds, fused=fused)
+        plans = _shallow(vlm, tower), _narrow(tower, shapes[tower])
+        students = [prune(vlm, Plan({tower: each}, standard=False)) for each in plans]
+        results = _timed([vlm, *students], samples, options, rounds, fused=fused)
         name = _metric(vlm, tower, phase)
         whole, shallow, narrow = (_seconds(name, each.metrics) for each in results)
-        layers = (whole - shallow) * shapes[tower].num_layers / len(plans["dropped"].drop)
+        count = len(plans[0].drop)
+        layers = (whole - shallow) * shapes[tower].num_layers / count
         if layers <= 0:
             raise DataError(
-                f"Without {len(plans['dropped'].drop)} of its layers the tower '{tower}' is not "
-                f"faster ({whole:.3g} s, then {shallow:.3g} s), so nothing can be told of one. "
-                "Time it on a machine that does nothing else, in larger batches or more rounds."
+                f"Without {count} of its layers the tower '{tower}' is not faster ({whole:.3g} s, "
+                f"then {shallow:.3g} s), so nothing can be told of one. Time it on a machine that "
+                "does nothing else, in larger batches or more rounds."
             )
-        after = shapes[tower].narrowed(plans["narrow"].cut)
+        after = shapes[tower].narrowed(plans[1].cut)
         lost = 1 - sum(after.layer_parameters) / sum(shapes[tower].layer_parameters)
         found[tower] = min(max(1 - (whole - narrow) / lost / layers, 0.0), _MOST)
     return found

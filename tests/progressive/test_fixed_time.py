@@ -111,6 +111,7 @@ def test_a_model_is_timed_and_left_as_it_is(
         ({"phase": "decoding"}, ConfigError, "Did you mean 'decode'"),
         ({"towers": ("txt",)}, ConfigError, "Did you mean 'text'"),
         ({"batch_size": 0}, ConfigError, "batch_size"),
+        ({"rounds": 1}, ConfigError, "rounds is 1; give at least 2"),
         ({"data": []}, DataError, "data to time the model on"),
     ],
 )
