@@ -152,14 +152,18 @@ def build(size: Size, device: torch.device, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def evenly(vlm: VLM, count: int) -> tuple[int, ...]:
+    """Choose so many text layers that may go, evenly spread."""
+    tower = vlm.towers["text"]
+    free = [layer for layer in range(tower.num_layers) if layer not in tower.pinned]
+    return tuple(free[round((i + 0.5) * len(free) / count - 0.5)] for i in range(count))
+
+
 def without_a_quarter(model: Any) -> Any:
     """The same model without 25 % of its text layers, evenly spread; weights are shared."""
     vlm = VLM(model, family_of(model))
-    tower = vlm.towers["text"]
-    free = [layer for layer in range(tower.num_layers) if layer not in tower.pinned]
-    count = tower.num_layers // 4
-    drop = tuple(free[round((i + 0.5) * len(free) / count - 0.5)] for i in range(count))
-    plan = Plan({"text": TowerPlan(tower.num_layers, drop=drop)})
+    depth = vlm.towers["text"].num_layers
+    plan = Plan({"text": TowerPlan(depth, drop=evenly(vlm, depth // 4))})
     return prune(vlm, plan).model.requires_grad_(False)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from cells import Cells
+from e2e_models import evenly
 
 import interlace as il
 from interlace._records.shape import FFN_MULTIPLE
@@ -60,10 +61,7 @@ def cut(vlm: Any, mix: tuple[float, float, float]) -> tuple[Any, float, float]:
     """Return the student of a mix, the share of layers that stay and of parameters in those."""
     shape = vlm.shape().towers["text"]
     number = shape.num_layers
-    pinned = vlm.towers["text"].pinned
-    free = [layer for layer in range(number) if layer not in pinned]
-    count = round(mix[0] * number)
-    drop = tuple(free[round((i + 0.5) * len(free) / count - 0.5)] for i in range(count))
+    drop = evenly(vlm, round(mix[0] * number))
     kept = [layer for layer in range(number) if layer not in drop]
     units: dict[str, dict[int, tuple[int, ...]]] = {}
     for name, site in shape.sites.items():
